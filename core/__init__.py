@@ -1,0 +1,1 @@
+"""The multi-scale ProCST trainer and everything the method itself defines."""

@@ -1,0 +1,147 @@
+"""Checkpoints: state dicts and configuration, loadable with `weights_only=True`, written atomically.
+
+A run folder holds `config.json`, `latest.pth` (everything needed to go on), `scale_<s>.pth` (the same, at the end of
+each scale) and the contact sheets.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.config import NetworkConfig, ProCSTConfig
+from core.networks import Generator, freeze
+from utils.errors import UserError
+from utils.files import atomic_write
+
+FORMAT = "procst-checkpoint"
+VERSION = 1
+LATEST = "latest.pth"
+CONFIG = "config.json"
+NETWORK_NAMES = ("Dst", "Gst", "Dts", "Gts")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training state.
+
+    Attributes:
+        config: of the run.
+        scale: scale in training.
+        step: finished steps of that scale.
+        scale_finished: whether the scale's networks are final.
+        networks: for each of `NETWORK_NAMES`, the state dicts of scales 0..scale.
+        optimizers: state dicts of the optimisers of the scale in training, by network name.
+        segmentation: state dicts `target_net` and `optimizer` where the last scale trains with label losses.
+    """
+
+    config: ProCSTConfig
+    scale: int
+    step: int
+    scale_finished: bool
+    networks: Mapping[str, Sequence[Mapping[str, Any]]]
+    optimizers: Mapping[str, Mapping[str, Any]]
+    segmentation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write to `path` atomically."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": self.config.to_json(),
+            "scale": self.scale,
+            "step": self.step,
+            "scale_finished": self.scale_finished,
+            "networks": {name: [dict(state) for state in states] for name, states in self.networks.items()},
+            "optimizers": {name: dict(state) for name, state in self.optimizers.items()},
+            "segmentation": {name: dict(state) for name, state in self.segmentation.items()},
+        }
+        atomic_write(path, lambda file: torch.save(content, file))
+
+
+def read_tensor_file(path: Path) -> Any:
+    """`torch.load` with `weights_only=True` on the CPU; None if the file names anything but tensors and plain values.
+
+    Raises:
+        UserError: missing, or not a file that `torch.save` wrote.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint of this toolkit.
+
+    Raises:
+        UserError: missing, damaged, of another program or of another version.
+    """
+    content = read_tensor_file(path)
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of train_procst.py")
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} has checkpoint version {content.get('version')}; this program reads {VERSION}")
+    try:
+        return Checkpoint(
+            config=ProCSTConfig.from_json(content["config"], path),
+            scale=int(content["scale"]),
+            step=int(content["step"]),
+            scale_finished=bool(content["scale_finished"]),
+            networks=content["networks"],
+            optimizers=content["optimizers"],
+            segmentation=content["segmentation"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is incomplete: {error}") from None
+
+
+def load_network(network: nn.Module, state: Mapping[str, Any], origin: str) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        UserError: names `origin` and the first tensor that is missing, unexpected or of another shape.
+    """
+    own = network.state_dict()
+    problems = [
+        f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems += [f"{name} is missing there" for name in own if name not in state]
+    problems += [f"{name} is unknown here" for name in state if name not in own]
+    if problems:
+        raise UserError(f"{origin} does not fit the configured network: {problems[0]} ({len(problems)} differences)")
+    network.load_state_dict(state)
+
+
+def load_generators(checkpoint: Checkpoint, name: str, origin: Path | str) -> list[Generator]:
+    """The frozen generators of one direction (`Gst` or `Gts`), scales 0..N, on the CPU.
+
+    Raises:
+        UserError: the run has not reached its last scale, or the weights do not fit their configuration.
+    """
+    network: NetworkConfig = checkpoint.config.network
+    states = checkpoint.networks[name]
+    if len(states) < network.num_scales + 1:
+        raise UserError(
+            f"{origin} has trained scale {checkpoint.scale} of 0..{network.num_scales} so far; images can be "
+            "translated once the last scale is in training: continue the run with --continue_train_from_path"
+        )
+    generators = []
+    for scale, state in enumerate(states):
+        generator = Generator(network.shape(scale))
+        load_network(generator, state, f"{origin}, {name} of scale {scale},")
+        generators.append(freeze(generator))
+    return generators

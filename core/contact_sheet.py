@@ -1,0 +1,90 @@
+"""A picture of a run's progress that needs nothing but an image viewer: rows source, SiT, target."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from core.config import ProCSTConfig
+from core.networks import Generator
+from core.pyramid import image_pyramid, normalise, to_pixels, translate_pyramid
+from data_handlers.images import read_image
+from data_handlers.lists import FileList
+from utils.files import atomic_write_bytes
+
+COLUMNS = 6
+MIN_TILE_WIDTH = 192
+GAP = 4
+CAPTION_HEIGHT = 14
+
+
+def draw_rows(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
+    """A captioned grid. Every row is (caption, uint8 (h,w,3) images of one size); small images are enlarged."""
+    height, width = rows[0][1][0].shape[:2]
+    zoom = max(1, -(-MIN_TILE_WIDTH // width))
+    tile_width, tile_height = width * zoom, height * zoom
+    columns = max(len(images) for _, images in rows)
+    row_height = tile_height + CAPTION_HEIGHT + GAP
+    sheet = Image.new("RGB", (columns * (tile_width + GAP) + GAP, len(rows) * row_height + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (caption, images) in enumerate(rows):
+        top = GAP + i * row_height
+        draw.text((GAP, top), caption, fill="black")
+        for j, pixels in enumerate(images):
+            tile = Image.fromarray(pixels).resize((tile_width, tile_height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (GAP + j * (tile_width + GAP), top + CAPTION_HEIGHT))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path) -> Path:
+    """Write `image` to `path` atomically; returns the path."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    atomic_write_bytes(path, buffer.getvalue())
+    return path
+
+
+def _sample_pyramids(
+    files: FileList, resize: tuple[int, int], config: ProCSTConfig, scale: int
+) -> list[list[np.ndarray]]:
+    """Pyramids of evenly spaced images, cropped in the middle: the same pictures on the sheet of every scale."""
+    network, crop = config.network, config.data.crop_size
+    count = min(COLUMNS, len(files))
+    x, y = ((r - c) // 2 for r, c in zip(resize, crop, strict=True))
+    pyramids = []
+    for k in range(count):
+        image = read_image(files.root / files.images[k * len(files) // count])
+        image = image.resize(resize, Image.Resampling.BICUBIC).crop((x, y, x + crop[0], y + crop[1]))
+        pyramids.append(image_pyramid(image, network.num_scales, network.scale_factor, scale))
+    return pyramids
+
+
+@torch.no_grad()
+def save_contact_sheet(
+    folder: Path,
+    config: ProCSTConfig,
+    source: FileList,
+    target: FileList,
+    generators: Sequence[Generator],
+    device: torch.device,
+) -> Path:
+    """Write `contact_sheet_scale_<s>.png` for the frozen generators 0..s and return its path."""
+    scale = len(generators) - 1
+    sources = _sample_pyramids(source, config.data.src_resize, config, scale)
+    targets = _sample_pyramids(target, config.data.trg_resize, config, scale)
+    translated = []
+    for pyramid in sources:
+        levels = [normalise(torch.from_numpy(np.array(level)).to(device)).permute(2, 0, 1)[None] for level in pyramid]
+        sit = translate_pyramid(generators, levels, config.network.scale_factor)
+        translated.append(to_pixels(sit[0]).permute(1, 2, 0).cpu().numpy())
+    rows = [
+        (f"source ({config.data.source})", [pyramid[-1] for pyramid in sources]),
+        ("SiT", translated),
+        (f"target ({config.data.target})", [pyramid[-1] for pyramid in targets]),
+    ]
+    return save_png(draw_rows(rows), folder / f"contact_sheet_scale_{scale}.png")

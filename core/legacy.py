@@ -1,0 +1,230 @@
+"""Reading files that the authors' code wrote: pickled whole modules, without executing what the pickle names.
+
+The unpickler resolves a fixed list of names that rebuild tensors, turns the known module classes into inert records
+and refuses everything else. No class of the file is imported, and nothing that it names is called.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.checkpoint import load_network
+from core.networks import Generator, NetworkShape, freeze
+from utils.errors import UserError
+
+_STORAGE_DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+}
+
+# Module classes that may stand in a file; their instances become records, the classes are never imported.
+RECORD_CLASSES = frozenset(
+    {
+        ("core.models", "ProCSTGenerator"),
+        ("core.models", "ConvBlockProCST"),
+        ("torch.nn.modules.container", "Sequential"),
+        ("torch.nn.modules.container", "ModuleList"),
+        ("torch.nn.modules.conv", "Conv2d"),
+        ("torch.nn.modules.batchnorm", "BatchNorm2d"),
+        ("torch.nn.modules.normalization", "GroupNorm"),
+        ("torch.nn.modules.activation", "LeakyReLU"),
+        ("torch.nn.modules.activation", "Tanh"),
+        ("torch.nn.parallel.data_parallel", "DataParallel"),
+    }
+)
+
+
+class Record:
+    """What is left of a pickled object: the name of its class and its attributes."""
+
+    def __init__(self, class_name: str) -> None:
+        self.class_name = class_name
+        self.attributes: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError(f"{self.class_name} has a state of type {type(state).__name__}")
+        self.attributes = state
+
+    def child(self, name: str) -> Any:
+        """Submodule of that name, or None."""
+        return self.attributes.get("_modules", {}).get(name)
+
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """All parameters and buffers under the names `nn.Module.state_dict` would give them."""
+        tensors = {}
+        for kind in ("_parameters", "_buffers"):
+            for name, value in self.attributes.get(kind, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[prefix + name] = value
+        for name, child in self.attributes.get("_modules", {}).items():
+            if isinstance(child, Record):
+                tensors.update(child.state_dict(f"{prefix}{name}."))
+        return tensors
+
+
+def _record_class(name: str) -> type[Record]:
+    """A fresh class whose instances are records; `pickle` creates them by `cls.__new__(cls)`, without arguments."""
+
+    class NamedRecord(Record):
+        def __new__(cls) -> NamedRecord:
+            record = super().__new__(cls)
+            Record.__init__(record, name)
+            return record
+
+        def __init__(self) -> None:
+            """Everything is set in `__new__`, the only thing unpickling calls."""
+
+    return NamedRecord
+
+
+def _rebuild_tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    metadata: Any = None,
+) -> Tensor:
+    """Stands in for `torch._utils._rebuild_tensor_v2`; the view must lie inside its storage."""
+    if not isinstance(storage, Tensor) or len(size) != len(stride):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    numbers = [offset, *size, *stride]
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise pickle.UnpicklingError(f"a tensor of size {size}")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= storage.numel():
+        raise pickle.UnpicklingError(f"a tensor of size {size} that reaches past its storage")
+    return storage.as_strided(tuple(size), tuple(stride), offset).clone()
+
+
+def _rebuild_parameter(data: Any, requires_grad: Any = True, hooks: Any = None) -> Tensor:
+    """Stands in for `torch._utils._rebuild_parameter`: a parameter is read as the plain tensor it holds."""
+    if not isinstance(data, Tensor):
+        raise pickle.UnpicklingError("a parameter without a tensor")
+    return data
+
+
+_REBUILDERS = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("__builtin__", "set"): set,
+    ("builtins", "set"): set,
+    **{("torch", name): dtype for name, dtype in _STORAGE_DTYPES.items()},
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def __init__(self, archive: zipfile.ZipFile, root: str, pickle_name: str) -> None:
+        super().__init__(archive.open(pickle_name))
+        self._archive = archive
+        self._root = root
+        self._storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _REBUILDERS:
+            return _REBUILDERS[module, name]
+        if (module, name) in RECORD_CLASSES:
+            return _record_class(name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no such file needs; nothing was executed")
+
+    def persistent_load(self, identifier: Any) -> Tensor:
+        """A storage, as a flat tensor on the CPU whatever device it was saved from."""
+        if not (isinstance(identifier, tuple) and len(identifier) == 5 and identifier[0] == "storage"):
+            raise pickle.UnpicklingError("an unknown kind of storage")
+        _, dtype, key, _device, numel = identifier
+        if not isinstance(dtype, torch.dtype) or not isinstance(numel, int) or not str(key).isdigit():
+            raise pickle.UnpicklingError("an unknown kind of storage")
+        if key not in self._storages:
+            name = f"{self._root}/data/{key}"
+            # Before reading: an archive can claim to unpack to far more than it should hold.
+            if self._archive.getinfo(name).file_size != numel * dtype.itemsize:
+                raise pickle.UnpicklingError(f"storage {key} has the wrong size")
+            data = bytearray(self._archive.read(name))
+            self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self._storages[key]
+
+
+def read_inert(path: Path) -> Any:
+    """Unpickle a file that `torch.save` wrote, with module instances as `Record`s and tensors on the CPU.
+
+    Raises:
+        UserError: not such a file, damaged, or naming anything outside the fixed lists.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise pickle.UnpicklingError("it holds no data.pkl")
+            return _InertUnpickler(archive, pickles[0].split("/")[0], pickles[0]).load()
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (MemoryError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as a trained model ({type(error).__name__})") from None
+    # A pickle is a program: a damaged or hostile one can make the unpickler fail in any way, and each means the same.
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as a trained model: {error}") from None
+
+
+def load_legacy_generators(path: Path) -> list[Generator]:
+    """The frozen generators, coarse to fine, of the authors' `Gst.pth` (specification section 5).
+
+    Raises:
+        UserError: the file is not a pickled list of ProCST generators.
+    """
+    records = read_inert(path)
+    if not isinstance(records, Sequence) or not records:
+        raise UserError(f"{path}: holds a {type(records).__name__}, not the list of generators of a Gst.pth")
+    generators = []
+    for scale, record in enumerate(records):
+        if isinstance(record, Record) and record.class_name == "DataParallel":
+            record = record.child("module")
+        if not isinstance(record, Record) or record.class_name != "ProCSTGenerator":
+            raise UserError(f"{path}: entry {scale} is not a ProCST generator")
+        generator = Generator(_shape_of(record, scale, path))
+        load_network(generator, record.state_dict(), f"{path}, scale {scale},")
+        generators.append(freeze(generator))
+    return generators
+
+
+def _shape_of(record: Record, scale: int, path: Path) -> NetworkShape:
+    """Read a generator's shape off its weights and norms."""
+    try:
+        head_weight = record.state_dict()["head.conv.weight"]
+        blocks = list(record.child("body").attributes["_modules"].values())
+        norm = blocks[0].child("norm")
+        kind = None if norm is None else norm.class_name
+        channels, inputs, kernel = head_weight.shape[0], head_weight.shape[1], head_weight.shape[2]
+        # Without a norm in the body, `groups` must not divide the width: the group rule then leaves blocks plain.
+        groups = norm.attributes["num_groups"] if kind == "GroupNorm" else (channels + 1 if norm is None else 8)
+    except (KeyError, AttributeError, IndexError, TypeError) as error:
+        raise UserError(f"{path}: the generator of scale {scale} lacks {error}") from None
+    if kind not in (None, "BatchNorm2d", "GroupNorm"):
+        raise UserError(f"{path}: the generator of scale {scale} has an unknown norm {kind}")
+    return NetworkShape(
+        scale=scale,
+        channels=channels,
+        layers=len(blocks) + 2,
+        norm="batch" if kind == "BatchNorm2d" else "group",
+        groups=groups,
+        image_channels=inputs if scale == 0 else inputs // 2,
+        kernel_size=kernel,
+    )

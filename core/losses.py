@@ -1,0 +1,56 @@
+"""The loss terms of the method as pure functions of tensors (specification section 3). All return scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE_LABEL = 255
+Features = Mapping[int, Tensor]
+
+
+def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+    """Mean over pixels of (||dD(x)/dx||_2 over channels - 1)^2 at x = alpha * real + (1 - alpha) * fake.
+
+    Args:
+        real, fake: (B,3,h,w) in [-1,1], without gradient.
+        alpha: one interpolation factor in [0,1] for the whole batch, a scalar tensor.
+
+    Returns:
+        The penalty, differentiable (through a double backward) with respect to the discriminator's weights.
+    """
+    x = (alpha * real + (1.0 - alpha) * fake).requires_grad_(True)
+    score = discriminator(x)
+    (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+    return ((gradient.norm(2, dim=1) - 1.0) ** 2).mean()
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """F F^T / (h w) of each image: (B,C,h,w) -> (B,C,C)."""
+    flat = features.flatten(2)
+    return flat @ flat.transpose(1, 2) / flat.shape[2]
+
+
+def content_loss(fake: Features, own_input: Features, layers: Sequence[int]) -> Tensor:
+    """Mean over the content layers of the squared feature difference to the image that was translated."""
+    return torch.stack([F.mse_loss(fake[i], own_input[i]) for i in layers]).mean()
+
+
+def style_loss(fake: Features, style: Features, layers: Sequence[int]) -> Tensor:
+    """Mean over the style layers of the squared Gram difference to the image of the other domain."""
+    return torch.stack([F.mse_loss(gram_matrix(fake[i]), gram_matrix(style[i])) for i in layers]).mean()
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Mean absolute horizontal plus mean absolute vertical neighbour difference of (B,C,h,w)."""
+    horizontal = (x[..., :, 1:] - x[..., :, :-1]).abs().mean()
+    vertical = (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
+    return horizontal + vertical
+
+
+def label_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of logits (B,C,h,w) against trainIds (B,h,w), pixels of 255 ignored."""
+    return F.cross_entropy(logits, label.long(), ignore_index=IGNORE_LABEL)

@@ -1,0 +1,148 @@
+"""Generator and discriminator of one scale (method: specification section 2; parameter names as in published files).
+
+A network is described completely by its arguments; nothing is guessed from batch sizes or devices in here. The
+published rule that derives the norm from the batch size lives in `published_norm` and is applied once per run.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Norm = Literal["batch", "group"]
+LEAKY_SLOPE = 0.2
+BATCH_NORM_FROM_IMAGES_PER_GPU = 16
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """Everything that decides the parameters of one scale's generator and discriminator.
+
+    Attributes:
+        scale: index of the scale, 0 is the coarsest; decides whether the generator sees a coarser image too.
+        channels: width C of all inner blocks.
+        layers: number L of convolutions.
+        norm: `batch`, or `group` (which leaves blocks whose input is not divisible by `groups` without a norm).
+        groups: groups of the group norm.
+        image_channels: channels of an image.
+        kernel_size: odd size of all convolutions; padding keeps the image size.
+    """
+
+    scale: int
+    channels: int
+    layers: int
+    norm: Norm
+    groups: int = 8
+    image_channels: int = 3
+    kernel_size: int = 3
+
+
+def published_norm(images_per_gpu: int) -> Norm:
+    """The reference's rule: batch norm from 16 images per GPU on, group norm below."""
+    return "batch" if images_per_gpu >= BATCH_NORM_FROM_IMAGES_PER_GPU else "group"
+
+
+def layers_at_scale(scale: int, num_scales: int, body_layers: int) -> int:
+    """Number of convolutions: `body_layers`, and two more at the two finest scales (s >= N - 1)."""
+    return body_layers + 2 if scale >= num_scales - 1 else body_layers
+
+
+class ConvBlock(nn.Module):
+    """norm -> LeakyReLU -> conv, or conv -> LeakyReLU where the input has no norm. (B,in,H,W) -> (B,out,H,W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm, groups: int, kernel_size: int) -> None:
+        super().__init__()
+        self.norm: nn.Module | None
+        if norm == "batch":
+            self.norm = nn.BatchNorm2d(in_channels)
+        elif in_channels % groups == 0:
+            self.norm = nn.GroupNorm(groups, in_channels)
+        else:
+            self.norm = None
+        self.actvn = nn.LeakyReLU(LEAKY_SLOPE)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm is None:
+            return self.actvn(self.conv(x))
+        return self.conv(self.actvn(self.norm(x)))
+
+
+def _build_trunk(module: nn.Module, shape: NetworkShape, in_channels: int, out_channels: int, last: nn.Module) -> None:
+    """Fill `module` with head, body and tail under the parameter names of the published checkpoints."""
+
+    def block(inputs: int, outputs: int) -> ConvBlock:
+        return ConvBlock(inputs, outputs, shape.norm, shape.groups, shape.kernel_size)
+
+    module.head = block(in_channels, shape.channels)
+    module.body = nn.Sequential(
+        OrderedDict((f"block{i + 1}", block(shape.channels, shape.channels)) for i in range(shape.layers - 2))
+    )
+    module.tail = nn.Sequential(block(shape.channels, out_channels), last)
+
+
+class Generator(nn.Module):
+    """Moves an image to the other domain at one scale.
+
+    `forward(image, coarser)`: `image` (B,3,h,w) in [-1,1]; `coarser` the upsampled output of the scale below, same
+    shape, and None exactly at scale 0. Returns (B,3,h,w) in (-1,1).
+    """
+
+    def __init__(self, shape: NetworkShape) -> None:
+        super().__init__()
+        self.shape = shape
+        inputs = shape.image_channels if shape.scale == 0 else 2 * shape.image_channels
+        _build_trunk(self, shape, inputs, shape.image_channels, nn.Tanh())
+
+    def blocks(self) -> list[ConvBlock]:
+        """The L blocks in order; tanh of the last one's output is the generator's output."""
+        return [self.head, *self.body, self.tail[0]]
+
+    def join_inputs(self, image: Tensor, coarser: Tensor | None) -> Tensor:
+        """Image first, then the coarser output, along the channels."""
+        if (coarser is None) != (self.shape.scale == 0):
+            raise ValueError(f"the generator of scale {self.shape.scale} got coarser={type(coarser).__name__}")
+        return image if coarser is None else torch.cat([image, coarser], dim=1)
+
+    def forward(self, image: Tensor, coarser: Tensor | None) -> Tensor:
+        return self.tail(self.body(self.head(self.join_inputs(image, coarser))))
+
+
+class Discriminator(nn.Module):
+    """Critic of one scale: (B,3,h,w) in [-1,1] -> score map (B,1,h,w); its mean is the score.
+
+    The final LeakyReLU on the score is the published network's.
+    """
+
+    def __init__(self, shape: NetworkShape) -> None:
+        super().__init__()
+        self.shape = shape
+        _build_trunk(self, shape, shape.image_channels, 1, nn.LeakyReLU(LEAKY_SLOPE))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.tail(self.body(self.head(image)))
+
+
+def init_weights(network: nn.Module, generator: torch.Generator) -> None:
+    """Published initialisation: conv weights N(0, 0.02), norm weights N(1, 0.02), norm biases 0.
+
+    Conv biases keep PyTorch's default distribution, drawn here from `generator` too, so that a run's networks depend
+    on its seed alone.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, 0.02, generator=generator)
+            fan_in = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+            nn.init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
+        elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            nn.init.normal_(module.weight, 1.0, 0.02, generator=generator)
+            nn.init.zeros_(module.bias)
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """Switch a finished network to eval mode, without gradients; returns it."""
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,154 @@
+"""What a person sees of a run: one bar over all scales with an ETA, and TensorBoard scalars and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from core.config import LossConfig, NetworkConfig
+from core.networks import Discriminator, Generator
+from core.pyramid import level_size, to_unit_range
+from models.vgg import VGG16_CONVS
+
+# Rough number of passes a network sees in a step, a backward counted as two forwards and the double backward of the
+# gradient penalty as six. Only ratios between scales matter, and only to the ETA.
+GENERATOR_PASSES, DISCRIMINATOR_PASSES, PERCEPTUAL_PASSES = 12, 28, 8
+PICTURES = ("source", "sit", "sitis", "target", "tis", "tisit")
+PICTURE_TAG = "source-SiT-SiTiS-target-TiS-TiSiT"
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+    """Steps of a scale and the cost of one of them in an arbitrary unit shared by all scales."""
+
+    steps: int
+    step_cost: float
+
+
+def relative_step_cost(
+    network: NetworkConfig, scale: int, batch_size: int, crop: tuple[int, int], loss: LossConfig
+) -> float:
+    """Multiply-adds of a step, roughly: image pairs times pixels times multiply-adds for each pixel."""
+    width, height = level_size(crop, network.num_scales - scale, network.scale_factor)
+    shape = network.shape(scale)
+    with torch.device("meta"):
+        generator, discriminator = Generator(shape), Discriminator(shape)
+    macs = GENERATOR_PASSES * _weights(generator) + DISCRIMINATOR_PASSES * _weights(discriminator)
+    for position, (inputs, outputs) in VGG16_CONVS.items():
+        if position < max(loss.perceptual_layers):
+            poolings = sum(pool < position for pool in (4, 9, 16, 23))
+            macs += PERCEPTUAL_PASSES * 9 * inputs * outputs / 4**poolings
+    return float(batch_size * width * height * macs)
+
+
+def _weights(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def tag_of(scale: int, loss_name: str) -> str:
+    """TensorBoard tag of a logged loss, as the reference names it."""
+    return loss_name if loss_name.startswith("Semseg/") else f"Scale{scale}/{loss_name}"
+
+
+class RunProgress:
+    """Bar, ETA and TensorBoard of a run. Losses stay on the device and are read once every `print_rate` steps.
+
+    Args:
+        plans: of all scales, coarse to fine.
+        done: (scale, step) the run starts from.
+        log_dir: TensorBoard folder, or None for no TensorBoard.
+        print_rate: steps between two readings of the losses; scalars are means over these steps.
+        quiet: no bar (tests).
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[ScalePlan],
+        done: tuple[int, int],
+        log_dir: Path | None,
+        print_rate: int,
+        quiet: bool = False,
+    ) -> None:
+        self.plans = plans
+        self.print_rate = print_rate
+        first = self._steps_before(*done)
+        total = sum(plan.steps for plan in plans)
+        self.bar = tqdm(
+            total=total, initial=first, disable=quiet, unit="step", dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
+        )  # fmt: skip
+        # purge_step drops what an interrupted run logged after the checkpoint this one continues from.
+        self.writer = SummaryWriter(str(log_dir), purge_step=first + 1 if first else None) if log_dir else None
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._window_started = time.perf_counter()
+
+    def _steps_before(self, scale: int, step: int) -> int:
+        return sum(plan.steps for plan in self.plans[:scale]) + step
+
+    def step(self, scale: int, step: int, losses: Mapping[str, Tensor]) -> None:
+        """Count a finished step: `step` of `scale`, 1 for the first."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
+        self.bar.update(1)
+        if self._count == self.print_rate or step in (1, self.plans[scale].steps):
+            self._read_losses(scale, step)
+
+    def _read_losses(self, scale: int, step: int) -> None:
+        names = list(self._sums)
+        means = (torch.stack([self._sums[name] for name in names]) / self._count).tolist()
+        # Reading waits for the device, so this is the true time of the steps since the last reading.
+        now = time.perf_counter()
+        seconds = (now - self._window_started) / self._count
+        self._window_started = now
+        self._sums, self._count = {}, 0
+        values = dict(zip(names, means, strict=True))
+        overall = self._steps_before(scale, step)
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(tag_of(scale, name), value, overall)
+            self.writer.add_scalar(f"Scale{scale}/Time/SecondsPerStep", seconds, overall)
+        self._show(scale, step, seconds, values)
+
+    def _show(self, scale: int, step: int, seconds: float, values: Mapping[str, float]) -> None:
+        style = values["ST/Generator/TotalStyleLoss"] + values["TS/Generator/TotalStyleLoss"]
+        cycle = values["Cyclic/LossSTS"] + values["Cyclic/LossTST"]
+        critic = values["ST/Discriminator/LossAdversarial"] + values["TS/Discriminator/LossAdversarial"]
+        adversarial = values["ST/Generator/LossAdversarial"] + values["TS/Generator/LossAdversarial"]
+        eta = tqdm.format_interval(int(self._eta(scale, step, seconds)))
+        self.bar.set_postfix_str(
+            f"scale {scale}/{len(self.plans) - 1}, {seconds:.3g} s/step, ETA {eta}, "
+            f"D {critic:.3f} G {adversarial:.3f} cycle {cycle:.3f} style {style:.4f}"
+        )
+
+    def _eta(self, scale: int, step: int, seconds: float) -> float:
+        """Seconds to the end of the run; scales not measured yet are taken from the cost of a step."""
+        plan = self.plans[scale]
+        later = sum(other.steps * other.step_cost for other in self.plans[scale + 1 :]) / plan.step_cost
+        return seconds * (plan.steps - step + later)
+
+    def pictures(self, scale: int, step: int, images: Mapping[str, Tensor]) -> None:
+        """Log the first sample of the batch as a row of six pictures."""
+        if self.writer:
+            row = torch.cat([to_unit_range(images[name][0]) for name in PICTURES], dim=2)
+            self.writer.add_image(f"Scale{scale}/{PICTURE_TAG}", row, self._steps_before(scale, step))
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if not self.bar.disable:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        """Finish the bar and flush TensorBoard."""
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+

@@ -1,0 +1,116 @@
+"""Image pyramids and the cascade of frozen lower generators (method: specification sections 1 and 2).
+
+Two different resamplings are part of the method: files go through Pillow's antialiased bicubic filter, always from
+the base image, while generated tensors go through PyTorch's bicubic interpolation with `align_corners=True` and no
+antialiasing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from core.networks import Generator
+
+GeneratorForward = Callable[[Generator, Tensor, Tensor | None], Tensor]
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [0,255] -> float32 network input [-1, 0.9921875], (x - 128) / 128."""
+    return (pixels.to(torch.float32) - 128.0) / 128.0
+
+
+def to_unit_range(x: Tensor) -> Tensor:
+    """Network range [-1,1] -> [0,1], clamped: what is logged and saved."""
+    return ((x + 1.0) / 2.0).clamp(0.0, 1.0)
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Network range -> uint8 [0,255], rounded to nearest."""
+    return (to_unit_range(x) * 255.0).round().to(torch.uint8)
+
+
+def level_size(size: Sequence[int], steps_down: int, scale_factor: float) -> tuple[int, ...]:
+    """ceil(f^steps * size) of each side; sides in pixels, in whatever order they come."""
+    return tuple(math.ceil(math.pow(scale_factor, steps_down) * side) for side in size)
+
+
+def image_pyramid(image: Image.Image, num_scales: int, scale_factor: float, up_to: int) -> list[np.ndarray]:
+    """Levels 0..`up_to` of a file image, each resized from the base image with Pillow's bicubic filter.
+
+    Args:
+        image: RGB base image (after the training resize and crop, or a whole native image for export).
+        num_scales: N; level N has the base size.
+        up_to: finest level wanted (training at scale s needs 0..s only).
+
+    Returns:
+        uint8 arrays (h_i, w_i, 3).
+    """
+    levels = []
+    for scale in range(up_to + 1):
+        size = level_size(image.size, num_scales - scale, scale_factor)
+        level = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+        levels.append(np.asarray(level))
+    return levels
+
+
+def resize_bicubic(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bicubic interpolation of (B,3,h,w) to `size` (h,w), corners aligned, no antialiasing."""
+    return F.interpolate(x, size=tuple(size), mode="bicubic", align_corners=True)
+
+
+def generated_pyramid(x: Tensor, scale: int, scale_factor: float) -> list[Tensor]:
+    """Levels 0..`scale` of a generated image (B,3,h,w) that has the size of level `scale`."""
+    lower = [resize_bicubic(x, level_size(x.shape[-2:], scale - i, scale_factor)) for i in range(scale)]
+    return [*lower, x]
+
+
+def _crop_to(x: Tensor, like: Tensor) -> Tensor:
+    """Top left part of `x` with the height and width of `like`: rounding up can leave a row or column too many."""
+    return x[..., : like.shape[-2], : like.shape[-1]]
+
+
+def _plain_forward(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
+    return generator(image, coarser)
+
+
+@torch.no_grad()
+def cascade(
+    lower: Sequence[Generator],
+    levels: Sequence[Tensor],
+    scale_factor: float,
+    forward: GeneratorForward = _plain_forward,
+) -> Tensor | None:
+    """Second input of G_s: the frozen generators 0..s-1 run from coarse to fine, each result upsampled by 1/f.
+
+    Args:
+        lower: the s frozen lower generators of one direction.
+        levels: pyramid levels 0..s (finer ones are ignored), (B,3,h_i,w_i).
+        forward: how a generator is run; export hands in a tiled version.
+
+    Returns:
+        (B,3,h_s,w_s) without gradient, or None at scale 0, whose generator has no second input.
+    """
+    coarser = None
+    for k, generator in enumerate(lower):
+        output = forward(generator, levels[k], coarser)
+        upsampled_size = [math.ceil(side / scale_factor) for side in output.shape[-2:]]
+        coarser = _crop_to(resize_bicubic(output, upsampled_size), levels[k + 1])
+    return coarser
+
+
+def translate_pyramid(
+    generators: Sequence[Generator],
+    levels: Sequence[Tensor],
+    scale_factor: float,
+    forward: GeneratorForward = _plain_forward,
+) -> Tensor:
+    """Run a whole cascade G_0..G_s on pyramid levels 0..s and return the finest output (B,3,h_s,w_s)."""
+    *lower, finest = generators
+    return forward(finest, levels[len(lower)], cascade(lower, levels, scale_factor, forward))

@@ -1,0 +1,260 @@
+"""The loop over scales: build a scale's networks, train them, freeze them, go on to the next finer scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from core.checkpoint import CONFIG, LATEST, NETWORK_NAMES, Checkpoint, load_network
+from core.config import ProCSTConfig
+from core.contact_sheet import save_contact_sheet
+from core.networks import Discriminator, Generator, freeze, init_weights
+from core.progress import RunProgress, ScalePlan, relative_step_cost
+from core.pyramid import image_pyramid, normalise
+from core.step import (
+    Batch,
+    LabelNetworks,
+    PerceptualNet,
+    ScaleNetworks,
+    ScaleOptimizers,
+    StepResult,
+    training_step,
+)
+from data_handlers.lists import FileList
+from data_handlers.stream import DomainBatch, StreamConfig, open_stream
+from utils.files import atomic_write_json
+
+
+def _seed_for(*parts: int) -> int:
+    """One seed from several numbers, so that the seeds of different uses never coincide."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def penalty_alphas(seed: int, scale: int, step: int) -> Tensor:
+    """The two interpolation factors of a step's gradient penalties, uniform in [0,1], from (seed, scale, step)."""
+    return torch.from_numpy(np.random.default_rng([seed, 2, scale, step]).random(2, dtype=np.float32))
+
+
+class Trainer:
+    """Trains the pyramid of a run and keeps its folder.
+
+    Args:
+        config: of the run.
+        source, target: the images of the two domains.
+        perceptual: frozen feature network on `device`.
+        device: where the networks live.
+        run_folder: existing folder for checkpoints and contact sheets.
+        labels: segmentation networks of the last scale, on `device`; None trains without label losses.
+    """
+
+    def __init__(
+        self,
+        config: ProCSTConfig,
+        source: FileList,
+        target: FileList,
+        perceptual: PerceptualNet,
+        device: torch.device,
+        run_folder: Path,
+        labels: LabelNetworks | None = None,
+    ) -> None:
+        self.config = config
+        self.source = source
+        self.target = target
+        self.perceptual = perceptual
+        self.device = device
+        self.run_folder = run_folder
+        self.labels = labels
+        self.epoch_length = max(len(source), len(target))
+        self.scale = 0
+        self.step = 0
+        self.scale_finished = False
+        self.networks: dict[str, list[nn.Module]] = {name: [] for name in NETWORK_NAMES}
+        self.optimizers: dict[str, Adam] = {}
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def start_scale(self, scale: int) -> None:
+        """Append freshly initialised networks for `scale` and make their optimisers."""
+        optim = self.config.optim
+        self.scale, self.step, self.scale_finished = scale, 0, False
+        for index, name in enumerate(NETWORK_NAMES):
+            network = self._build(name, scale)
+            generator = torch.Generator().manual_seed(_seed_for(self.config.run.manual_seed, 3, scale, index))
+            init_weights(network, generator)
+            network.to(self.device).train()
+            self.networks[name].append(network)
+            rate = optim.lr_d if name.startswith("D") else optim.lr_g
+            self.optimizers[name] = Adam(network.parameters(), lr=rate, betas=(optim.beta1, 0.999))
+
+    def _build(self, name: str, scale: int) -> nn.Module:
+        return (Discriminator if name.startswith("D") else Generator)(self.config.network.shape(scale))
+
+    def finish_scale(self) -> None:
+        """Freeze the scale's networks for good."""
+        for name in NETWORK_NAMES:
+            freeze(self.networks[name][-1])
+        self.scale_finished = True
+
+    def checkpoint(self) -> Checkpoint:
+        """The present state; tensors are shared with the networks, so save it before the next step."""
+        segmentation: Mapping[str, Any] = {}
+        if self.labels is not None and self._is_last_scale():
+            segmentation = {
+                "target_net": self.labels.target_net.state_dict(),
+                "optimizer": self.labels.target_optimizer.state_dict(),
+            }
+        return Checkpoint(
+            config=self.config,
+            scale=self.scale,
+            step=self.step,
+            scale_finished=self.scale_finished,
+            networks={name: [net.state_dict() for net in nets] for name, nets in self.networks.items()},
+            optimizers={name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            segmentation=segmentation,
+        )
+
+    def restore(self, checkpoint: Checkpoint, origin: Path) -> None:
+        """Continue from a checkpoint: networks of all scales, optimisers, scale and step.
+
+        Raises:
+            UserError: the checkpoint's tensors do not fit the configuration.
+        """
+        for scale in range(checkpoint.scale + 1):
+            self.start_scale(scale)
+            for name in NETWORK_NAMES:
+                state = checkpoint.networks[name][scale]
+                load_network(self.networks[name][scale], state, f"{origin}, {name} of scale {scale},")
+            if scale < checkpoint.scale or checkpoint.scale_finished:
+                self.finish_scale()
+        self.step = checkpoint.step
+        for name, state in checkpoint.optimizers.items():
+            self.optimizers[name].load_state_dict(dict(state))
+        if checkpoint.segmentation and self.labels is not None:
+            load_network(self.labels.target_net, checkpoint.segmentation["target_net"], f"{origin}, segmentation net,")
+            self.labels.target_optimizer.load_state_dict(dict(checkpoint.segmentation["optimizer"]))
+
+    def _is_last_scale(self) -> bool:
+        return self.scale == self.config.network.num_scales
+
+    def _save(self, *names: str) -> None:
+        checkpoint = self.checkpoint()
+        for name in names:
+            checkpoint.save(self.run_folder / name)
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def plans(self) -> list[ScalePlan]:
+        """Steps and relative cost of a step for every scale."""
+        schedule, data, network = self.config.schedule, self.config.data, self.config.network
+        return [
+            ScalePlan(
+                steps=schedule.steps(scale, self.epoch_length),
+                step_cost=relative_step_cost(
+                    network, scale, schedule.batch_size_list[scale], data.crop_size, self.config.loss
+                ),
+            )
+            for scale in range(network.num_scales + 1)
+        ]
+
+    def fit(self, progress: RunProgress) -> None:
+        """Train from the present state to the end of the last scale.
+
+        Raises:
+            UserError: an image or label cannot be used, or the run folder cannot be written to.
+        """
+        atomic_write_json(self.run_folder / CONFIG, self.config.to_json())
+        plans = self.plans()
+        if not self.networks["Gst"]:
+            self.start_scale(0)
+            self._save(LATEST)
+        while True:
+            if not self.scale_finished:
+                self._train_scale(plans[self.scale].steps, progress)
+                self.finish_scale()
+                self._save(f"scale_{self.scale}.pth", LATEST)
+                sheet = save_contact_sheet(
+                    self.run_folder, self.config, self.source, self.target, self.networks["Gst"], self.device
+                )
+                progress.say(f"scale {self.scale} finished, see {sheet}")
+            if self._is_last_scale():
+                return
+            self.start_scale(self.scale + 1)
+
+    def _streams(self, steps: range) -> zip[tuple[DomainBatch, DomainBatch]]:
+        data, schedule = self.config.data, self.config.schedule
+        pyramid = partial(
+            image_pyramid,
+            num_scales=self.config.network.num_scales,
+            scale_factor=self.config.network.scale_factor,
+            up_to=self.scale,
+        )
+        uses_labels = self.labels is not None and self._is_last_scale()
+
+        def stream(files: FileList, domain: str, resize: tuple[int, int], labels: str) -> Any:
+            config = StreamConfig(
+                seed=self.config.run.manual_seed,
+                domain=domain,
+                scale=self.scale,
+                batch_size=schedule.batch_size_list[self.scale],
+                steps_per_epoch=schedule.steps_per_epoch(self.scale, self.epoch_length),
+                epoch_length=self.epoch_length,
+                resize=resize,
+                crop=data.crop_size,
+                labels=labels,
+            )
+            pin_memory = self.device.type == "cuda"
+            return open_stream(files, config, pyramid, steps, data.num_workers, pin_memory)
+
+        source = stream(self.source, "source", data.src_resize, "read" if uses_labels else "check")
+        target = stream(self.target, "target", data.trg_resize, "none")
+        return zip(source, target, strict=True)
+
+    def _train_scale(self, steps: int, progress: RunProgress) -> None:
+        run = self.config.run
+        per_epoch = self.config.schedule.steps_per_epoch(self.scale, self.epoch_length)
+        picture_rate = max(1, per_epoch // run.pics_per_epoch) if run.pics_per_epoch else 0
+        nets, optimizers = self._scale_networks(), ScaleOptimizers(**self.optimizers)
+        for source, target in self._streams(range(self.step, steps)):
+            result = self._one_step(nets, optimizers, source, target, self.step // per_epoch)
+            self.step += 1
+            progress.step(self.scale, self.step, result.losses)
+            if picture_rate and (self.step % picture_rate == 0):
+                progress.pictures(self.scale, self.step, result.images)
+            if self.step % run.save_checkpoint_rate == 0 and self.step < steps:
+                self._save(LATEST)
+
+    def _scale_networks(self) -> ScaleNetworks:
+        finest = {name: nets[-1] for name, nets in self.networks.items()}
+        return ScaleNetworks(**finest, lower_Gst=self.networks["Gst"][:-1], lower_Gts=self.networks["Gts"][:-1])
+
+    def _one_step(
+        self, nets: ScaleNetworks, optimizers: ScaleOptimizers, source: DomainBatch, target: DomainBatch, epoch: int
+    ) -> StepResult:
+        labels = self.labels if self._is_last_scale() else None
+        batch = Batch(
+            source=self._to_device(source.levels),
+            target=self._to_device(target.levels),
+            alphas=penalty_alphas(self.config.run.manual_seed, self.scale, self.step).to(self.device),
+            label=None if labels is None else source.label.to(self.device, non_blocking=True),
+        )
+        warmup = labels is not None and epoch < self.config.schedule.warmup_epochs
+        return training_step(
+            nets,
+            optimizers,
+            self.perceptual,
+            batch,
+            self.config.loss,
+            self.config.network.scale_factor,
+            labels,
+            warmup,
+        )
+
+    def _to_device(self, levels: list[Tensor]) -> list[Tensor]:
+        return [normalise(level.to(self.device, non_blocking=True)).permute(0, 3, 1, 2) for level in levels]

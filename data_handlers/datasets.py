@@ -1,0 +1,92 @@
+"""The data sets this toolkit knows. One declaration each; adding a data set means adding one to `DATA_SETS`.
+
+For example, frames `left/*.png` with labels `mask/*_mask.png` that use Cityscapes ids:
+
+    "mine": DataSet(
+        name="mine",
+        images={"train": ("left/*.png",), "val": ("left_val/*.png",)},
+        label_path=(("left", "mask"), (".png", "_mask.png")),
+        id_map=CITYSCAPES_IDS,
+        resize=(1024, 512),
+        crop=(1024, 512),
+    )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_handlers.label_maps import ALL_19, CITYSCAPES_IDS, SYNTHIA_16, SYNTHIA_IDS
+
+LabelEncoding = Literal["8-bit index", "16-bit channel 0"]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a data set's files are and how they are read.
+
+    Attributes:
+        name: what `--source` and `--target` call it.
+        images: for each split, glob patterns relative to the root, read in place and in this order. A pattern of a
+            folder that does not exist is passed over as long as another pattern of the split finds images.
+        label_path: replacements that turn an image's relative path into its label's; each replaces the last
+            occurrence.
+        id_map: label id -> trainId.
+        resize: (W,H) images are resized to for training.
+        crop: (W,H) of the random crop for training.
+        label_encoding: `8-bit index` (grey or palette PNG) or `16-bit channel 0` (id in the first of 16-bit channels).
+        classes: trainIds the data set is scored on.
+        never_used: file stems left out everywhere: the file itself is damaged.
+        not_for_training: file stems left out of training only: the image is sound but its label does not fit.
+    """
+
+    name: str
+    images: Mapping[str, tuple[str, ...]]
+    label_path: tuple[tuple[str, str], ...]
+    id_map: Mapping[int, int]
+    resize: tuple[int, int]
+    crop: tuple[int, int]
+    label_encoding: LabelEncoding = "8-bit index"
+    classes: tuple[int, ...] = ALL_19
+    never_used: frozenset[str] = field(default=frozenset())
+    not_for_training: frozenset[str] = field(default=frozenset())
+
+
+DATA_SETS = {
+    "gta5": DataSet(
+        name="gta5",
+        images={"train": ("images/*.png",)},
+        label_path=(("images/", "labels/"),),
+        id_map=CITYSCAPES_IDS,
+        resize=(1126, 619),
+        crop=(1024, 512),
+        not_for_training=frozenset({"15188", "17705"}),
+    ),
+    "synthia": DataSet(
+        name="synthia",
+        images={"train": ("RGB/*.png",)},
+        label_path=(("RGB/", "GT/LABELS/"),),
+        id_map=SYNTHIA_IDS,
+        resize=(1113, 661),
+        crop=(1024, 512),
+        label_encoding="16-bit channel 0",
+        classes=SYNTHIA_16,
+    ),
+    "cityscapes": DataSet(
+        name="cityscapes",
+        images={
+            "train": (
+                "leftImg8bit/train/*/*_leftImg8bit.png",
+                "leftImg8bit/train_extra/*/*_leftImg8bit.png",
+            ),
+            "val": ("leftImg8bit/val/*/*_leftImg8bit.png",),
+        },
+        label_path=(("leftImg8bit/", "gtFine/"), ("_leftImg8bit.png", "_gtFine_labelIds.png")),
+        id_map=CITYSCAPES_IDS,
+        resize=(1024, 512),
+        crop=(1024, 512),
+        never_used=frozenset({"troisdorf_000000_000073_leftImg8bit"}),
+    ),
+}

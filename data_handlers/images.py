@@ -1,0 +1,100 @@
+"""Reading images and labels, with one clear line for every file that is not what it should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+from data_handlers.datasets import DataSet
+from data_handlers.label_maps import to_train_ids
+from utils.errors import UserError
+from utils.png import GREY, PALETTE, RGB, RGBA, read_png_header
+
+# Pillow refuses very large pictures to protect web servers. These are the user's own files, and export promises to
+# translate pictures of any size.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode an image to 8-bit RGB; palettes are expanded and alpha is dropped.
+
+    Raises:
+        UserError: missing, truncated, not an image, or of more than 8 bits per channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise UserError(f"{path} has more than 8 bits per channel; convert it to 8-bit RGB")
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not an image file; replace it") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}); replace it") from None
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(W,H) from the file's header alone.
+
+    Raises:
+        UserError: missing, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a readable image file ({error}); replace it") from None
+
+
+def check_label_header(path: Path, data_set: DataSet, size: tuple[int, int]) -> None:
+    """Check size, bit depth and channels of a label without decoding it.
+
+    Args:
+        size: (W,H) of the image the label belongs to.
+
+    Raises:
+        UserError: missing, not a PNG, of another size, or of an encoding the data set does not use.
+    """
+    header = read_png_header(path)
+    if (header.width, header.height) != size:
+        raise UserError(
+            f"label {path} is {header.width}x{header.height}, but its image is {size[0]}x{size[1]}; "
+            "the two must have the same size"
+        )
+    if data_set.label_encoding == "16-bit channel 0":
+        if header.bit_depth != 16 or header.colour_type not in (RGB, RGBA):
+            raise UserError(
+                f"label {path}: found {header}, but {data_set.name} labels are 16-bit RGB PNGs with the "
+                "class id in channel 0; use the original files, not a colour or converted version"
+            )
+    elif header.bit_depth > 8 or header.colour_type not in (GREY, PALETTE):
+        raise UserError(
+            f"label {path}: found {header}, but {data_set.name} labels are 8-bit grey or palette PNGs "
+            "that hold label ids; use the id files, not a colour or 16-bit version"
+        )
+    elif header.bit_depth < 8 and header.colour_type == GREY:
+        raise UserError(f"label {path}: {header} cannot hold label ids; they need 8 bits a pixel")
+
+
+def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarray:
+    """Decode a label to trainIds, uint8 (H,W) with 255 = ignore; palette PNGs are read by index, never by colour.
+
+    Raises:
+        UserError: as `check_label_header`, or truncated.
+    """
+    check_label_header(path, data_set, size)
+    try:
+        if data_set.label_encoding == "16-bit channel 0":
+            ids = decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED)[0].numpy()
+        else:
+            with Image.open(path) as image:
+                ids = np.asarray(image)
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
+        raise UserError(f"label {path} is truncated or damaged ({str(error).splitlines()[0]}); replace it") from None
+    return to_train_ids(ids, data_set.id_map)

@@ -1,0 +1,162 @@
+"""An endless stream of training batches for each domain, drawn by step number.
+
+What step k sees is a function of (seed, domain, scale, k): the order of an epoch comes from a permutation seeded by
+the epoch's number, the crop from a generator seeded by the sample's position. Worker processes only compute, so their
+number never matters, and a resumed run continues the stream by starting at its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_handlers.images import check_label_header, read_image, read_label
+from data_handlers.lists import FileList
+from utils.errors import UserError
+
+DOMAINS = ("source", "target")
+LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
+
+# Cropped base image -> uint8 (h,w,3) arrays of the pyramid levels wanted.
+PyramidOf = Callable[[Image.Image], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What a stream draws from and in which order.
+
+    Attributes:
+        seed: of the run.
+        domain: `source` or `target`.
+        scale: scale in training; every scale has its own order.
+        batch_size: samples in a step.
+        steps_per_epoch: steps before a new permutation is drawn.
+        epoch_length: images in an epoch; a shorter list is repeated to this length.
+        resize, crop: (W,H).
+        labels: whether labels are ignored, checked by their header, or read.
+    """
+
+    seed: int
+    domain: str
+    scale: int
+    batch_size: int
+    steps_per_epoch: int
+    epoch_length: int
+    resize: tuple[int, int]
+    crop: tuple[int, int]
+    labels: LabelUse = "none"
+
+
+@dataclass(frozen=True)
+class DomainBatch:
+    """Pyramid levels as uint8 (B,h_i,w_i,3), and trainIds uint8 (B,H,W) where labels are read."""
+
+    levels: list[Tensor]
+    label: Tensor | None
+
+    def pin_memory(self) -> DomainBatch:
+        """Page-locked copy, for asynchronous transfer to a GPU; the DataLoader calls this."""
+        label = None if self.label is None else self.label.pin_memory()
+        return DomainBatch([level.pin_memory() for level in self.levels], label)
+
+
+class StreamSamples(Dataset):
+    """Sample at each position of the stream; position = step * batch size + place in the batch."""
+
+    def __init__(self, files: FileList, config: StreamConfig, pyramid: PyramidOf) -> None:
+        self.files = files
+        self.config = config
+        self.pyramid = pyramid
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def image_index(self, position: int) -> int:
+        """Index into the file list of the image at a stream position."""
+        config = self.config
+        epoch, place = divmod(position, config.steps_per_epoch * config.batch_size)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([config.seed, DOMAINS.index(config.domain), config.scale, 0, epoch])
+            self._order = rng.permutation(config.epoch_length) % len(self.files)
+            self._epoch = epoch
+        return int(self._order[place])
+
+    def crop_offset(self, position: int) -> tuple[int, int]:
+        """(x,y) of the crop in the resized image; every offset that fits is possible, the last one included."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, DOMAINS.index(config.domain), config.scale, 1, position])
+        x, y = (int(rng.integers(r - c + 1)) for r, c in zip(config.resize, config.crop, strict=True))
+        return x, y
+
+    def __getitem__(self, position: int) -> tuple[list[np.ndarray], np.ndarray | None] | UserError:
+        try:
+            return self._load(position)
+        except UserError as error:
+            # A worker's exception would reach the main process wrapped in its traceback; the message is meant to
+            # stand alone.
+            return error
+
+    def _load(self, position: int) -> tuple[list[np.ndarray], np.ndarray | None]:
+        name = self.files.images[self.image_index(position)]
+        image = read_image(self.files.root / name)
+        label = self._label(name, image.size)
+        x, y = self.crop_offset(position)
+        width, height = self.config.crop
+        image = image.resize(self.config.resize, Image.Resampling.BICUBIC).crop((x, y, x + width, y + height))
+        if label is not None:
+            resized = Image.fromarray(label).resize(self.config.resize, Image.Resampling.NEAREST)
+            label = np.asarray(resized.crop((x, y, x + width, y + height)))
+        return list(self.pyramid(image)), label
+
+    def _label(self, name: str, size: tuple[int, int]) -> np.ndarray | None:
+        if self.config.labels == "none":
+            return None
+        path = self.files.root / self.files.label_of(name)
+        if self.config.labels == "check":
+            check_label_header(path, self.files.data_set, size)
+            return None
+        return read_label(path, self.files.data_set, size)
+
+
+def _collate(samples: Sequence[tuple[list[np.ndarray], np.ndarray | None] | UserError]) -> DomainBatch | UserError:
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    levels = [torch.from_numpy(np.stack(level)) for level in zip(*(levels for levels, _ in samples), strict=True)]
+    labels = [label for _, label in samples if label is not None]
+    return DomainBatch(levels, torch.from_numpy(np.stack(labels)) if labels else None)
+
+
+def open_stream(
+    files: FileList,
+    config: StreamConfig,
+    pyramid: PyramidOf,
+    steps: range,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> Iterator[DomainBatch]:
+    """Yield the batches of the given steps in order.
+
+    Raises:
+        UserError: in the main process, when a file of a step cannot be used.
+    """
+    positions = range(steps.start * config.batch_size, steps.stop * config.batch_size)
+    loader = DataLoader(
+        StreamSamples(files, config, pyramid),
+        batch_size=config.batch_size,
+        sampler=positions,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

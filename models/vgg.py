@@ -1,0 +1,152 @@
+"""The perceptual network: VGG16's `features`, cut after the deepest layer asked for, frozen.
+
+Images enter in [-1,1] without ImageNet mean and standard deviation, as the method feeds them (specification
+section 3). Layers are counted as positions in torchvision's `vgg16().features`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import VGG16_Weights, vgg16
+
+from utils.errors import UserError
+
+# (in, out) channels of each convolution of VGG16 by its position in `features`; every one is followed by a ReLU, and
+# the positions left over are the 2x2 max pools.
+VGG16_CONVS = {
+    0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
+    17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512),
+}  # fmt: skip
+VGG16_RELUS = tuple(index + 1 for index in VGG16_CONVS)
+_CONV_KEY = re.compile(r"^(?:features\.)?(\d+)\.(weight|bias)$")
+
+
+class VGGFeatures(nn.Module):
+    """A VGG `features` stack that returns the outputs of chosen layers.
+
+    Args:
+        convs: (in, out) channels of each 3x3 convolution by position; ReLU follows at the next position and every
+            other position is a max pool.
+        layers: positions whose outputs are wanted; the stack ends at the deepest.
+    """
+
+    def __init__(self, convs: Mapping[int, tuple[int, int]], layers: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = frozenset(layers)
+        stack: list[nn.Module] = []
+        for position in range(max(layers) + 1):
+            if position in convs:
+                stack.append(nn.Conv2d(*convs[position], kernel_size=3, padding=1))
+            elif position - 1 in convs:
+                stack.append(nn.ReLU())
+            else:
+                stack.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*stack)
+        self.eval().requires_grad_(False)
+
+    def forward(self, image: Tensor) -> dict[int, Tensor]:
+        """(B,3,h,w) in [-1,1] -> {layer: (B,C,h',w')}; gradients reach the image, never the weights."""
+        outputs = {}
+        x = image
+        for position, module in enumerate(self.features):
+            x = module(x)
+            if position in self.layers:
+                outputs[position] = x
+        return outputs
+
+
+def build_vgg(weights: str, layers: Sequence[int], seed: int = 0) -> VGGFeatures:
+    """VGG16 features with ImageNet weights from torchvision, weights from a file, or seeded random ones.
+
+    Args:
+        weights: `imagenet` (torchvision downloads and caches them), `random`, or the path of a state dict with
+            torchvision's names (`features.0.weight` ... or `0.weight` ...), which may stop early.
+        layers: positions wanted.
+        seed: of the random weights.
+
+    Raises:
+        UserError: a layer VGG16 does not have or the file does not reach, an unreadable file, a failed download.
+    """
+    unknown = [layer for layer in layers if layer not in VGG16_RELUS]
+    if unknown or not layers:
+        raise UserError(
+            f"layer {unknown} is no ReLU output of VGG16's features; choose from {list(VGG16_RELUS)} "
+            "(--content_layers, --style_layers)"
+        )
+    if weights == "random":
+        return _random_vgg(layers, seed)
+    state = _download_imagenet_weights() if weights == "imagenet" else _read_state_dict(Path(weights))
+    return _vgg_from_state(state, layers, weights)
+
+
+def _random_vgg(layers: Sequence[int], seed: int) -> VGGFeatures:
+    """He-initialised, so that activations keep their scale through the stack."""
+    net = VGGFeatures(VGG16_CONVS, layers)
+    generator = torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(module.bias)
+    return net
+
+
+def _download_imagenet_weights() -> Mapping[str, Tensor]:
+    try:
+        return vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features.state_dict()
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"torchvision could not load its ImageNet VGG16 weights ({error}); connect once, or give a file with "
+            "--vgg_weights PATH (a state dict with torchvision's vgg16 names), or --vgg_weights random"
+        ) from None
+
+
+def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"--vgg_weights {path}: no such file (give a file, imagenet, or random)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--vgg_weights {path}: not a readable state dict ({reason})") from None
+    if not isinstance(state, Mapping):
+        raise UserError(f"--vgg_weights {path}: holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def vgg_from_state_dict(state: Mapping[str, Tensor], layers: Sequence[int]) -> VGGFeatures:
+    """A stack whose channel counts follow the given weights (any widths), cut after the deepest of `layers`."""
+    convs = {}
+    tensors = {}
+    for key, value in state.items():
+        match = _CONV_KEY.match(str(key))
+        if match and isinstance(value, Tensor) and int(match[1]) <= max(layers):
+            tensors[f"features.{match[1]}.{match[2]}"] = value
+            if match[2] == "weight" and value.ndim == 4:
+                convs[int(match[1])] = (value.shape[1], value.shape[0])
+    net = VGGFeatures(convs, layers)
+    net.load_state_dict(tensors)
+    return net
+
+
+def _vgg_from_state(state: Mapping[str, Tensor], layers: Sequence[int], origin: str) -> VGGFeatures:
+    found = {int(m[1]) for m in map(_CONV_KEY.match, map(str, state)) if m and m[2] == "weight"}
+    needed = {index for index in VGG16_CONVS if index < max(layers)}
+    if missing := sorted(needed - found):
+        # The stack is whole up to the convolution before the first gap.
+        reached = [relu for relu in VGG16_RELUS if relu < missing[0]]
+        asked = [layer for layer in layers if layer > missing[0]]
+        raise UserError(
+            f"--vgg_weights {origin} lacks features.{missing[0]}, so layer {asked} cannot be computed; it reaches "
+            f"layers {reached}: choose --content_layers and --style_layers among them, or give fuller weights"
+        )
+    try:
+        return vgg_from_state_dict(state, layers)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--vgg_weights {origin}: the tensors do not form VGG16's features ({reason})") from None

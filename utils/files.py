@@ -1,0 +1,83 @@
+"""Atomic writes: a reader sees the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from utils.errors import UserError
+
+# mkstemp makes private files (0600); other users of a shared data folder must be able to read ours as any other file.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, fsync it, then rename it to `path`.
+
+    The temporary name starts with a dot, so that data set scans that skip hidden files never see it. On any failure
+    the temporary file is removed and what stood at `path` is untouched.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; check the folder and the free space") from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically; see `atomic_write`."""
+    atomic_write(path, lambda file: file.write(data))
+
+
+def atomic_write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON to `path` atomically; see `atomic_write`."""
+    atomic_write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from None
+
+
+def make_folder(path: Path, flag: str) -> Path:
+    """Create the folder `path` (and its parents) and make sure that files can be made in it.
+
+    Raises:
+        UserError: names `flag` when the folder cannot be created or written to.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot create or write to this folder ({error.strerror})") from None
+    return Path(path)

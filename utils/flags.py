@@ -1,0 +1,38 @@
+"""Argparse helpers: one-line errors, and telling flags a user gave from defaults."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from utils.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a bad command line in one line with exit code 2, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+class _NotGiven:
+    """Stands for the value of a flag that is not on the command line."""
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, frozenset[str]]:
+    """Parse the command line.
+
+    Returns:
+        The values, and the destinations of the flags that were given explicitly.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # argparse fills in a default only where the namespace has no value yet.
+    actions = [a for a in parser._actions if a.dest not in (argparse.SUPPRESS, "help")]
+    values = parser.parse_args(arguments, argparse.Namespace(**{a.dest: _NotGiven for a in actions}))
+    given = frozenset(name for name, value in vars(values).items() if value is not _NotGiven)
+    defaults: dict[str, Any] = {a.dest: a.default for a in actions}
+    return argparse.Namespace(**{n: v if n in given else defaults[n] for n, v in vars(values).items()}), given
