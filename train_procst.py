@@ -29,7 +29,7 @@ from core.trainer import Trainer
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images, require_labels
 from models.vgg import build_vgg
-from utils.devices import resolve_device
+from utils.devices import default_workers, resolve_device
 from utils.errors import UserError, run_cli
 from utils.files import make_folder
 from utils.flags import OneLineParser, parse_flags
@@ -89,7 +89,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--src_resize", **size, help="size source images are resized to (default: the data set's, GTA5 1126 619)")
     add("--trg_resize", **size, help="size target images are resized to (default: the data set's, 1024 512)")
     add("--crop_size", **size, help="random crop of both, and size of the finest scale (default: 1024 512)")
-    add("--num_workers", type=int, default=6, help="loader processes for each domain (default: %(default)s)")
+    add("--num_workers", type=int, default=default_workers(), help="loader processes for each domain (default: 6, or the number of CPUs)")
 
 
 def _add_network_flags(group: argparse._ArgumentGroup) -> None:
@@ -338,8 +338,7 @@ def main() -> None:
     if checkpoint is not None:
         trainer.restore(checkpoint, origin)
         if flags.resume_to_epoch is not None:
-            trainer.step = _step_of_epoch(flags.resume_to_epoch, trainer)
-            trainer.scale_finished = False
+            trainer.move_to_step(_step_of_epoch(flags.resume_to_epoch, trainer))
     plans = trainer.plans()
 
     print(source.describe())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from core.checkpoint import CONFIG, LATEST, NETWORK_NAMES, Checkpoint, load_network
-from core.config import ProCSTConfig
+from core.config import ProCSTConfig, Size
 from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import RunProgress, ScalePlan, relative_step_cost
@@ -28,7 +28,7 @@ from core.step import (
     training_step,
 )
 from data_handlers.lists import FileList
-from data_handlers.stream import DomainBatch, StreamConfig, open_stream
+from data_handlers.stream import DomainBatch, LabelUse, StreamConfig, open_stream
 from utils.files import atomic_write_json
 
 
@@ -101,6 +101,12 @@ class Trainer:
         for name in NETWORK_NAMES:
             freeze(self.networks[name][-1])
         self.scale_finished = True
+
+    def move_to_step(self, step: int) -> None:
+        """Go on at `step` of the scale in training, thawing its networks if it was finished."""
+        self.step, self.scale_finished = step, False
+        for name in NETWORK_NAMES:
+            self.networks[name][-1].train().requires_grad_(True)
 
     def checkpoint(self) -> Checkpoint:
         """The present state; tensors are shared with the networks, so save it before the next step."""
@@ -197,7 +203,7 @@ class Trainer:
         )
         uses_labels = self.labels is not None and self._is_last_scale()
 
-        def stream(files: FileList, domain: str, resize: tuple[int, int], labels: str) -> Any:
+        def stream(files: FileList, domain: str, resize: Size, labels: LabelUse) -> Iterator[DomainBatch]:
             config = StreamConfig(
                 seed=self.config.run.manual_seed,
                 domain=domain,
@@ -212,7 +218,9 @@ class Trainer:
             pin_memory = self.device.type == "cuda"
             return open_stream(files, config, pyramid, steps, data.num_workers, pin_memory)
 
-        source = stream(self.source, "source", data.src_resize, "read" if uses_labels else "check")
+        has_labels = bool(self.source.data_set.label_path)
+        labels = "read" if uses_labels else "check" if has_labels else "none"
+        source = stream(self.source, "source", data.src_resize, labels)
         target = stream(self.target, "target", data.trg_resize, "none")
         return zip(source, target, strict=True)
 

@@ -32,7 +32,7 @@ class DataSet:
         images: for each split, glob patterns relative to the root, read in place and in this order. A pattern of a
             folder that does not exist is passed over as long as another pattern of the split finds images.
         label_path: replacements that turn an image's relative path into its label's; each replaces the last
-            occurrence.
+            occurrence. Empty for a data set without labels.
         id_map: label id -> trainId.
         resize: (W,H) images are resized to for training.
         crop: (W,H) of the random crop for training.
@@ -88,5 +88,14 @@ DATA_SETS = {
         resize=(1024, 512),
         crop=(1024, 512),
         never_used=frozenset({"troisdorf_000000_000073_leftImg8bit"}),
+    ),
+    # Any folder of pictures: no labels, so nothing that needs labels can use it.
+    "folder": DataSet(
+        name="folder",
+        images={"train": ("*.png", "*.jpg", "*.jpeg")},
+        label_path=(),
+        id_map={},
+        resize=(1024, 512),
+        crop=(1024, 512),
     ),
 }

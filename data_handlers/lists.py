@@ -50,14 +50,6 @@ def label_path(data_set: DataSet, image: str) -> str:
     return image
 
 
-def image_folder(data_set: DataSet, image: str, split: str = "train") -> str:
-    """Fixed leading folder of the pattern that matches the image, such as `images` or `leftImg8bit/train`."""
-    for pattern in data_set.images[split]:
-        if _matches(image, pattern):
-            return "/".join(_fixed_part(pattern))
-    return str(PurePosixPath(image).parent)
-
-
 def list_images(
     data_set: DataSet, root: Path | str, flag: str, split: str = "train", list_file: str = "", training: bool = True
 ) -> FileList:
@@ -94,9 +86,13 @@ def list_images(
 def require_labels(files: FileList, flag: str) -> None:
     """Check that every image has its label file, by listing folders rather than asking for each file.
 
+    A data set that declares no labels passes.
+
     Raises:
         UserError: names the first image without one and how many there are.
     """
+    if not files.data_set.label_path:
+        return
     present: dict[str, set[str]] = {}
     missing = []
     for image in files.images:
@@ -122,11 +118,6 @@ def _fixed_part(pattern: str) -> list[str]:
             break
         parts.append(part)
     return parts
-
-
-def _matches(path: str, pattern: str) -> bool:
-    parts, patterns = PurePosixPath(path).parts, PurePosixPath(pattern).parts
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
 def _glob(root: Path, pattern: str) -> Iterator[str]:

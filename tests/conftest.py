@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from utils.errors import run_cli
 
 GOLDEN_DIR = Path(os.environ.get("PROCST_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
@@ -14,3 +17,27 @@ GOLDEN_DIR = Path(os.environ.get("PROCST_GOLDEN_DIR") or Path(__file__).parent /
 def golden_dir() -> Path:
     """Folder of the reference numbers; `PROCST_GOLDEN_DIR` overrides it."""
     return GOLDEN_DIR
+
+
+@dataclass(frozen=True)
+class ScriptResult:
+    """Exit code and captured output of a script's `main`."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script module's main through its command line entry, in this process: run_script(module, *arguments)."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_cli(module.main)
+        captured = capsys.readouterr()
+        return ScriptResult(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -27,3 +28,8 @@ def resolve_device(gpus: Sequence[str]) -> torch.device:
         have = f"devices 0 to {count - 1}" if count else "no usable CUDA device"
         raise UserError(f"--gpus {name}: this machine has {have}; choose another one, or --gpus cpu")
     return torch.device("cuda", int(name))
+
+
+def default_workers() -> int:
+    """Loader processes by default: the published 6, but no more than there are CPUs."""
+    return min(6, os.cpu_count() or 1)

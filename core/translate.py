@@ -1,0 +1,189 @@
+"""Translating whole images of any size with a trained cascade (method: specification section 1, last scale's output).
+
+A generator is run on the whole image where that fits into memory, and otherwise on overlapping tiles. Group norm looks
+at the whole image, so tiles alone would each get their own brightness and seams would show. The tiled path therefore
+first measures every group norm's mean and variance over all tiles, layer by layer, and then normalises each tile with
+those: the result is that of the whole image up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.networks import ConvBlock, Generator
+from core.pyramid import normalise, to_pixels, translate_pyramid
+from utils.errors import UserError
+from utils.memory import available_memory
+
+log = logging.getLogger(__name__)
+
+# Copies of the widest feature map that are alive at once inside a block, workspace of the convolution included.
+FEATURE_COPIES = 5
+MIN_TILE_PIXELS = 96 * 96
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A group norm with known statistics: x * scale + shift, each (B,C,1,1)."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns to read (core plus halo) and, inside what was read, those of the core."""
+
+    rows: slice
+    columns: slice
+    core_rows: slice
+    core_columns: slice
+
+    @property
+    def target(self) -> tuple[slice, slice]:
+        """Rows and columns of the core in the whole image."""
+        return (
+            slice(self.rows.start + self.core_rows.start, self.rows.start + self.core_rows.stop),
+            slice(self.columns.start + self.core_columns.start, self.columns.start + self.core_columns.stop),
+        )
+
+
+def tiles(height: int, width: int, halo: int, max_pixels: int) -> Iterator[Tile]:
+    """Cover (height, width) with tiles of at most about `max_pixels` pixels each, halo included.
+
+    The halo is cut off at the image's border, where the convolutions' zero padding then does what it does for the
+    whole image.
+    """
+    side = max(math.isqrt(max(max_pixels, MIN_TILE_PIXELS)) - 2 * halo, 16)
+
+    def spans(length: int) -> Iterator[tuple[slice, slice]]:
+        for start in range(0, length, side):
+            stop = min(start + side, length)
+            read = slice(max(start - halo, 0), min(stop + halo, length))
+            yield read, slice(start - read.start, stop - read.start)
+
+    for rows, core_rows in spans(height):
+        for columns, core_columns in spans(width):
+            yield Tile(rows, columns, core_rows, core_columns)
+
+
+def _run_blocks(blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: Tensor) -> Tensor:
+    """Run the blocks on a tile; `norms` replaces the group norms."""
+    for block, norm in zip(blocks, norms, strict=True):
+        x = block(x) if norm is None else block.conv(block.actvn(x * norm.scale + norm.shift))
+    return x
+
+
+def _whole_image_norm(
+    norm: nn.GroupNorm, blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: Tensor, cover: Sequence[Tile]
+) -> Affine:
+    """The group norm after `blocks` with its statistics over the whole image, summed in float64."""
+    batch, groups = x.shape[0], norm.num_groups
+    sums = torch.zeros(2, batch, groups, dtype=torch.float64, device=x.device)
+    for tile in cover:
+        features = _run_blocks(blocks, norms, x[..., tile.rows, tile.columns])[..., tile.core_rows, tile.core_columns]
+        grouped = features.reshape(batch, groups, -1).double()
+        sums += torch.stack([grouped.sum(2), grouped.square().sum(2)])
+    count = x.shape[-2] * x.shape[-1] * (norm.num_channels // groups)
+    mean, mean_square = sums / count
+    inverse_std = ((mean_square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
+    spread = norm.num_channels // groups
+    scale = inverse_std.repeat_interleave(spread, 1) * norm.weight.double()
+    shift = norm.bias.double() - mean.repeat_interleave(spread, 1) * scale
+    return Affine(scale.float()[..., None, None], shift.float()[..., None, None])
+
+
+@torch.no_grad()
+def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, max_pixels: int) -> Tensor:
+    """The generator's output (B,3,h,w) for a whole image, computed on tiles of at most `max_pixels` pixels.
+
+    The generator must be in eval mode. With group norm the layers below each norm are computed once more for its
+    statistics, so this takes about half as many times longer as there are layers; memory is what it saves.
+    """
+    x = generator.join_inputs(image, coarser)
+    blocks = generator.blocks()
+    halo = sum(block.conv.padding[0] for block in blocks)
+    cover = list(tiles(*x.shape[-2:], halo, max_pixels))
+    norms: list[Affine | None] = []
+    for i, block in enumerate(blocks):
+        known = isinstance(block.norm, nn.GroupNorm)
+        norms.append(_whole_image_norm(block.norm, blocks[:i], norms, x, cover) if known else None)
+    output = torch.empty_like(image)
+    for tile in cover:
+        result = torch.tanh(_run_blocks(blocks, norms, x[..., tile.rows, tile.columns]))
+        output[..., tile.target[0], tile.target[1]] = result[..., tile.core_rows, tile.core_columns]
+    return output
+
+
+class Translator:
+    """Translates image pyramids with a frozen cascade, tiling where an image is too large for memory.
+
+    Args:
+        generators: frozen, coarse to fine, on `device`.
+        scale_factor: of the pyramid they were trained with.
+        max_pixels: most pixels a generator may see at once; None measures free memory for each batch.
+    """
+
+    def __init__(
+        self,
+        generators: Sequence[Generator],
+        scale_factor: float,
+        device: torch.device,
+        max_pixels: int | None = None,
+    ) -> None:
+        self.generators = generators
+        self.scale_factor = scale_factor
+        self.device = device
+        self.max_pixels = max_pixels
+
+    def _budget(self, batch: int) -> int:
+        """Pixels of one image that fit, for a batch of that many."""
+        if self.max_pixels is not None:
+            return max(self.max_pixels // batch, 1)
+        widest = max(generator.shape.channels for generator in self.generators)
+        return available_memory(self.device) // 2 // (4 * widest * FEATURE_COPIES * batch)
+
+    @torch.no_grad()
+    def __call__(self, levels: Sequence[Tensor]) -> np.ndarray:
+        """Translate a batch of equally sized images.
+
+        Args:
+            levels: uint8 pyramid levels 0..N, (B,h_i,w_i,3), on any device.
+
+        Returns:
+            uint8 (B,H,W,3): the pixels to save.
+
+        Raises:
+            UserError: the GPU's memory does not suffice even for the smallest tile.
+        """
+        inputs = [normalise(level.to(self.device, non_blocking=True)).permute(0, 3, 1, 2) for level in levels]
+        budget = self._budget(inputs[0].shape[0])
+        while True:
+            try:
+                output = self._translate(inputs, budget)
+                return to_pixels(output).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+            except torch.cuda.OutOfMemoryError:
+                size = inputs[-1].shape[-2] * inputs[-1].shape[-1]
+                budget = min(budget, size) // 4
+                torch.cuda.empty_cache()
+                if budget < MIN_TILE_PIXELS:
+                    raise UserError(
+                        f"the GPU's memory does not suffice for images of {size} pixels; lower --batch_size, "
+                        "free the GPU, or use --gpus cpu"
+                    ) from None
+                log.warning("out of GPU memory; translating on tiles of %d pixels", budget)
+
+    def _translate(self, inputs: Sequence[Tensor], budget: int) -> Tensor:
+        def forward(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
+            if image.shape[-2] * image.shape[-1] <= budget:
+                return generator(image, coarser)
+            return forward_tiled(generator, image, coarser, budget)
+
+        return translate_pyramid(self.generators, inputs, self.scale_factor, forward)

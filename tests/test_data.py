@@ -1,0 +1,181 @@
+"""Declarations, lists, readers and the step-indexed stream."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_png16, write_synthia
+
+from core.pyramid import image_pyramid
+from data_handlers.datasets import DATA_SETS, DataSet
+from data_handlers.images import read_label
+from data_handlers.label_maps import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16, to_train_ids
+from data_handlers.lists import label_path, list_images, require_labels
+from data_handlers.stream import StreamConfig, StreamSamples, open_stream
+from utils.errors import UserError
+
+WHOLE = partial(image_pyramid, num_scales=2, scale_factor=0.5, up_to=2)
+
+
+def stream_config(**changes):
+    values = {
+        "seed": 7, "domain": "source", "scale": 1, "batch_size": 2, "steps_per_epoch": 3, "epoch_length": 6,
+        "resize": (40, 30), "crop": (32, 24), "labels": "read",
+    }  # fmt: skip
+    return StreamConfig(**{**values, **changes})
+
+
+def test_label_maps_cover_the_19_classes():
+    for data_set in (DATA_SETS["gta5"], DATA_SETS["synthia"], DATA_SETS["cityscapes"]):
+        assert sorted(data_set.id_map.values()) == list(range(19))
+    assert (len(SYNTHIA_16), len(SYNTHIA_13)) == (16, 13)
+    assert set(SYNTHIA_16) - set(SYNTHIA_13) == {3, 4, 5}
+    assert set(range(19)) - set(SYNTHIA_16) == {9, 14, 16}
+    assert to_train_ids(np.array([7, 33, 0, 34]), CITYSCAPES_IDS).tolist() == [0, 18, 255, 255]
+
+
+def test_label_paths():
+    assert label_path(DATA_SETS["gta5"], "images/00001.png") == "labels/00001.png"
+    assert label_path(DATA_SETS["synthia"], "RGB/0000001.png") == "GT/LABELS/0000001.png"
+    image = "leftImg8bit/train/a/a_000000_000019_leftImg8bit.png"
+    assert label_path(DATA_SETS["cityscapes"], image) == "gtFine/train/a/a_000000_000019_gtFine_labelIds.png"
+
+
+def test_gta5_palette_is_read_by_index(tmp_path):
+    write_gta5(tmp_path, count=1)
+    ids = index_label((48, 32), 0)
+    label = read_label(tmp_path / "labels" / "00001.png", DATA_SETS["gta5"], (48, 32))
+    np.testing.assert_array_equal(label, to_train_ids(ids, CITYSCAPES_IDS))
+    assert len(np.unique(label)) == 7
+
+
+def test_synthia_class_is_channel_0_of_16_bits(tmp_path):
+    write_synthia(tmp_path, count=1)
+    ids = index_label((48, 32), 0, ids=(1, 2, 3, 8, 22, 0))
+    label = read_label(tmp_path / "GT/LABELS/0000000.png", DATA_SETS["synthia"], (48, 32))
+    np.testing.assert_array_equal(label, to_train_ids(ids, DATA_SETS["synthia"].id_map))
+    assert set(np.unique(label)) == {10, 2, 0, 13, 255}
+
+
+def test_the_two_known_gta5_frames_are_exported_but_not_trained_on(tmp_path):
+    write_gta5(tmp_path, names=["00001", "15188", "17705"])
+    training = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir")
+    export = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir", training=False)
+    assert training.images == ("images/00001.png",)
+    assert len(export) == 3
+    assert "15188" in training.describe()
+    assert "17705" in training.describe()
+    assert "\n" not in training.describe()
+
+
+def test_cityscapes_reads_train_and_train_extra_in_place(tmp_path):
+    write_cityscapes(tmp_path, count=3)
+    write_cityscapes(tmp_path, count=2, split="val", city="valtown")
+    extra = tmp_path / "leftImg8bit" / "train_extra" / "troisdorf"
+    extra.mkdir(parents=True)
+    for number in (72, 73, 74):
+        noise_image((48, 32), number).save(extra / f"troisdorf_000000_{number:06d}_leftImg8bit.png")
+    noise_image((48, 32), 0).save(extra / ".troisdorf_000000_000099_leftImg8bit.png")
+    files = list_images(DATA_SETS["cityscapes"], tmp_path, "--trg_data_dir")
+    assert len(files) == 5
+    assert not any("000073" in image or "/." in image for image in files.images)
+    assert "troisdorf_000000_000073" in files.describe()
+    assert len(list_images(DATA_SETS["cityscapes"], tmp_path, "--trg_data_dir", split="val")) == 2
+
+
+def test_a_list_file_overrides(tmp_path):
+    write_gta5(tmp_path / "gta", count=5)
+    listing = tmp_path / "list.txt"
+    listing.write_text("00003.png\nimages/00001.png\n\n# comment\n")
+    files = list_images(DATA_SETS["gta5"], tmp_path / "gta", "--src_data_dir", list_file=str(listing))
+    assert files.images == ("images/00003.png", "images/00001.png")
+    listing.write_text("00009.png\n")
+    with pytest.raises(UserError, match="line 1"):
+        list_images(DATA_SETS["gta5"], tmp_path / "gta", "--src_data_dir", list_file=str(listing))
+
+
+def test_a_new_data_set_is_one_declaration(tmp_path):
+    mine = DataSet(
+        name="mine",
+        images={"train": ("left/*/*.png",)},
+        label_path=(("left/", "mask/"), (".png", "_mask.png")),
+        id_map={1: 0, 2: 13},
+        resize=(40, 30),
+        crop=(40, 30),
+    )
+    (tmp_path / "left" / "a").mkdir(parents=True)
+    (tmp_path / "mask" / "a").mkdir(parents=True)
+    noise_image((48, 32), 0).save(tmp_path / "left/a/x.png")
+    Image.fromarray(index_label((48, 32), 0, ids=(1, 2, 3))).save(tmp_path / "mask/a/x_mask.png")
+    files = list_images(mine, tmp_path, "--src_data_dir")
+    require_labels(files, "--src_data_dir")
+    config = stream_config(steps_per_epoch=1, epoch_length=1, batch_size=1, resize=mine.resize, crop=mine.crop)
+    batch = next(iter(open_stream(files, config, WHOLE, range(1), num_workers=0)))
+    assert [tuple(level.shape) for level in batch.levels] == [(1, 8, 10, 3), (1, 15, 20, 3), (1, 30, 40, 3)]
+    assert set(batch.label.unique().tolist()) == {0, 13, 255}
+
+
+def collect(files, config, steps, num_workers):
+    stream = open_stream(files, config, WHOLE, steps, num_workers)
+    return [[*batch.levels, batch.label] for batch in stream]
+
+
+def test_a_step_depends_on_seed_and_number_alone(tmp_path):
+    write_gta5(tmp_path)
+    files = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir")
+    alone = collect(files, stream_config(), range(8), num_workers=0)
+    for workers, first in ((0, 5), (1, 0), (3, 0), (3, 5)):
+        other = collect(files, stream_config(), range(first, 8), workers)
+        for ours, theirs in zip(alone[first:], other, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a, b)
+    for changes in ({"seed": 8}, {"domain": "target"}, {"scale": 2}):
+        other = collect(files, stream_config(**changes), range(8), num_workers=0)
+        assert not all(torch.equal(a[-2], b[-2]) for a, b in zip(alone, other, strict=True))
+
+
+def test_an_epoch_shows_every_image_and_the_shorter_list_is_repeated(tmp_path):
+    write_gta5(tmp_path, count=3)
+    files = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir")
+    samples = StreamSamples(files, stream_config(epoch_length=7, steps_per_epoch=7, batch_size=1), WHOLE)
+    first = [samples.image_index(position) for position in range(7)]
+    second = [samples.image_index(position) for position in range(7, 14)]
+    assert sorted(first) == sorted(second) == [0, 0, 0, 1, 1, 2, 2]
+    assert first != second
+
+
+def test_every_crop_offset_is_reachable_and_the_whole_image_is_a_crop(tmp_path):
+    write_gta5(tmp_path, count=1)
+    files = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir")
+    samples = StreamSamples(files, stream_config(resize=(34, 27), crop=(32, 24)), WHOLE)
+    offsets = {samples.crop_offset(position) for position in range(400)}
+    assert offsets == {(x, y) for x in range(3) for y in range(4)}
+    whole = StreamSamples(files, stream_config(resize=(32, 24), crop=(32, 24)), WHOLE)
+    assert {whole.crop_offset(position) for position in range(20)} == {(0, 0)}
+
+
+def test_image_and_label_share_the_crop(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    ids = np.repeat(np.arange(48, dtype=np.uint8)[None], 32, axis=0) % 34
+    Image.fromarray(ids).save(tmp_path / "labels/1.png")
+    Image.fromarray(np.repeat(ids[..., None], 3, axis=2)).save(tmp_path / "images/1.png")
+    files = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir")
+    config = stream_config(resize=(48, 32), crop=(20, 16), epoch_length=1, steps_per_epoch=1, batch_size=1)
+    for batch in open_stream(files, config, WHOLE, range(12), num_workers=0):
+        pixels = batch.levels[-1][0, ..., 0].numpy()
+        np.testing.assert_array_equal(batch.label[0].numpy(), to_train_ids(pixels, CITYSCAPES_IDS))
+
+
+def test_sixteen_bit_labels_resize_without_new_values(tmp_path):
+    write_synthia(tmp_path, count=2)
+    write_png16(tmp_path / "GT/LABELS/0000001.png", np.full((32, 48, 3), 3, dtype=np.uint16))
+    files = list_images(DATA_SETS["synthia"], tmp_path, "--src_data_dir")
+    config = stream_config(epoch_length=2, steps_per_epoch=1)
+    batch = next(iter(open_stream(files, config, WHOLE, range(1), num_workers=0)))
+    assert set(batch.label.unique().tolist()) <= {0, 2, 10, 13, 255}
+    assert any(set(label.unique().tolist()) == {0} for label in batch.label)

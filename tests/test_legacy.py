@@ -1,0 +1,124 @@
+"""Files of the authors' code: read right through the real command line, and never executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import create_sit_dataset
+from core.legacy import load_legacy_generators, read_inert
+from core.pyramid import image_pyramid, normalise, translate_pyramid
+from utils.errors import UserError
+
+
+@pytest.fixture
+def reference(golden_dir):
+    return np.load(golden_dir / "legacy_generators.npz")
+
+
+def test_network_output(golden_dir, reference):
+    generators = load_legacy_generators(golden_dir / "legacy_generators.pth")
+    image = Image.fromarray(reference["source_rgb"])
+    pyramid = image_pyramid(image, len(generators) - 1, 0.5, len(generators) - 1)
+    levels = [normalise(torch.from_numpy(np.array(level))).permute(2, 0, 1)[None] for level in pyramid]
+    with torch.no_grad():
+        sit = translate_pyramid(generators, levels, 0.5).numpy()
+    expected = reference["sit"]
+    assert np.linalg.norm(sit - expected) / np.linalg.norm(expected) < 1e-4
+
+
+def test_saved_picture_through_the_command_line(golden_dir, reference, tmp_path, run_script):
+    (tmp_path / "gta" / "images").mkdir(parents=True)
+    Image.fromarray(reference["source_rgb"]).save(tmp_path / "gta" / "images" / "00001.png")
+    result = run_script(
+        create_sit_dataset,
+        "--gpus", "cpu", "--num_workers", 0, "--trained_procst_path", golden_dir / "legacy_generators.pth",
+        "--src_data_dir", tmp_path / "gta", "--sit_output_path", tmp_path / "sit",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    with Image.open(tmp_path / "sit" / "images" / "00001.png") as saved:
+        assert saved.mode == "RGB"
+        pixels = np.asarray(saved).astype(int)
+    assert pixels.shape == reference["sit_png"].shape
+    assert np.abs(pixels - reference["sit_png"]).max() <= 1
+
+
+class Touch:
+    """Unpickling this runs a command that creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def write_archive(path, payload):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hostile/data.pkl", payload)
+        archive.writestr("hostile/version", "3")
+
+
+def test_hostile_pickle_creates_no_file(tmp_path, run_script):
+    bait, model = tmp_path / "bait", tmp_path / "Gst.pth"
+    payload = pickle.dumps([Touch(bait)], protocol=2)
+    write_archive(model, payload)
+    with pytest.raises(UserError, match="system"):
+        read_inert(model)
+    result = run_script(
+        create_sit_dataset,
+        "--gpus", "cpu", "--trained_procst_path", model, "--sit_output_path", tmp_path / "sit",
+    )  # fmt: skip
+    assert result.code == 2
+    assert len(result.err.strip().splitlines()) == 1
+    assert not bait.exists()
+    assert not (tmp_path / "sit").exists()
+    # The bait is real: the ordinary unpickler takes it.
+    pickle.loads(payload)
+    assert bait.exists()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"ctorch\nload\n(S'x'\ntR.",
+        b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
+        b"\x80\x04\x8c\x08builtins\x8c\x04exec\x93.",
+        b"ctorch.nn.modules.conv\nConv2d\n(S'x'\ntR.",
+        b"garbage",
+        b"",
+    ],
+)
+def test_anything_outside_the_list_is_refused(tmp_path, payload):
+    write_archive(tmp_path / "Gst.pth", payload)
+    with pytest.raises(UserError):
+        load_legacy_generators(tmp_path / "Gst.pth")
+
+
+def test_a_tensor_that_reaches_past_its_storage_is_refused(tmp_path):
+    path = tmp_path / "Gst.pth"
+    torch.save(torch.arange(4.0), path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    name = next(entry for entry in entries if entry.endswith("data.pkl"))
+    assert entries[name].count(b"K\x04\x85") == 1  # the size (4,)
+    entries[name] = entries[name].replace(b"K\x04\x85", b"K\xff\x85")
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, data in entries.items():
+            archive.writestr(entry, data)
+    with pytest.raises(UserError, match="past its storage"):
+        read_inert(path)
+
+
+def test_other_models_are_refused_by_name(tmp_path):
+    torch.save([nn.Conv2d(3, 3, 3)], tmp_path / "Gst.pth")
+    with pytest.raises(UserError, match="not a ProCST generator"):
+        load_legacy_generators(tmp_path / "Gst.pth")
