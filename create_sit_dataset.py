@@ -55,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--src_data_dir", default="data/gta", help="its root folder (default: the run's, else data/gta)")
     add("--src_list", default="", metavar="FILE", help="text file with one image a line, instead of all")
     add("--batch_size", type=int, default=1, help="images of equal size translated at once (default: %(default)s)")
-    add("--num_workers", type=int, default=default_workers(), help="loader processes, 0 loads in this one (default: 6, or the number of CPUs)")
+    add("--num_workers", type=int, default=default_workers(),
+        help="loader processes, 0 loads in this one (default: 6, or the number of CPUs)")  # fmt: skip
     add("--skip_created_files", action="store_true", help="keep complete images that are already there")
     add("--scale_factor", type=float, default=0.5,
         help="size ratio of the scales, for a Gst.pth, which does not say (default: %(default)s)")  # fmt: skip

@@ -24,7 +24,7 @@ from core.config import (
     require_one_per_scale,
     resolve_norms,
 )
-from core.progress import RunProgress
+from core.progress import RunProgress, scale_plans
 from core.trainer import Trainer
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images, require_labels
@@ -89,7 +89,8 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--src_resize", **size, help="size source images are resized to (default: the data set's, GTA5 1126 619)")
     add("--trg_resize", **size, help="size target images are resized to (default: the data set's, 1024 512)")
     add("--crop_size", **size, help="random crop of both, and size of the finest scale (default: 1024 512)")
-    add("--num_workers", type=int, default=default_workers(), help="loader processes for each domain (default: 6, or the number of CPUs)")
+    add("--num_workers", type=int, default=default_workers(),
+        help="loader processes for each domain (default: 6, or the number of CPUs)")  # fmt: skip
 
 
 def _add_network_flags(group: argparse._ArgumentGroup) -> None:
@@ -332,6 +333,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # every scale has one input size
     source, target = _file_lists(config)
     perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
+    plans = scale_plans(config, max(len(source), len(target)))
     # Everything that can be wrong with the input has been looked at; only now is a folder made.
     folder = _new_run_folder(config) if origin is None else origin.parent
     trainer = Trainer(config, source, target, perceptual, device, folder)
@@ -339,7 +341,6 @@ def main() -> None:
         trainer.restore(checkpoint, origin)
         if flags.resume_to_epoch is not None:
             trainer.move_to_step(_step_of_epoch(flags.resume_to_epoch, trainer))
-    plans = trainer.plans()
 
     print(source.describe())
     print(target.describe())

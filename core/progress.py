@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from core.config import LossConfig, NetworkConfig
+from core.config import LossConfig, NetworkConfig, ProCSTConfig
 from core.networks import Discriminator, Generator
 from core.pyramid import level_size, to_unit_range
 from models.vgg import VGG16_CONVS
@@ -30,6 +30,23 @@ class ScalePlan:
 
     steps: int
     step_cost: float
+
+
+def scale_plans(config: ProCSTConfig, epoch_length: int) -> list[ScalePlan]:
+    """Steps and relative cost of a step for every scale.
+
+    Raises:
+        UserError: a batch is larger than the data.
+    """
+    return [
+        ScalePlan(
+            steps=config.schedule.steps(scale, epoch_length),
+            step_cost=relative_step_cost(
+                config.network, scale, config.schedule.batch_size_list[scale], config.data.crop_size, config.loss
+            ),
+        )
+        for scale in range(config.network.num_scales + 1)
+    ]
 
 
 def relative_step_cost(

@@ -16,7 +16,7 @@ from core.checkpoint import CONFIG, LATEST, NETWORK_NAMES, Checkpoint, load_netw
 from core.config import ProCSTConfig, Size
 from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
-from core.progress import RunProgress, ScalePlan, relative_step_cost
+from core.progress import RunProgress
 from core.pyramid import image_pyramid, normalise
 from core.step import (
     Batch,
@@ -156,19 +156,6 @@ class Trainer:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def plans(self) -> list[ScalePlan]:
-        """Steps and relative cost of a step for every scale."""
-        schedule, data, network = self.config.schedule, self.config.data, self.config.network
-        return [
-            ScalePlan(
-                steps=schedule.steps(scale, self.epoch_length),
-                step_cost=relative_step_cost(
-                    network, scale, schedule.batch_size_list[scale], data.crop_size, self.config.loss
-                ),
-            )
-            for scale in range(network.num_scales + 1)
-        ]
-
     def fit(self, progress: RunProgress) -> None:
         """Train from the present state to the end of the last scale.
 
@@ -176,13 +163,12 @@ class Trainer:
             UserError: an image or label cannot be used, or the run folder cannot be written to.
         """
         atomic_write_json(self.run_folder / CONFIG, self.config.to_json())
-        plans = self.plans()
         if not self.networks["Gst"]:
             self.start_scale(0)
             self._save(LATEST)
         while True:
             if not self.scale_finished:
-                self._train_scale(plans[self.scale].steps, progress)
+                self._train_scale(progress)
                 self.finish_scale()
                 self._save(f"scale_{self.scale}.pth", LATEST)
                 sheet = save_contact_sheet(
@@ -224,8 +210,9 @@ class Trainer:
         target = stream(self.target, "target", data.trg_resize, "none")
         return zip(source, target, strict=True)
 
-    def _train_scale(self, steps: int, progress: RunProgress) -> None:
+    def _train_scale(self, progress: RunProgress) -> None:
         run = self.config.run
+        steps = self.config.schedule.steps(self.scale, self.epoch_length)
         per_epoch = self.config.schedule.steps_per_epoch(self.scale, self.epoch_length)
         picture_rate = max(1, per_epoch // run.pics_per_epoch) if run.pics_per_epoch else 0
         nets, optimizers = self._scale_networks(), ScaleOptimizers(**self.optimizers)

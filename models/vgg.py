@@ -111,7 +111,9 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
         raise UserError(f"--vgg_weights {path}: no such file (give a file, imagenet, or random)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(f"--vgg_weights {path}: not a state dict of plain tensors; nothing else is loaded") from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--vgg_weights {path}: not a readable state dict ({reason})") from None
     if not isinstance(state, Mapping):

@@ -1,0 +1,30 @@
+# make demo   the whole job on a generated world, into demo/
+# make test   all tests
+# make lint   static checks
+# Each first creates the virtual environment .venv from requirements.txt.
+# Another Python: make PYTHON=python3.12 test. Another PyTorch build: see README.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+.PHONY: env demo test lint clean
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
+	touch $@
+
+demo: env
+	$(VENV)/bin/python make_demo.py --out demo
+
+test: env
+	$(VENV)/bin/python -m pytest
+
+lint: env
+	$(VENV)/bin/python -m ruff check .
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .ruff_cache

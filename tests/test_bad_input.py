@@ -1,0 +1,292 @@
+"""Bad input gets one clear line, exit code 2, no traceback, and nothing is written."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train_cli import export_flags, only_run, training_flags
+from worlds import noise_image, write_cityscapes, write_gta5, write_synthia
+
+import create_sit_dataset
+import train_procst
+
+
+@pytest.fixture
+def world(tmp_path):
+    write_gta5(tmp_path / "gta", count=4, size=(60, 44))
+    write_cityscapes(tmp_path / "cityscapes", count=3, size=(64, 40), labels=False)
+    return tmp_path
+
+
+def tree(root):
+    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def check_refusal(result, *parts):
+    assert result.code == 2, result.out + result.err
+    lines = [line for line in result.err.splitlines() if line.strip() and "%|" not in line]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.err
+    for part in parts:
+        assert str(part) in lines[0], lines[0]
+
+
+def refuse_training(run_script, world, *parts, **changes):
+    """Run a training that must be refused before anything is written."""
+    before = tree(world)
+    check_refusal(run_script(train_procst, *training_flags(world, world / "out", **changes)), *parts)
+    assert tree(world) == before
+
+
+def test_missing_data_folder(run_script, world):
+    refuse_training(run_script, world, "--src_data_dir", "nowhere", src_data_dir=world / "nowhere")
+    refuse_training(run_script, world, "--trg_data_dir", "nowhere", trg_data_dir=world / "nowhere")
+
+
+def test_empty_folder(run_script, world):
+    (world / "empty").mkdir()
+    refuse_training(run_script, world, "no images", "images/*.png", src_data_dir=world / "empty")
+    refuse_training(run_script, world, "no images", "leftImg8bit", trg_data_dir=world / "empty")
+
+
+def test_image_without_label(run_script, world):
+    (world / "gta/labels/00003.png").unlink()
+    refuse_training(run_script, world, "1 of 4", "images/00003.png", "labels/00003.png")
+
+
+def test_label_of_another_size(run_script, world):
+    Image.fromarray(np.zeros((44, 61), np.uint8)).save(world / "gta/labels/00003.png")
+    result = run_script(train_procst, *training_flags(world, world / "out", batch_size_list=(4, 2, 1)))
+    check_refusal(result, "00003.png", "61x44", "60x44")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_image(run_script, world, workers):
+    path = world / "gta/images/00002.png"
+    path.write_bytes(path.read_bytes()[:900])
+    flags = training_flags(world, world / "out", batch_size_list=(4, 2, 1), num_workers=workers)
+    check_refusal(run_script(train_procst, *flags), path, "truncated")
+
+
+def test_files_that_are_no_images(run_script, world):
+    for data in (b"", b"not an image at all"):
+        (world / "gta/images/00002.png").write_bytes(data)
+        flags = training_flags(world, world / "out", batch_size_list=(4, 2, 1))
+        check_refusal(run_script(train_procst, *flags), "00002.png")
+
+
+def test_synthia_labels_in_8_bit_files(run_script, world):
+    write_synthia(world / "synthia", count=2)
+    for k in range(2):
+        noise_image((48, 32), k).save(world / f"synthia/GT/LABELS/{k:07d}.png")
+    flags = training_flags(world, world / "out", source="synthia", src_data_dir=world / "synthia")
+    check_refusal(run_script(train_procst, *flags), "GT/LABELS", "16-bit", "8-bit")
+
+
+def test_16_bit_labels_where_8_bit_ids_belong(run_script, world):
+    for k in range(1, 5):
+        Image.fromarray(np.zeros((44, 60), np.uint16)).save(world / f"gta/labels/{k:05d}.png")
+    check_refusal(run_script(train_procst, *training_flags(world, world / "out")), "labels/", "16-bit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"batch_size_list": (2, 2)}, ("--batch_size_list", "2 values", "3 scales")),
+        ({"batch_size_list": (2, 0, 1)}, ("--batch_size_list",)),
+        ({"batch_size_list": (9, 2, 1)}, ("--batch_size_list", "9")),
+        ({"batch_size_list": (2, 2, 1), "batch_size": 2}, ("--batch_size",)),
+        ({"crop_size": (53, 36)}, ("--crop_size 53 36", "--src_resize 52 40")),
+        ({"crop_size": (48, 38)}, ("--crop_size 48 38", "--trg_resize 48 36")),
+        ({"crop_size": (24, 16)}, ("--crop_size 24 16", "8 a side")),
+        ({"crop_size": (0, 16)}, ("--crop_size",)),
+        ({"base_channels_list": (8, 8)}, ("--base_channels_list", "2 values")),
+        ({"steps_per_scale": (1, 2)}, ("--steps_per_scale",)),
+        ({"steps_per_scale": 0}, ("--steps_per_scale",)),
+        ({"lr_g": 0}, ("--lr_g",)),
+        ({"lr_d": "nan"}, ("--lr_d",)),
+        ({"beta1": 1}, ("--beta1",)),
+        ({"lambda_style": -1}, ("--lambda_style",)),
+        ({"scale_factor": 1}, ("--scale_factor",)),
+        ({"num_scales": -1}, ("--num_scales",)),
+        ({"body_layers": 1}, ("--body_layers",)),
+        ({"ker_size": 4}, ("--ker_size",)),
+        ({"stride": 2}, ("--stride",)),
+        ({"padd_size": 3}, ("--padd_size",)),
+        ({"nc_im": 1}, ("--nc_im",)),
+        ({"print_rate": 0}, ("--print_rate",)),
+        ({"manual_seed": -1}, ("--manual_seed",)),
+        ({"num_workers": -1}, ("--num_workers",)),
+        ({"gpus": 3}, ("--gpus 3",)),
+        ({"gpus": ("0", "1")}, ("--gpus 0 1",)),
+        ({"gpus": "zero"}, ("--gpus zero",)),
+        ({"gpus": None}, ("--gpus is required",)),
+        ({"source": "kitti"}, ("--source", "gta5")),
+        ({"lr_g": "fast"}, ("--lr_g", "fast")),
+        ({"no_such_flag": 1}, ("--no_such_flag",)),
+        ({"resume_to_epoch": 2}, ("--resume_to_epoch", "--continue_train_from_path")),
+        ({"debug_stop_epoch": 1}, ("--debug_run",)),
+        ({"no_semseg": None}, ("--no_semseg",)),
+        ({"lambda_labels": 2}, ("--lambda_labels", "--no_semseg")),
+        ({"weight-decay": 1e-3}, ("--weight-decay", "--no_semseg")),
+        ({"style_layers": (3, 7)}, ("[7]", "--style_layers")),
+        ({"vgg_weights": "missing.pth"}, ("--vgg_weights missing.pth",)),
+        ({"src_list": "missing.txt"}, ("missing.txt",)),
+        ({"continue_train_from_path": "missing"}, ("--continue_train_from_path missing",)),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_flags(run_script, world, changes, parts):
+    if "gpus" in changes and changes["gpus"] == 3 and torch.cuda.device_count() > 3:
+        pytest.skip("this machine has a GPU 3")
+    refuse_training(run_script, world, *parts, **changes)
+
+
+def write_vgg(path, last_conv):
+    shapes = {0: (4, 3), 2: (4, 4), 5: (4, 4), 7: (4, 4), 10: (4, 4), 12: (4, 4)}
+    kept = {index: shape for index, shape in shapes.items() if index <= last_conv}
+    state = {f"features.{i}.weight": torch.randn(*shape, 3, 3) for i, shape in kept.items()}
+    torch.save(state | {f"features.{i}.bias": torch.zeros(shape[0]) for i, shape in kept.items()}, path)
+
+
+def test_a_style_layer_the_weights_do_not_reach(run_script, world):
+    write_vgg(world / "vgg.pth", last_conv=5)
+    flags = {"vgg_weights": world / "vgg.pth", "content_layers": 6}
+    parts = ("vgg.pth", "features.7", "[8, 11]", "[1, 3, 6]")
+    refuse_training(run_script, world, *parts, style_layers=(3, 8, 11), **flags)
+    result = run_script(train_procst, *training_flags(world, world / "out", steps_per_scale=1, **flags))
+    assert result.code == 0, result.err
+
+
+def test_vgg_weights_that_are_something_else(run_script, world):
+    (world / "text.pth").write_text("no weights")
+    refuse_training(run_script, world, "text.pth", vgg_weights=world / "text.pth")
+    torch.save(torch.nn.Conv2d(1, 1, 1), world / "module.pth")
+    refuse_training(run_script, world, "module.pth", vgg_weights=world / "module.pth")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_output_folder(run_script, world):
+    (world / "locked").mkdir(mode=0o555)
+    refuse_training(run_script, world, "--checkpoints_dir", checkpoints_dir=world / "locked")
+
+
+def test_unwritable_output_folder(run_script, world):
+    (world / "file").write_text("")
+    refuse_training(run_script, world, "--checkpoints_dir", checkpoints_dir=world / "file" / "models")
+
+
+@pytest.fixture
+def trained(run_script, world):
+    result = run_script(train_procst, *training_flags(world, world / "out", steps_per_scale=1))
+    assert result.code == 0, result.err
+    return only_run(world / "out")
+
+
+def test_continuing_with_other_settings(run_script, world, trained):
+    before = tree(world)
+    for flag, values, part in (
+        ("base_channels_list", (16, 16, 16), "(8, 8, 8)"),
+        ("batch_size_list", (1, 1, 1), "(2, 2, 1)"),
+        ("lr_g", (1e-5,), "0.001"),
+        ("body_layers", (6,), "5"),
+        ("batch_size", (2,), "its own setting"),
+    ):
+        result = run_script(train_procst, "--continue_train_from_path", trained, f"--{flag}", *values)
+        check_refusal(result, f"--{flag}", part)
+    assert tree(world) == before
+
+
+def test_a_checkpoint_of_other_channel_widths(run_script, world, trained):
+    state = torch.load(trained / "latest.pth", weights_only=True)
+    state["config"]["network"]["base_channels_list"] = [16, 8, 8]
+    torch.save(state, trained / "latest.pth")
+    before = tree(world)
+    check_refusal(run_script(train_procst, "--continue_train_from_path", trained), "Dst of scale 0", "(8, 3, 3, 3)")
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit"))
+    check_refusal(result, "Gst of scale 0", "(16, 3, 3, 3)")
+    assert tree(world) == before
+
+
+def test_damaged_and_foreign_checkpoints(run_script, world, trained):
+    good = (trained / "latest.pth").read_bytes()
+    torch.save({"weights": torch.zeros(3)}, world / "foreign.pth")
+    (world / "damaged.pth").write_bytes(good[: len(good) // 2])
+    (world / "empty.pth").write_bytes(b"")
+    for name in ("foreign.pth", "damaged.pth", "empty.pth", "absent.pth"):
+        before = tree(world)
+        check_refusal(run_script(train_procst, "--continue_train_from_path", world / name), name)
+        check_refusal(run_script(create_sit_dataset, *export_flags(world / name, world, world / "sit")), name)
+        assert tree(world) == before
+
+
+def test_exporting_a_run_that_has_not_reached_its_last_scale(run_script, world, trained):
+    result = run_script(create_sit_dataset, *export_flags(trained / "scale_0.pth", world, world / "sit"))
+    check_refusal(result, "scale 0 of 0..2")
+    assert not (world / "sit").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"gpus": 3}, ("--gpus 3",)),
+        ({"batch_size": 0}, ("--batch_size",)),
+        ({"num_workers": -1}, ("--num_workers",)),
+        ({"max_pixels": 0}, ("--max_pixels",)),
+        ({"scale_factor": 0.7}, ("--scale_factor",)),
+        ({"source": "synthia"}, ("--src_data_dir",)),
+        ({"src_data_dir": "nowhere"}, ("--src_data_dir nowhere",)),
+    ],
+)
+def test_export_flags(run_script, world, trained, changes, parts):
+    before = tree(world)
+    check_refusal(run_script(create_sit_dataset, *export_flags(trained, world, world / "sit", **changes)), *parts)
+    assert tree(world) == before
+
+
+def test_export_never_overwrites_the_source_or_foreign_images(run_script, world, trained):
+    before = tree(world)
+    check_refusal(run_script(create_sit_dataset, *export_flags(trained, world, world / "gta")), "overwrite the source")
+    (world / "alias").mkdir()
+    (world / "alias/images").symlink_to(world / "gta/images")
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "alias", skip_created_files=()))
+    check_refusal(result, "overwrite the source")
+    write_gta5(world / "other", count=1)
+    check_refusal(run_script(create_sit_dataset, *export_flags(trained, world, world / "other")), "did not write")
+    after = tree(world)
+    assert {path: stamp for path, stamp in after.items() if path.startswith("gta")} == {
+        path: stamp for path, stamp in before.items() if path.startswith("gta")
+    }
+
+
+def test_export_refuses_to_mix_two_models(run_script, world, trained):
+    assert run_script(create_sit_dataset, *export_flags(trained, world, world / "sit")).code == 0
+    other = training_flags(world, world / "second", steps_per_scale=1, manual_seed=1)
+    assert run_script(train_procst, *other).code == 0
+    before = tree(world)
+    flags = export_flags(only_run(world / "second"), world, world / "sit", skip_created_files=())
+    check_refusal(run_script(create_sit_dataset, *flags), "other generators")
+    assert tree(world) == before
+
+
+def test_export_into_an_unwritable_folder(run_script, world, trained):
+    (world / "file").write_text("")
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "file" / "sit"))
+    check_refusal(result, "--sit_output_path")
+
+
+def test_export_stops_at_a_truncated_image_and_goes_on_after_its_repair(run_script, world, trained):
+    path = world / "gta/images/00003.png"
+    good = path.read_bytes()
+    path.write_bytes(good[:900])
+    check_refusal(run_script(create_sit_dataset, *export_flags(trained, world, world / "sit")), path, "truncated")
+    assert sorted(p.name for p in (world / "sit/images").iterdir()) == ["00001.png", "00002.png"]
+    path.write_bytes(good)
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit", skip_created_files=()))
+    assert result.code == 0, result.err
+    assert "2 translated" in result.out
