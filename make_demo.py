@@ -26,12 +26,12 @@ from utils.files import atomic_write_bytes, make_folder, read_json
 from utils.flags import OneLineParser, parse_flags
 
 FRAMES = 120
-SIZE = ("160", "80")
+SIZE = ("128", "64")
 COLUMNS = 5
 MARKER = ".made_by_make_demo"
 # Small and quick: a third of the published width, a coarse perceptual net with random weights (nothing is downloaded).
 TRAINING = """
-    --src_resize 176 88 --trg_resize 160 80 --crop_size 160 80 --base_channels_list 16 --batch_size_list 16 8 4
+    --src_resize 144 72 --trg_resize 128 64 --crop_size 128 64 --base_channels_list 16 --batch_size_list 16 8 4
     --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 150 --vgg_weights random --content_layers 8 --style_layers 3 8
     --no_semseg --num_workers 1 --print_rate 25
 """
@@ -91,7 +91,8 @@ def main() -> None:
     run("make_toy_data.py", "--out", gta, "--domain", "gta5", *toy, "--seed", "1")
     run("make_toy_data.py", "--out", cityscapes, "--domain", "cityscapes", *toy, "--seed", "2")
     data = ("--gpus", "cpu", "--src_data_dir", gta, "--trg_data_dir", cityscapes)
-    run("train_procst.py", *data, *shlex.split(TRAINING), "--checkpoints_dir", str(runs), "--tb_logs_dir", str(out / "runs"))
+    outputs = ("--checkpoints_dir", str(runs), "--tb_logs_dir", str(out / "runs"))
+    run("train_procst.py", *data, *shlex.split(TRAINING), *outputs)
     (trained,) = runs.iterdir()
     sit = str(out / "sit")
     run("create_sit_dataset.py", "--gpus", "cpu", "--trained_procst_path", str(trained), "--sit_output_path", sit)

@@ -252,4 +252,6 @@ class Trainer:
         )
 
     def _to_device(self, levels: list[Tensor]) -> list[Tensor]:
-        return [normalise(level.to(self.device, non_blocking=True)).permute(0, 3, 1, 2) for level in levels]
+        # Contiguous: on the CPU the group norm scales take 15 to 30 % longer with channels-last images.
+        moved = [level.to(self.device, non_blocking=True) for level in levels]
+        return [normalise(level).permute(0, 3, 1, 2).contiguous() for level in moved]
