@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train_cli import export_flags, only_run, training_flags
-from worlds import noise_image, write_cityscapes, write_gta5, write_synthia
 
 import create_sit_dataset
 import train_procst
+from test_train_cli import export_flags, only_run, training_flags
+from worlds import noise_image, write_cityscapes, write_gta5, write_synthia
 
 
 @pytest.fixture

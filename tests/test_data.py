@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_png16, write_synthia
 
 from core.pyramid import image_pyramid
 from data_handlers.datasets import DATA_SETS, DataSet
@@ -17,6 +16,7 @@ from data_handlers.label_maps import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16, to_
 from data_handlers.lists import label_path, list_images, require_labels
 from data_handlers.stream import StreamConfig, StreamSamples, open_stream
 from utils.errors import UserError
+from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_png16, write_synthia
 
 WHOLE = partial(image_pyramid, num_scales=2, scale_factor=0.5, up_to=2)
 

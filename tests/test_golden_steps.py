@@ -14,10 +14,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN_DIR
 from PIL import Image
 from torch import nn
 
+from conftest import GOLDEN_DIR
 from core.config import LossConfig
 from core.networks import Discriminator, Generator, NetworkShape, freeze, layers_at_scale, published_norm
 from core.progress import tag_of

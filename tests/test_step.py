@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from worlds import noise_image
 
 from core.config import LossConfig
 from core.losses import gradient_penalty, gram_matrix, label_loss, total_variation
@@ -17,6 +16,7 @@ from core.pyramid import cascade, generated_pyramid, image_pyramid, level_size, 
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
 from core.trainer import penalty_alphas
 from models.vgg import VGG16_CONVS, VGGFeatures, build_vgg
+from worlds import noise_image
 
 LOSSES = LossConfig(content_layers=(6,), style_layers=(3, 6))
 CLASSES = 5

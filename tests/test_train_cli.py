@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from worlds import noise_image, write_cityscapes, write_gta5
 
 import create_sit_dataset
 import train_procst
 from core.checkpoint import load_checkpoint
 from core.trained_generators import load_trained_generators
 from utils.png import is_complete_rgb8
+from worlds import noise_image, write_cityscapes, write_gta5
 
 STEPS = 3
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from worlds import noise_image
 
 from core.networks import Generator, NetworkShape, freeze, init_weights
 from core.pyramid import normalise
 from core.translate import Translator, forward_tiled, tiles
 from utils.png import is_complete_rgb8
+from worlds import noise_image
 
 
 def make_generators(norm, channels=8, scales=3):
