@@ -26,15 +26,15 @@ from tqdm import tqdm
 
 from core.pyramid import image_pyramid
 from core.trained_generators import TrainedGenerators, load_trained_generators
-from core.translate import Translator
+from core.translate import MIN_TILE_PIXELS, Translator
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import image_size, read_image
 from data_handlers.lists import FileList, list_images
 from utils.devices import default_workers, resolve_device
 from utils.errors import UserError, run_cli
-from utils.files import atomic_write_bytes, atomic_write_json, make_folder, read_json
+from utils.files import atomic_write_bytes, atomic_write_json, make_folder, read_json, remove_leftovers
 from utils.flags import OneLineParser, parse_flags
-from utils.png import is_complete_rgb8
+from utils.png import RGB, SIGNATURE, PngHeader, is_complete_rgb8, read_png_header
 
 MANIFEST = "sit_manifest.json"
 # Level 6, zlib's default, takes about five times as long for files a few percent smaller.
@@ -76,14 +76,15 @@ class SourceImages(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[str, list[Tensor]] | UserError:
+    def __getitem__(self, index: int) -> tuple[str, list[np.ndarray]] | UserError:
         name = self.names[index]
         try:
             image = read_image(self.files.root / name)
         except UserError as error:
             return error
         levels = image_pyramid(image, self.num_scales, self.scale_factor, self.num_scales)
-        return name, [torch.from_numpy(np.array(level)) for level in levels]
+        # Arrays, not tensors: a tensor from a worker process holds a file open until it is used.
+        return name, [np.array(level) for level in levels]
 
 
 def equal_size_batches(
@@ -150,23 +151,43 @@ def output_names(files: FileList) -> dict[str, str]:
     return outputs
 
 
-def _check_output(root: Path, outputs: dict[str, str], files: FileList, fingerprint: str, skip: bool) -> None:
-    """Refuse to overwrite the source, or to mix images of two different models in one data set."""
+def _check_output(
+    root: Path, outputs: dict[str, str], files: FileList, manifest: dict[str, object], skip: bool
+) -> None:
+    """Refuse to overwrite the source or foreign files, and to mix two models or sources in one data set."""
     for folder in {str(PurePosixPath(name).parent) for name in outputs.values()}:
         if (root / folder).resolve() == (files.root / folder).resolve():
             raise UserError(f"--sit_output_path {root} would overwrite the source images; choose another folder")
-    manifest = root / MANIFEST
-    if manifest.exists():
-        if read_json(manifest).get("generators") != fingerprint:
-            raise UserError(
-                f"--sit_output_path {root} holds images of other generators ({MANIFEST}); choose another folder, "
-                "or delete that one"
-            )
-    elif not skip and any((root / name).exists() for name in outputs.values()):
+    if (root / MANIFEST).exists():
+        held = read_json(root / MANIFEST)
+        for name in ("generators", "data_set", "source_folder", "scale_factor"):
+            if not isinstance(held, dict) or held.get(name) != manifest[name]:
+                raise UserError(
+                    f"--sit_output_path {root} holds images of another {name.replace('_', ' ')} (see its {MANIFEST}); "
+                    "choose another folder, or delete that one"
+                )
+        return
+    present = [(image, root / output) for image, output in outputs.items() if (root / output).exists()]
+    if present and not skip:
         raise UserError(
             f"--sit_output_path {root} already holds images that this program did not write; choose another folder, "
             "or keep the complete ones with --skip_created_files"
         )
+    for image, path in present:
+        if not _may_be_translated(files.root / image, path):
+            raise UserError(
+                f"{path} is no translation of {image} but another file; choose another --sit_output_path than {root}"
+            )
+
+
+def _may_be_translated(image: Path, path: Path) -> bool:
+    """Whether a file of unknown origin can be a translation, whole or cut short: not the source, not a label."""
+    data = path.read_bytes()
+    if len(data) < 33:
+        return data == b"" or data.startswith(SIGNATURE[: len(data)])
+    header = read_png_header(path)
+    fits = header == PngHeader(*image_size(image), 8, RGB)
+    return fits and data != image.read_bytes()
 
 
 def _to_translate(files: FileList, outputs: dict[str, str], root: Path, skip: bool) -> list[str]:
@@ -175,8 +196,10 @@ def _to_translate(files: FileList, outputs: dict[str, str], root: Path, skip: bo
         return list(outputs)
 
     def done(image: str) -> bool:
-        path = root / outputs[image]
-        return path.exists() and is_complete_rgb8(path, image_size(files.root / image))
+        path, source = root / outputs[image], files.root / image
+        # An image that was replaced after its translation is translated again.
+        newer = path.exists() and path.stat().st_mtime >= source.stat().st_mtime
+        return newer and is_complete_rgb8(path, image_size(source))
 
     return [i for i in tqdm(outputs, desc="checking created files", unit="img", dynamic_ncols=True) if not done(i)]
 
@@ -199,10 +222,15 @@ def _choose(flags: argparse.Namespace, given: frozenset[str], trained: TrainedGe
 
 
 def _samples(images: SourceImages, num_workers: int) -> Iterator[tuple[str, list[Tensor]]]:
-    for sample in DataLoader(images, batch_size=None, num_workers=num_workers):
+    for sample in DataLoader(images, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
         if isinstance(sample, UserError):
             raise UserError(f"{sample}; the images translated so far stay, go on with --skip_created_files")
-        yield sample
+        name, levels = sample
+        yield name, [torch.from_numpy(level) for level in levels]
+
+
+def _as_it_is(sample: object) -> object:
+    return sample
 
 
 def translate_images(
@@ -230,9 +258,10 @@ def _check_flags(flags: argparse.Namespace) -> None:
     for name in ("trained_procst_path", "sit_output_path", "gpus"):
         if not getattr(flags, name):
             raise UserError(f"--{name} is required (see --help)")
-    for name in ("batch_size", "max_pixels"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise UserError(f"--{name} is {getattr(flags, name)}; it must be greater than 0")
+    if flags.batch_size < 1:
+        raise UserError(f"--batch_size is {flags.batch_size}; it must be greater than 0")
+    if flags.max_pixels is not None and flags.max_pixels < MIN_TILE_PIXELS:
+        raise UserError(f"--max_pixels is {flags.max_pixels}; the smallest tile has {MIN_TILE_PIXELS} pixels")
     if flags.num_workers < 0:
         raise UserError(f"--num_workers is {flags.num_workers}; it must be 0 or greater")
 
@@ -246,15 +275,22 @@ def main() -> None:
     source, folder, scale_factor = _choose(flags, given, trained)
     files = list_images(DATA_SETS[source], folder, "--src_data_dir", list_file=flags.src_list, training=False)
     outputs = output_names(files)
-    root, fingerprint = Path(flags.sit_output_path), trained.fingerprint()
-    _check_output(root, outputs, files, fingerprint, flags.skip_created_files)
+    root = Path(flags.sit_output_path)
+    manifest = {
+        "format": "procst-sit",
+        "generators": trained.fingerprint(),
+        "data_set": source,
+        "source_folder": str(files.root.resolve()),
+        "scale_factor": scale_factor,
+        "images": len(outputs),
+    }
+    _check_output(root, outputs, files, manifest, flags.skip_created_files)
     for path in {root, *((root / name).parent for name in outputs.values())}:
-        make_folder(path, "--sit_output_path")
+        remove_leftovers(make_folder(path, "--sit_output_path"))
 
     print(files.describe())
     if trained.note:
         print(f"note: {trained.note}")
-    manifest = {"format": "procst-sit", "generators": fingerprint, "data_set": source, "images": len(outputs)}
     names = _to_translate(files, outputs, root, flags.skip_created_files)
     atomic_write_json(root / MANIFEST, {**manifest, "complete": False})
     generators = [generator.to(device) for generator in trained.generators]

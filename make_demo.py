@@ -28,6 +28,7 @@ from utils.flags import OneLineParser, parse_flags
 FRAMES = 120
 SIZE = ("128", "64")
 COLUMNS = 5
+MADE = ("toy_gta", "toy_cs", "TrainedModels", "runs", "sit")  # what an earlier demo left, and this one makes anew
 MARKER = ".made_by_make_demo"
 # Small and quick: a quarter of the published width, a shallow perceptual net with random weights (nothing is
 # downloaded), a larger step. Random features hold content less well than ImageNet's, so the cycle gets more weight.
@@ -79,10 +80,11 @@ def main() -> None:
     parser.add_argument("--out", default="demo", help="folder of the demo, made anew (default: %(default)s)")
     flags, _ = parse_flags(parser)
     out = Path(flags.out)
-    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).exists():
         raise UserError(f"--out {out} holds something else than a demo; choose another folder")
-    shutil.rmtree(out, ignore_errors=True)
     make_folder(out, "--out")
+    for name in MADE:
+        shutil.rmtree(out / name, ignore_errors=True)
     (out / MARKER).touch()
 
     started = time.perf_counter()

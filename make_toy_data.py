@@ -35,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _check_flags(flags: argparse.Namespace, given: frozenset[str]) -> None:
     width, height = flags.size
+    if not flags.out:
+        raise UserError("--out is empty; name a folder")
     if not 1 <= flags.count <= MOST_FRAMES:
         raise UserError(f"--count is {flags.count}; it must be from 1 to {MOST_FRAMES}")
     if not (SMALLEST[0] <= width <= LARGEST[0] and SMALLEST[1] <= height <= LARGEST[1]):

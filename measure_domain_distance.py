@@ -56,15 +56,19 @@ def main() -> None:
     vgg = build_vgg(flags.vgg_weights, [flags.layer]).to(device)
 
     def gaussian(files: FileList) -> GaussianFit:
-        step = max(1, len(files) // flags.max_images)
-        paths = [files.root / image for image in files.images[::step][: flags.max_images]]
-        return feature_gaussian(paths, size, vgg, flags.layer, device)
+        count = min(len(files), flags.max_images)
+        paths = [files.root / files.images[k * len(files) // count] for k in range(count)]
+        fit = feature_gaussian(paths, size, vgg, flags.layer, device)
+        if fit.count < 2:
+            raise UserError(f"--size {size[0]} {size[1]}, --layer {flags.layer}: one vector is too few; raise the size")
+        return fit
 
     fits = {name: gaussian(files) for name, files in sets.items()}
     distances = {name: frechet_distance(fits[name], fits["target"]) for name in sets if name != "target"}
     print(f"Frechet distance of VGG16 layer {flags.layer} ({flags.vgg_weights} weights) at {size[0]}x{size[1]}")
     for name, distance in distances.items():
-        print(f"{name + '-target':>15}  {distance:10.4f}  {distance / distances['source']:6.1%} of source-target")
+        share = f"{distance / distances['source']:6.1%} of source-target" if distances["source"] else ""
+        print(f"{name + '-target':>15}  {distance:10.4f}  {share}")
     if flags.json:
         make_folder(Path(flags.json).parent, "--json")
         atomic_write_json(Path(flags.json), {f"{name}-target": distance for name, distance in distances.items()})

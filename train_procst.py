@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint import LATEST, Checkpoint, load_checkpoint
+from core.checkpoint import LATEST, Checkpoint, load_checkpoint, weights_fingerprint
 from core.config import (
     DataConfig,
     LossConfig,
@@ -31,7 +31,7 @@ from data_handlers.lists import FileList, list_images, require_labels
 from models.vgg import build_vgg
 from utils.devices import default_workers, resolve_device
 from utils.errors import UserError, run_cli
-from utils.files import make_folder
+from utils.files import check_folder, make_folder, remove_leftovers
 from utils.flags import OneLineParser, parse_flags
 
 # Flags that configure the segmentation nets of the last scale: without those nets they could not act.
@@ -65,10 +65,10 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--manual_seed", type=int, default=1337, help="seed of weights, data order and crops (default: %(default)s)")
     add("--checkpoints_dir", default="./TrainedModels", help="run folders go in here (default: %(default)s)")
     add("--tb_logs_dir", default="./runs", help="TensorBoard logs go in here (default: %(default)s)")
-    add("--continue_train_from_path", default="", metavar="RUN", help="go on from this run folder or checkpoint")
+    add("--continue_train_from_path", default="", metavar="RUN", help="go on with the run in this folder")
     add("--resume_to_epoch", type=int, default=None, metavar="E",
-        help="with --continue_train_from_path: go on at the start of epoch E (from 1) of the scale in training, "
-        "instead of the step the checkpoint was written at")  # fmt: skip
+        help="with --continue_train_from_path: set the step counter to the start of epoch E (from 1) of the scale in "
+        "training; weights and optimisers stay those of the checkpoint")  # fmt: skip
     add("--print_rate", type=int, default=100, help="steps between two log entries (default: %(default)s)")
     add("--save_checkpoint_rate", type=int, default=1000, help="steps between two checkpoints (default: %(default)s)")
     add("--pics_per_epoch", type=int, default=10, help="TensorBoard picture rows an epoch (default: %(default)s)")
@@ -188,6 +188,8 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCS
         raise UserError(f"--stride is {flags.stride}; only 1 keeps the image size")
     if flags.padd_size not in (None, (flags.ker_size - 1) // 2):
         raise UserError(f"--padd_size {flags.padd_size} changes the image size with --ker_size {flags.ker_size}")
+    if flags.steps_per_scale and (flags.debug_run or "epochs_per_scale" in given):
+        raise UserError("--steps_per_scale contradicts --epochs_per_scale and --debug_run; give one of them")
     if not flags.debug_run and given & {"debug_stop_iteration", "debug_stop_epoch"}:
         raise UserError("--debug_stop_iteration and --debug_stop_epoch act only with --debug_run")
     scales = max(flags.num_scales, 0) + 1
@@ -261,6 +263,7 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
         UserError: a flag would change what is computed.
     """
     known = {name: value for section in stored.to_json().values() for name, value in section.items()}
+    known |= {"stride": 1, "padd_size": (stored.network.ker_size - 1) // 2}
     for name in sorted(given - CONTINUE_FLAGS):
         value = getattr(flags, name)
         if name == "norm":
@@ -306,6 +309,12 @@ def _checkpoint_to_continue(path: Path) -> tuple[Path, Checkpoint]:
     file = path / LATEST if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"--continue_train_from_path {path}: there is no {LATEST} to go on from")
+    if file.name != LATEST:
+        # Going on from an older state in the same folder would overwrite the newer ones.
+        raise UserError(
+            f"--continue_train_from_path {path}: a run goes on from its {LATEST}; to go on from another checkpoint, "
+            f"copy it into an empty folder under the name {LATEST}"
+        )
     return file, load_checkpoint(file)
 
 
@@ -334,9 +343,17 @@ def main() -> None:
     source, target = _file_lists(config)
     perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
     plans = scale_plans(config, max(len(source), len(target)))
-    # Everything that can be wrong with the input has been looked at; only now is a folder made.
+    inputs = {
+        "list of source images": source.fingerprint(),
+        "list of target images": target.fingerprint(),
+        "perceptual net (--vgg_weights)": weights_fingerprint(perceptual),
+    }
+    for flag in ("checkpoints_dir", "tb_logs_dir"):
+        check_folder(Path(getattr(config.run, flag)), f"--{flag}")
+    # Everything that can be wrong with the input has been looked at; only now is a run folder made.
     folder = _new_run_folder(config) if origin is None else origin.parent
-    trainer = Trainer(config, source, target, perceptual, device, folder)
+    remove_leftovers(folder)
+    trainer = Trainer(config, source, target, perceptual, device, folder, inputs=inputs)
     if checkpoint is not None:
         trainer.restore(checkpoint, origin)
         if flags.resume_to_epoch is not None:
@@ -354,6 +371,12 @@ def main() -> None:
     )
     try:
         trainer.fit(progress)
+    except torch.cuda.OutOfMemoryError:
+        batch = config.schedule.batch_size_list[trainer.scale]
+        raise UserError(
+            f"the GPU's memory does not suffice for batch {batch} at scale {trainer.scale}; lower --batch_size_list or "
+            "--crop_size"
+        ) from None
     finally:
         progress.close()
     print(f"finished; export with: python create_sit_dataset.py --trained_procst_path {folder} --sit_output_path OUT")

@@ -6,6 +6,7 @@ each scale) and the contact sheets.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Checkpoint:
         scale_finished: whether the scale's networks are final.
         networks: for each of `NETWORK_NAMES`, the state dicts of scales 0..scale.
         optimizers: state dicts of the optimisers of the scale in training, by network name.
+        inputs: fingerprints of what the run learns from (file lists, perceptual net), by a name for messages.
         segmentation: state dicts `target_net` and `optimizer` where the last scale trains with label losses.
     """
 
@@ -47,6 +49,7 @@ class Checkpoint:
     scale_finished: bool
     networks: Mapping[str, Sequence[Mapping[str, Any]]]
     optimizers: Mapping[str, Mapping[str, Any]]
+    inputs: Mapping[str, str] = field(default_factory=dict)
     segmentation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
@@ -60,6 +63,7 @@ class Checkpoint:
             "scale_finished": self.scale_finished,
             "networks": {name: [dict(state) for state in states] for name, states in self.networks.items()},
             "optimizers": {name: dict(state) for name, state in self.optimizers.items()},
+            "inputs": dict(self.inputs),
             "segmentation": {name: dict(state) for name, state in self.segmentation.items()},
         }
         atomic_write(path, lambda file: torch.save(content, file))
@@ -77,7 +81,8 @@ def read_tensor_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    # A damaged file can make the reader fail in any way, and each means the same.
+    except Exception as error:
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
 
@@ -94,17 +99,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if content.get("version") != VERSION:
         raise UserError(f"{path} has checkpoint version {content.get('version')}; this program reads {VERSION}")
     try:
-        return Checkpoint(
+        checkpoint = Checkpoint(
             config=ProCSTConfig.from_json(content["config"], path),
             scale=int(content["scale"]),
             step=int(content["step"]),
             scale_finished=bool(content["scale_finished"]),
             networks=content["networks"],
             optimizers=content["optimizers"],
+            inputs=content["inputs"],
             segmentation=content["segmentation"],
         )
+        counts = [len(checkpoint.networks[name]) for name in NETWORK_NAMES]
+        optimizers = sorted(checkpoint.optimizers)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is incomplete: {error}") from None
+    if not 0 <= checkpoint.scale <= checkpoint.config.network.num_scales or checkpoint.step < 0:
+        raise UserError(f"{path} claims step {checkpoint.step} of scale {checkpoint.scale}; its run has none such")
+    if counts != [checkpoint.scale + 1] * 4 or optimizers != sorted(NETWORK_NAMES):
+        raise UserError(f"{path} does not hold the networks and optimisers of scale {checkpoint.scale}")
+    return checkpoint
+
+
+def weights_fingerprint(*networks: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all weights and buffers."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_network(network: nn.Module, state: Mapping[str, Any], origin: str) -> None:

@@ -6,7 +6,6 @@ Only plain values live here; loaders, devices and state are made from the config
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,12 @@ from typing import Any
 
 from core.networks import NetworkShape, Norm, layers_at_scale, published_norm
 from core.pyramid import level_size
+from data_handlers.datasets import DATA_SETS
+from models.vgg import VGG16_POOLINGS
 from utils.errors import UserError
 
 Size = tuple[int, int]
+LARGEST = 1e15  # no setting is anywhere near; also keeps NaN, infinity and integers beyond floats out
 
 
 def _require(condition: bool, message: str) -> None:
@@ -27,13 +29,13 @@ def _require(condition: bool, message: str) -> None:
 def _require_positive(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _require(math.isfinite(value) and value > 0, f"--{name} is {value}; it must be greater than 0")
+        _require(0 < value < LARGEST, f"--{name} is {str(value)[:20]}; it must be greater than 0 and below {LARGEST:g}")
 
 
 def _require_not_negative(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _require(math.isfinite(value) and value >= 0, f"--{name} is {value}; it must be 0 or greater")
+        _require(0 <= value < LARGEST, f"--{name} is {str(value)[:20]}; it must be 0 or greater and below {LARGEST:g}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class DataConfig:
     num_workers: int
 
     def __post_init__(self) -> None:
+        for name in (self.source, self.target):
+            _require(name in DATA_SETS, f"no data set is called {name}; there are {', '.join(sorted(DATA_SETS))}")
         for name in ("src_resize", "trg_resize", "crop_size"):
             width, height = getattr(self, name)
             _require(width > 0 and height > 0, f"--{name} {width} {height}: both sides must be greater than 0")
@@ -98,7 +102,8 @@ class NetworkConfig:
         _require(0.0 < self.scale_factor < 1.0, f"--scale_factor is {self.scale_factor}; it must be between 0 and 1")
         require_one_per_scale("base_channels_list", self.base_channels_list, self.num_scales)
         _require(self.body_layers >= 2, f"--body_layers is {self.body_layers}; head and tail alone are 2 layers")
-        _require(self.ker_size % 2 == 1, f"--ker_size is {self.ker_size}; it must be odd to keep the image size")
+        odd = self.ker_size > 0 and self.ker_size % 2 == 1
+        _require(odd, f"--ker_size is {self.ker_size}; it must be odd and positive to keep the image size")
         _require(self.nc_im == 3, f"--nc_im is {self.nc_im}; the perceptual net and the images have 3 channels")
         _require(len(self.norms) == self.num_scales + 1, f"{len(self.norms)} norms for {self.num_scales + 1} scales")
 
@@ -203,7 +208,7 @@ class ScheduleConfig:
         """Number of steps the scale trains for."""
         per_epoch = self.steps_per_epoch(scale, epoch_length)
         if self.debug_run:
-            return per_epoch * (self.debug_stop_epoch + 1)
+            return per_epoch * min(self.debug_stop_epoch + 1, self.epochs_per_scale)
         return self.steps_per_scale[scale] if self.steps_per_scale else per_epoch * self.epochs_per_scale
 
 
@@ -248,11 +253,14 @@ class ProCSTConfig:
         if self.schedule.steps_per_scale:
             require_one_per_scale("steps_per_scale", self.schedule.steps_per_scale, scales)
         coarsest = level_size(self.data.crop_size, scales, self.network.scale_factor)
-        # The deepest published style layer sits behind three 2x2 poolings: below 8 pixels nothing is left to compare.
+        # Every 2x2 pooling before the deepest feature layer halves the image once more; below 4 pixels nothing of a
+        # picture is left to compare.
+        deepest = max(self.loss.perceptual_layers)
+        needed = max(4, 2 ** sum(pooling < deepest for pooling in VGG16_POOLINGS))
         _require(
-            min(coarsest) >= 8,
-            f"--crop_size {_listed(self.data.crop_size)} gives {_listed(coarsest)} at scale 0; 8 a side are needed; "
-            "raise the crop, or lower --num_scales",
+            min(coarsest) >= needed,
+            f"--crop_size {_listed(self.data.crop_size)} gives {_listed(coarsest)} at scale 0; {needed} a side are "
+            f"needed for layer {deepest}: raise the crop, or lower --num_scales or the layers",
         )
 
     def to_json(self) -> dict[str, Any]:

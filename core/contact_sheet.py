@@ -64,6 +64,11 @@ def _sample_pyramids(
     return pyramids
 
 
+def contact_sheet_path(folder: Path, scale: int) -> Path:
+    """Where the sheet of a scale goes."""
+    return folder / f"contact_sheet_scale_{scale}.png"
+
+
 @torch.no_grad()
 def save_contact_sheet(
     folder: Path,
@@ -87,4 +92,4 @@ def save_contact_sheet(
         ("SiT", translated),
         (f"target ({config.data.target})", [pyramid[-1] for pyramid in targets]),
     ]
-    return save_png(draw_rows(rows), folder / f"contact_sheet_scale_{scale}.png")
+    return save_png(draw_rows(rows), contact_sheet_path(folder, scale))

@@ -1,15 +1,16 @@
 """Reading files that the authors' code wrote: pickled whole modules, without executing what the pickle names.
 
-The unpickler resolves a fixed list of names that rebuild tensors, turns the known module classes into inert records
-and refuses everything else. No class of the file is imported, and nothing that it names is called.
+The unpickler resolves a fixed list of names that rebuild tensors, to stand-ins of ours, turns the known module classes
+into inert records and refuses everything else. No class or function of the file is imported or called.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,33 @@ RECORD_CLASSES = frozenset(
 )
 
 
+class Held:
+    """A tensor or storage while unpickling: nothing the pickle does can reach the tensor's own methods."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it sets the state of a tensor")
+
+
+class Rebuilder:
+    """A callable the pickle may use and cannot change."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it sets the state of a function")
+
+
 class Record:
     """What is left of a pickled object: the name of its class and its attributes."""
 
@@ -69,8 +97,8 @@ class Record:
         tensors = {}
         for kind in ("_parameters", "_buffers"):
             for name, value in self.attributes.get(kind, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[prefix + name] = value
+                if isinstance(value, Held):
+                    tensors[prefix + name] = value.tensor
         for name, child in self.attributes.get("_modules", {}).items():
             if isinstance(child, Record):
                 tensors.update(child.state_dict(f"{prefix}{name}."))
@@ -92,37 +120,34 @@ def _record_class(name: str) -> type[Record]:
     return NamedRecord
 
 
-def _rebuild_tensor(
-    storage: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    requires_grad: Any = False,
-    hooks: Any = None,
-    metadata: Any = None,
-) -> Tensor:
-    """Stands in for `torch._utils._rebuild_tensor_v2`; the view must lie inside its storage."""
-    if not isinstance(storage, Tensor) or len(size) != len(stride):
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> Held:
+    """Stands in for `torch._utils._rebuild_tensor_v2`; the tensor must lie inside its storage and not repeat it."""
+    if not isinstance(storage, Held) or len(size) != len(stride):
         raise pickle.UnpicklingError("a tensor without a storage")
-    numbers = [offset, *size, *stride]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+    flat = storage.tensor
+    if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
         raise pickle.UnpicklingError(f"a tensor of size {size}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= storage.numel():
+    if 0 not in size and (last >= flat.numel() or math.prod(size) > flat.numel()):
         raise pickle.UnpicklingError(f"a tensor of size {size} that reaches past its storage")
-    return storage.as_strided(tuple(size), tuple(stride), offset).clone()
+    return Held(flat.as_strided(tuple(size), tuple(stride), offset).clone())
 
 
-def _rebuild_parameter(data: Any, requires_grad: Any = True, hooks: Any = None) -> Tensor:
+def _rebuild_parameter(data: Any, *_rest: Any) -> Held:
     """Stands in for `torch._utils._rebuild_parameter`: a parameter is read as the plain tensor it holds."""
-    if not isinstance(data, Tensor):
+    if not isinstance(data, Held):
         raise pickle.UnpicklingError("a parameter without a tensor")
     return data
 
 
+def _forget_device(*_arguments: Any) -> None:
+    """Stands in for `torch.device`, which a DataParallel wrapper made on a GPU names; everything is read on the CPU."""
+
+
 _REBUILDERS = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): Rebuilder(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): Rebuilder(_rebuild_parameter),
+    ("torch", "device"): Rebuilder(_forget_device),
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("__builtin__", "set"): set,
     ("builtins", "set"): set,
@@ -135,7 +160,7 @@ class _InertUnpickler(pickle.Unpickler):
         super().__init__(archive.open(pickle_name))
         self._archive = archive
         self._root = root
-        self._storages: dict[str, Tensor] = {}
+        self._storages: dict[str, Held] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _REBUILDERS:
@@ -144,7 +169,7 @@ class _InertUnpickler(pickle.Unpickler):
             return _record_class(name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no such file needs; nothing was executed")
 
-    def persistent_load(self, identifier: Any) -> Tensor:
+    def persistent_load(self, identifier: Any) -> Held:
         """A storage, as a flat tensor on the CPU whatever device it was saved from."""
         if not (isinstance(identifier, tuple) and len(identifier) == 5 and identifier[0] == "storage"):
             raise pickle.UnpicklingError("an unknown kind of storage")
@@ -157,7 +182,7 @@ class _InertUnpickler(pickle.Unpickler):
             if self._archive.getinfo(name).file_size != numel * dtype.itemsize:
                 raise pickle.UnpicklingError(f"storage {key} has the wrong size")
             data = bytearray(self._archive.read(name))
-            self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            self._storages[key] = Held(torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype))
         return self._storages[key]
 
 
@@ -177,8 +202,6 @@ def read_inert(path: Path) -> Any:
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (MemoryError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as a trained model ({type(error).__name__})") from None
     # A pickle is a program: a damaged or hostile one can make the unpickler fail in any way, and each means the same.
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a trained model: {error}") from None
@@ -190,7 +213,13 @@ def load_legacy_generators(path: Path) -> list[Generator]:
     Raises:
         UserError: the file is not a pickled list of ProCST generators.
     """
-    records = read_inert(path)
+    try:
+        return _generators_of(read_inert(path), path)
+    except RecursionError:
+        raise UserError(f"{path}: a module of it contains itself") from None
+
+
+def _generators_of(records: Any, path: Path) -> list[Generator]:
     if not isinstance(records, Sequence) or not records:
         raise UserError(f"{path}: holds a {type(records).__name__}, not the list of generators of a Gst.pth")
     generators = []
@@ -209,21 +238,25 @@ def _shape_of(record: Record, scale: int, path: Path) -> NetworkShape:
     """Read a generator's shape off its weights and norms."""
     try:
         head_weight = record.state_dict()["head.conv.weight"]
-        blocks = list(record.child("body").attributes["_modules"].values())
-        norm = blocks[0].child("norm")
-        kind = None if norm is None else norm.class_name
+        blocks = [
+            record.child("head"),
+            *record.child("body").attributes["_modules"].values(),
+            next(iter(record.child("tail").attributes["_modules"].values())),
+        ]
+        norms = [norm for norm in (block.child("norm") for block in blocks) if norm is not None]
         channels, inputs, kernel = head_weight.shape[0], head_weight.shape[1], head_weight.shape[2]
-        # Without a norm in the body, `groups` must not divide the width: the group rule then leaves blocks plain.
-        groups = norm.attributes["num_groups"] if kind == "GroupNorm" else (channels + 1 if norm is None else 8)
-    except (KeyError, AttributeError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: the generator of scale {scale} lacks {error}") from None
-    if kind not in (None, "BatchNorm2d", "GroupNorm"):
-        raise UserError(f"{path}: the generator of scale {scale} has an unknown norm {kind}")
+        kinds = {norm.class_name for norm in norms}
+        # Where no block has a norm, `groups` is a number that divides no width, so the group rule gives none either.
+        groups = next((n.attributes["num_groups"] for n in norms if n.class_name == "GroupNorm"), channels + inputs)
+    except (KeyError, AttributeError, IndexError, TypeError, StopIteration) as error:
+        raise UserError(f"{path}: the generator of scale {scale} is not complete ({error})") from None
+    if not (kinds <= {"BatchNorm2d"} or kinds <= {"GroupNorm"}):
+        raise UserError(f"{path}: the generator of scale {scale} mixes norms: {', '.join(sorted(kinds))}")
     return NetworkShape(
         scale=scale,
         channels=channels,
-        layers=len(blocks) + 2,
-        norm="batch" if kind == "BatchNorm2d" else "group",
+        layers=len(blocks),
+        norm="batch" if "BatchNorm2d" in kinds else "group",
         groups=groups,
         image_channels=inputs if scale == 0 else inputs // 2,
         kernel_size=kernel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from tqdm import tqdm
 from core.config import LossConfig, NetworkConfig, ProCSTConfig
 from core.networks import Discriminator, Generator
 from core.pyramid import level_size, to_unit_range
-from models.vgg import VGG16_CONVS
+from models.vgg import VGG16_CONVS, VGG16_POOLINGS
+from utils.errors import UserError
 
 # Rough number of passes a network sees in a step, a backward counted as two forwards and the double backward of the
 # gradient penalty as six. Only ratios between scales matter, and only to the ETA.
@@ -60,7 +62,7 @@ def relative_step_cost(
     macs = GENERATOR_PASSES * _weights(generator) + DISCRIMINATOR_PASSES * _weights(discriminator)
     for position, (inputs, outputs) in VGG16_CONVS.items():
         if position < max(loss.perceptual_layers):
-            poolings = sum(pool < position for pool in (4, 9, 16, 23))
+            poolings = sum(pooling < position for pooling in VGG16_POOLINGS)
             macs += PERCEPTUAL_PASSES * 9 * inputs * outputs / 4**poolings
     return float(batch_size * width * height * macs)
 
@@ -128,6 +130,11 @@ class RunProgress:
         self._window_started = now
         self._sums, self._count = {}, 0
         values = dict(zip(names, means, strict=True))
+        if broken := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise UserError(
+                f"training diverged: {tag_of(scale, broken[0])} is not finite at step {step} of scale {scale}; "
+                "the last checkpoint is untouched, lower --lr_g and --lr_d"
+            )
         overall = self._steps_before(scale, step)
         if self.writer:
             for name, value in values.items():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.checkpoint import FORMAT, LATEST, load_checkpoint, load_generators, read_tensor_file
+from core.checkpoint import FORMAT, LATEST, load_checkpoint, load_generators, read_tensor_file, weights_fingerprint
 from core.config import ProCSTConfig
 from core.legacy import load_legacy_generators
 from core.networks import Generator
@@ -29,12 +28,7 @@ class TrainedGenerators:
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights: tells whether two exports come from the same generators."""
-        digest = hashlib.sha256()
-        for generator in self.generators:
-            for name, tensor in generator.state_dict().items():
-                digest.update(f"{name} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_fingerprint(*self.generators)
 
 
 def load_trained_generators(path: Path) -> TrainedGenerators:
@@ -55,5 +49,7 @@ def load_trained_generators(path: Path) -> TrainedGenerators:
         raise UserError(f"--trained_procst_path {file}: neither a ProCST checkpoint nor the authors' Gst.pth")
     checkpoint = load_checkpoint(file)
     generators = load_generators(checkpoint, "Gst", file)
+    if not all(parameter.isfinite().all() for generator in generators for parameter in generator.parameters()):
+        raise UserError(f"--trained_procst_path {file}: the weights are not finite, the training diverged")
     note = "" if checkpoint.scale_finished else f"the last scale is still in training (step {checkpoint.step})"
     return TrainedGenerators(generators, checkpoint.config, note)

@@ -14,7 +14,7 @@ from torch.optim import Adam
 
 from core.checkpoint import CONFIG, LATEST, NETWORK_NAMES, Checkpoint, load_network
 from core.config import ProCSTConfig, Size
-from core.contact_sheet import save_contact_sheet
+from core.contact_sheet import contact_sheet_path, save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import RunProgress
 from core.pyramid import image_pyramid, normalise
@@ -29,6 +29,7 @@ from core.step import (
 )
 from data_handlers.lists import FileList
 from data_handlers.stream import DomainBatch, LabelUse, StreamConfig, open_stream
+from utils.errors import UserError
 from utils.files import atomic_write_json
 
 
@@ -52,6 +53,7 @@ class Trainer:
         device: where the networks live.
         run_folder: existing folder for checkpoints and contact sheets.
         labels: segmentation networks of the last scale, on `device`; None trains without label losses.
+        inputs: fingerprints of what is learnt from, stored in the checkpoints and compared when a run is continued.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Trainer:
         device: torch.device,
         run_folder: Path,
         labels: LabelNetworks | None = None,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -71,6 +74,7 @@ class Trainer:
         self.device = device
         self.run_folder = run_folder
         self.labels = labels
+        self.inputs = dict(inputs or {})
         self.epoch_length = max(len(source), len(target))
         self.scale = 0
         self.step = 0
@@ -123,6 +127,7 @@ class Trainer:
             scale_finished=self.scale_finished,
             networks={name: [net.state_dict() for net in nets] for name, nets in self.networks.items()},
             optimizers={name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            inputs=self.inputs,
             segmentation=segmentation,
         )
 
@@ -132,6 +137,9 @@ class Trainer:
         Raises:
             UserError: the checkpoint's tensors do not fit the configuration.
         """
+        for name, fingerprint in checkpoint.inputs.items():
+            if self.inputs.get(name, fingerprint) != fingerprint:
+                raise UserError(f"{origin}: the {name} is not the one the run was started with; restore it to go on")
         for scale in range(checkpoint.scale + 1):
             self.start_scale(scale)
             for name in NETWORK_NAMES:
@@ -141,7 +149,10 @@ class Trainer:
                 self.finish_scale()
         self.step = checkpoint.step
         for name, state in checkpoint.optimizers.items():
-            self.optimizers[name].load_state_dict(dict(state))
+            try:
+                self.optimizers[name].load_state_dict(dict(state))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{origin}: the optimiser of {name} does not fit its network ({error})") from None
         if checkpoint.segmentation and self.labels is not None:
             load_network(self.labels.target_net, checkpoint.segmentation["target_net"], f"{origin}, segmentation net,")
             self.labels.target_optimizer.load_state_dict(dict(checkpoint.segmentation["optimizer"]))
@@ -150,6 +161,13 @@ class Trainer:
         return self.scale == self.config.network.num_scales
 
     def _save(self, *names: str) -> None:
+        """Write the state under each name, unless the training has diverged: a good checkpoint must outlive that."""
+        for name, networks in self.networks.items():
+            if not all(bool(parameter.isfinite().all()) for parameter in networks[-1].parameters()):
+                raise UserError(
+                    f"training diverged: {name} of scale {self.scale} has weights that are not finite at step "
+                    f"{self.step}; {self.run_folder / LATEST} keeps the state before, lower --lr_g and --lr_d"
+                )
         checkpoint = self.checkpoint()
         for name in names:
             checkpoint.save(self.run_folder / name)
@@ -171,13 +189,18 @@ class Trainer:
                 self._train_scale(progress)
                 self.finish_scale()
                 self._save(f"scale_{self.scale}.pth", LATEST)
-                sheet = save_contact_sheet(
-                    self.run_folder, self.config, self.source, self.target, self.networks["Gst"], self.device
-                )
-                progress.say(f"scale {self.scale} finished, see {sheet}")
+                self._draw_contact_sheet(progress)
+            elif not contact_sheet_path(self.run_folder, self.scale).exists():
+                self._draw_contact_sheet(progress)  # the run was stopped between its checkpoint and its picture
             if self._is_last_scale():
                 return
             self.start_scale(self.scale + 1)
+
+    def _draw_contact_sheet(self, progress: RunProgress) -> None:
+        path = save_contact_sheet(
+            self.run_folder, self.config, self.source, self.target, self.networks["Gst"], self.device
+        )
+        progress.say(f"scale {self.scale} finished, see {path}")
 
     def _streams(self, steps: range) -> zip[tuple[DomainBatch, DomainBatch]]:
         data, schedule = self.config.data, self.config.schedule

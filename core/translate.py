@@ -171,6 +171,13 @@ class Translator:
             try:
                 output = self._translate(inputs, budget)
                 return to_pixels(output).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+            except ValueError:
+                # The only one: group norm with as many groups as channels cannot normalise a single pixel.
+                height, width = inputs[-1].shape[-2:]
+                raise UserError(
+                    f"an image of {width}x{height} pixels is a single pixel at the coarsest scale, too small for these "
+                    "generators; take it out of the data set"
+                ) from None
             except torch.cuda.OutOfMemoryError:
                 size = inputs[-1].shape[-2] * inputs[-1].shape[-1]
                 budget = min(budget, size) // 4

@@ -92,7 +92,7 @@ DATA_SETS = {
     # Any folder of pictures: no labels, so nothing that needs labels can use it.
     "folder": DataSet(
         name="folder",
-        images={"train": ("*.png", "*.jpg", "*.jpeg")},
+        images={"train": ("*.[pP][nN][gG]", "*.[jJ][pP][gG]", "*.[jJ][pP][eE][gG]")},
         label_path=(),
         id_map={},
         resize=(1024, 512),

@@ -26,14 +26,17 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
+            deep_png = image.format == "PNG" and read_png_header(path).bit_depth > 8  # Pillow would cut these silently
+            if deep_png or image.mode.startswith(("I", "F")):
                 raise UserError(f"{path} has more than 8 bits per channel; convert it to 8-bit RGB")
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not an image file; replace it") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except MemoryError:
+        raise UserError(f"{path} is too large for this machine's memory") from None
+    except (OSError, SyntaxError, ValueError, OverflowError, EOFError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}); replace it") from None
 
 

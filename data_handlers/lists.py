@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class FileList:
     def label_of(self, image: str) -> str:
         """Relative path of the image's label."""
         return label_path(self.data_set, image)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names in order: what decides which image a step sees."""
+        return hashlib.sha256("\n".join((self.data_set.name, *self.images)).encode()).hexdigest()
 
     def describe(self) -> str:
         """One line for the log, naming what was left out."""
@@ -146,7 +151,7 @@ def _glob(root: Path, pattern: str) -> Iterator[str]:
 
 def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> list[str]:
     try:
-        lines = list_file.read_text().splitlines()
+        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list file {list_file}: {error}") from None
     folders = ["", *("/".join(_fixed_part(pattern)) for pattern in data_set.images[split])]
@@ -155,6 +160,9 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
         name = line.strip().replace("\\", "/")
         if not name or name.startswith("#"):
             continue
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or len(name) > 1000:
+            raise UserError(f"{list_file} line {number}: give the image relative to {root}, without '..'")
+        name = str(PurePosixPath(name))
         candidates = [f"{folder}/{name}" if folder else name for folder in folders]
         image = next((c for c in candidates if (root / c).is_file()), None)
         if image is None:

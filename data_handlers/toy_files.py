@@ -133,7 +133,7 @@ def _check_folder(root: Path, domain: str, seed: int, split: str, count: int, si
     note = read_json(root / NOTE)
     try:
         held_domain, held_size, splits = note["domain"], tuple(note["size"]), dict(note["splits"])
-        held_seed, held_count = (splits[split]["seed"], splits[split]["count"]) if split in splits else (seed, 0)
+        held_seed, held_count = (splits[split]["seed"], int(splits[split]["count"])) if split in splits else (seed, 0)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{root / NOTE} is not a toy data set's note; {advice}") from None
     if held_domain != domain or held_size != size:

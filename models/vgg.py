@@ -23,6 +23,7 @@ VGG16_CONVS = {
     0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
     17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512),
 }  # fmt: skip
+VGG16_POOLINGS = (4, 9, 16, 23, 30)
 VGG16_RELUS = tuple(index + 1 for index in VGG16_CONVS)
 _CONV_KEY = re.compile(r"^(?:features\.)?(\d+)\.(weight|bias)$")
 
@@ -113,7 +114,8 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"--vgg_weights {path}: not a state dict of plain tensors; nothing else is loaded") from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    # A damaged file can make the reader fail in any way, and each means the same.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--vgg_weights {path}: not a readable state dict ({reason})") from None
     if not isinstance(state, Mapping):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 import create_sit_dataset
 import train_procst
 from test_train_cli import export_flags, only_run, training_flags
-from worlds import noise_image, write_cityscapes, write_gta5, write_synthia
+from worlds import noise_image, write_cityscapes, write_gta5, write_png16, write_synthia
 
 
 @pytest.fixture
@@ -103,7 +105,13 @@ def test_16_bit_labels_where_8_bit_ids_belong(run_script, world):
         ({"batch_size_list": (2, 2, 1), "batch_size": 2}, ("--batch_size",)),
         ({"crop_size": (53, 36)}, ("--crop_size 53 36", "--src_resize 52 40")),
         ({"crop_size": (48, 38)}, ("--crop_size 48 38", "--trg_resize 48 36")),
-        ({"crop_size": (24, 16)}, ("--crop_size 24 16", "8 a side")),
+        ({"crop_size": (24, 16), "style_layers": (3, 22)}, ("--crop_size 24 16", "8 a side", "layer 22")),
+        ({"crop_size": (12, 12)}, ("--crop_size 12 12", "4 a side")),
+        ({"epochs_per_scale": 2}, ("--epochs_per_scale", "--steps_per_scale")),
+        ({"debug_run": ()}, ("--debug_run", "--steps_per_scale")),
+        ({"manual_seed": 10**23}, ("--manual_seed",)),
+        ({"ker_size": -1}, ("--ker_size",)),
+        ({"gpus": "²"}, ("--gpus",)),
         ({"crop_size": (0, 16)}, ("--crop_size",)),
         ({"base_channels_list": (8, 8)}, ("--base_channels_list", "2 values")),
         ({"steps_per_scale": (1, 2)}, ("--steps_per_scale",)),
@@ -196,6 +204,7 @@ def test_continuing_with_other_settings(run_script, world, trained):
         ("lr_g", (1e-5,), "0.001"),
         ("body_layers", (6,), "5"),
         ("batch_size", (2,), "its own setting"),
+        ("padd_size", (2,), "1"),
     ):
         result = run_script(train_procst, "--continue_train_from_path", trained, f"--{flag}", *values)
         check_refusal(result, f"--{flag}", part)
@@ -213,16 +222,103 @@ def test_a_checkpoint_of_other_channel_widths(run_script, world, trained):
     assert tree(world) == before
 
 
+def rewrite_pickle(path, change):
+    """Change the bytes of the pickle inside a file of torch.save, the archive around it staying whole."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
+
+
 def test_damaged_and_foreign_checkpoints(run_script, world, trained):
     good = (trained / "latest.pth").read_bytes()
-    torch.save({"weights": torch.zeros(3)}, world / "foreign.pth")
-    (world / "damaged.pth").write_bytes(good[: len(good) // 2])
-    (world / "empty.pth").write_bytes(b"")
-    for name in ("foreign.pth", "damaged.pth", "empty.pth", "absent.pth"):
+    contents = {"foreign": None, "damaged": good[: len(good) // 2], "empty": b"", "absent": None, "cut": good}
+    for name, data in contents.items():
+        (world / name).mkdir()
+        if data is not None:
+            (world / name / "latest.pth").write_bytes(data)
+    torch.save({"weights": torch.zeros(3)}, world / "foreign" / "latest.pth")
+    rewrite_pickle(world / "cut" / "latest.pth", lambda data: data[: len(data) // 2])
+    for name in contents:
         before = tree(world)
         check_refusal(run_script(train_procst, "--continue_train_from_path", world / name), name)
         check_refusal(run_script(create_sit_dataset, *export_flags(world / name, world, world / "sit")), name)
         assert tree(world) == before
+
+
+def test_flipped_bytes_in_a_checkpoint_never_give_a_traceback(run_script, world, trained):
+    rng = np.random.default_rng(0)
+    path, good = trained / "latest.pth", (trained / "latest.pth").read_bytes()
+    refused = 0
+    for _ in range(25):
+        path.write_bytes(good)
+
+        def flip(data):
+            changed = bytearray(data)
+            # Only in the opcodes' first part: a changed storage length can ask for any amount of memory.
+            changed[int(rng.integers(2, 400))] = int(rng.integers(256))
+            return bytes(changed)
+
+        rewrite_pickle(path, flip)
+        result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit"))
+        assert result.code in (0, 2), result.err
+        refused += result.code == 2
+        shutil.rmtree(world / "sit", ignore_errors=True)
+    assert refused > 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"scale": 7}, {"scale": -1}, {"step": -5}, {"optimizers": {}}, {"networks": {}}, {"config": {}}, {"version": 99}],
+)
+def test_checkpoints_with_impossible_contents(run_script, world, trained, change):
+    state = torch.load(trained / "latest.pth", weights_only=True)
+    torch.save(state | change, trained / "latest.pth")
+    before = tree(world)
+    check_refusal(run_script(train_procst, "--continue_train_from_path", trained), "latest.pth")
+    check_refusal(run_script(create_sit_dataset, *export_flags(trained, world, world / "sit")), "latest.pth")
+    assert tree(world) == before
+
+
+def test_going_on_from_an_older_checkpoint_would_overwrite_newer_ones(run_script, world, trained):
+    before = tree(world)
+    check_refusal(run_script(train_procst, "--continue_train_from_path", trained / "scale_0.pth"), "latest.pth")
+    assert tree(world) == before
+
+
+def test_going_on_with_other_data_or_another_perceptual_net(run_script, world, trained):
+    write_vgg(world / "vgg.pth", last_conv=5)
+    before = tree(world)
+    line = ("--continue_train_from_path", trained)
+    check_refusal(run_script(train_procst, *line, "--vgg_weights", world / "vgg.pth"), "perceptual net")
+    assert tree(world) == before
+    for folder in ("images", "labels"):
+        (world / "gta" / folder / "00002.png").unlink()
+    before = tree(world)
+    check_refusal(run_script(train_procst, *line), "list of source images")
+    assert tree(world) == before
+
+
+def test_divergence_keeps_the_last_good_checkpoint(run_script, world):
+    flags = {"steps_per_scale": 6, "save_checkpoint_rate": 1, "print_rate": 100}
+    result = run_script(train_procst, *training_flags(world, world / "out", lr_g=1e14, lr_d=1e14, **flags))
+    check_refusal(result, "diverged")
+    state = torch.load(only_run(world / "out") / "latest.pth", weights_only=True)
+    for states in state["networks"].values():
+        assert all(bool(tensor.isfinite().all()) for tensor in states[-1].values())
+
+
+def test_unwritable_tensorboard_folder(run_script, world):
+    (world / "file").write_text("")
+    refuse_training(run_script, world, "--tb_logs_dir", tb_logs_dir=world / "file")
+
+
+def test_list_files_that_leave_the_data_folder(run_script, world):
+    noise_image((60, 44), 0).save(world / "outside.png")
+    for line in ("../outside.png", str(world / "outside.png"), "x" * 5000):
+        (world / "list.txt").write_text(line + "\n")
+        refuse_training(run_script, world, "list.txt line 1", src_list=world / "list.txt")
 
 
 def test_exporting_a_run_that_has_not_reached_its_last_scale(run_script, world, trained):
@@ -237,7 +333,7 @@ def test_exporting_a_run_that_has_not_reached_its_last_scale(run_script, world, 
         ({"gpus": 3}, ("--gpus 3",)),
         ({"batch_size": 0}, ("--batch_size",)),
         ({"num_workers": -1}, ("--num_workers",)),
-        ({"max_pixels": 0}, ("--max_pixels",)),
+        ({"max_pixels": 100}, ("--max_pixels", "9216")),
         ({"scale_factor": 0.7}, ("--scale_factor",)),
         ({"source": "synthia"}, ("--src_data_dir",)),
         ({"src_data_dir": "nowhere"}, ("--src_data_dir nowhere",)),
@@ -264,13 +360,71 @@ def test_export_never_overwrites_the_source_or_foreign_images(run_script, world,
     }
 
 
+def test_skipping_never_adopts_or_overwrites_what_is_no_translation(run_script, world, trained):
+    shutil.copytree(world / "gta", world / "copy")
+    before = tree(world)
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "copy", skip_created_files=()))
+    check_refusal(result, "no translation")
+    changes = {"source": "folder", "src_data_dir": world / "gta/images", "skip_created_files": ()}
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "gta/labels", **changes))
+    check_refusal(result, "no translation")
+    assert tree(world) == before
+
+
+def test_a_half_written_set_of_another_program_is_completed(run_script, world, trained):
+    (world / "sit/images").mkdir(parents=True)
+    noise_image((60, 44), 77).save(world / "sit/images/00001.png")
+    noise_image((60, 44), 78).save(world / "sit/images/00002.png")
+    half = (world / "sit/images/00002.png").read_bytes()
+    (world / "sit/images/00002.png").write_bytes(half[: len(half) // 2])
+    (world / "sit/images/.00003.png.abc.procst-tmp").write_bytes(b"left by a killed export")
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit", skip_created_files=()))
+    assert result.code == 0, result.err
+    assert "3 translated" in result.out
+    assert sorted(path.name for path in (world / "sit/images").iterdir()) == [f"{k:05d}.png" for k in range(1, 5)]
+
+
+def test_a_replaced_source_image_is_translated_again(run_script, world, trained):
+    assert run_script(create_sit_dataset, *export_flags(trained, world, world / "sit")).code == 0
+    old = (world / "sit/images/00002.png").read_bytes()
+    noise_image((60, 44), 99).save(world / "gta/images/00002.png")
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit", skip_created_files=()))
+    assert "1 translated" in result.out
+    assert (world / "sit/images/00002.png").read_bytes() != old
+
+
+def test_export_refuses_to_mix_two_sources(run_script, world, trained):
+    assert run_script(create_sit_dataset, *export_flags(trained, world, world / "sit")).code == 0
+    write_gta5(world / "gta2", count=4, size=(60, 44), seed=50)
+    before = tree(world)
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit", src_data_dir=world / "gta2"))
+    check_refusal(result, "source folder")
+    (world / "sit/sit_manifest.json").write_text("[]")
+    check_refusal(run_script(create_sit_dataset, *export_flags(trained, world, world / "sit")), "sit_manifest.json")
+    assert {k: v for k, v in tree(world).items() if "manifest" not in k} == {
+        k: v for k, v in before.items() if "manifest" not in k
+    }
+
+
+def test_export_of_an_image_of_a_single_pixel(run_script, world, trained):
+    noise_image((1, 1), 0).save(world / "gta/images/00009.png")
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit"))
+    check_refusal(result, "1x1")
+
+
+def test_images_of_16_bits_are_not_cut_silently(run_script, world, trained):
+    write_png16(world / "gta/images/00009.png", np.full((20, 30, 3), 0x1234, dtype=np.uint16))
+    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit"))
+    check_refusal(result, "00009.png", "8 bits")
+
+
 def test_export_refuses_to_mix_two_models(run_script, world, trained):
     assert run_script(create_sit_dataset, *export_flags(trained, world, world / "sit")).code == 0
     other = training_flags(world, world / "second", steps_per_scale=1, manual_seed=1)
     assert run_script(train_procst, *other).code == 0
     before = tree(world)
     flags = export_flags(only_run(world / "second"), world, world / "sit", skip_created_files=())
-    check_refusal(run_script(create_sit_dataset, *flags), "other generators")
+    check_refusal(run_script(create_sit_dataset, *flags), "another generators")
     assert tree(world) == before
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
+import sys
 import zipfile
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import DataParallel
 
 import create_sit_dataset
 from core.legacy import load_legacy_generators, read_inert
+from core.networks import ConvBlock, Generator, NetworkShape, freeze
 from core.pyramid import image_pyramid, normalise, translate_pyramid
 from utils.errors import UserError
 
@@ -83,6 +88,71 @@ def test_hostile_pickle_creates_no_file(tmp_path, run_script):
     # The bait is real: the ordinary unpickler takes it.
     pickle.loads(payload)
     assert bait.exists()
+
+
+def save_legacy(path, modules, monkeypatch):
+    """Save modules as the authors' code would: pickled whole, under the class names of their package."""
+    package, models = ModuleType("core"), ModuleType("core.models")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "core", package)
+        patch.setitem(sys.modules, "core.models", models)
+        ours = {"ProCSTGenerator": Generator, "ConvBlockProCST": ConvBlock}
+        kept = {kind: (kind.__module__, kind.__qualname__) for kind in ours.values()}
+        for name, kind in ours.items():
+            kind.__module__, kind.__qualname__ = "core.models", name
+            setattr(models, name, kind)
+        try:
+            torch.save(modules, path)
+        finally:
+            for kind, (module, qualname) in kept.items():
+                kind.__module__, kind.__qualname__ = module, qualname
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"channels": 8, "norm": "group"},
+        {"channels": 8, "norm": "batch"},
+        {"channels": 5, "norm": "group"},
+        {"channels": 8, "norm": "group", "groups": 3},
+        {"channels": 8, "norm": "group", "layers": 2},
+        {"channels": 8, "norm": "batch", "kernel_size": 5},
+    ],
+    ids=str,
+)
+def test_every_shape_we_can_train_is_read_back(tmp_path, monkeypatch, shape, wrapped):
+    shapes = [NetworkShape(**{"scale": scale, "layers": 5, **shape}) for scale in range(2)]
+    generators = [freeze(Generator(s)) for s in shapes]
+    saved = copy.deepcopy(generators)
+    for generator in saved:
+        del generator.shape  # the authors' classes have no such attribute
+    if wrapped:
+        saved = [DataParallel(generator) for generator in saved]
+        for wrapper in saved:
+            wrapper.src_device_obj = torch.device("cuda", 0)  # set where a GPU is present
+    save_legacy(tmp_path / "Gst.pth", saved, monkeypatch)
+    image, coarser = torch.rand(2, 1, 3, 20, 24)
+    for scale, (ours, theirs) in enumerate(
+        zip(load_legacy_generators(tmp_path / "Gst.pth"), generators, strict=True)
+    ):
+        second = coarser if scale else None
+        torch.testing.assert_close(ours(image, second), theirs(image, second), rtol=0, atol=0)
+
+
+def test_a_pickle_cannot_change_our_functions(tmp_path):
+    write_archive(tmp_path / "Gst.pth", b"ctorch._utils\n_rebuild_tensor_v2\n}S'__defaults__'\nNsb.")
+    with pytest.raises(UserError, match="sets the state"):
+        read_inert(tmp_path / "Gst.pth")
+
+
+def test_a_module_that_contains_itself_is_refused(tmp_path):
+    write_archive(
+        tmp_path / "Gst.pth",
+        b"(lp0\n(icore.models\nProCSTGenerator\np1\n}S'_modules'\n}S'head'\ng1\nssba.",
+    )
+    with pytest.raises(UserError):
+        load_legacy_generators(tmp_path / "Gst.pth")
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def only_run(out):
 
 
 @pytest.fixture
-def finished(world, tmp_path, run_script):
-    result = run_script(train_procst, *training_flags(world, tmp_path))
+def finished(world, tmp_path, run_script, request):
+    result = run_script(train_procst, *training_flags(world, tmp_path, **getattr(request, "param", {})))
     assert result.code == 0, result.err
     return only_run(tmp_path), result
 
@@ -103,8 +103,15 @@ def test_lower_scales_stay_as_they_were_frozen(finished):
     assert not torch.equal(first, late.networks["Gst"][2]["head.conv.weight"])
 
 
-@pytest.mark.parametrize("stop", ["after a step of scale 1", "between scales"])
-def test_a_continued_run_equals_an_uninterrupted_one(world, finished, tmp_path, run_script, monkeypatch, stop):
+@pytest.mark.parametrize(
+    ("finished", "stop"),
+    [({"norm": "batch"}, "after a step of scale 1"), ({"num_workers": 1}, "between scales")],
+    indirect=["finished"],
+)
+def test_a_continued_run_equals_an_uninterrupted_one(
+    world, finished, tmp_path, run_script, monkeypatch, request, stop
+):
+    changes = request.node.callspec.params["finished"]
     out = tmp_path / "interrupted"
     real_step, real_start, calls = train_procst.Trainer._one_step, train_procst.Trainer.start_scale, []
 
@@ -124,7 +131,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(world, finished, tmp_path, 
             patch.setattr(train_procst.Trainer, "start_scale", stop_before_scale)
         else:
             patch.setattr(train_procst.Trainer, "_one_step", stop_in_step)
-        assert run_script(train_procst, *training_flags(world, out, save_checkpoint_rate=1)).code == 130
+        assert run_script(train_procst, *training_flags(world, out, save_checkpoint_rate=1, **changes)).code == 130
     run = only_run(out)
     stopped_at = load_checkpoint(run / "latest.pth")
     assert (stopped_at.scale, stopped_at.step) == ((1, STEPS) if stop == "between scales" else (1, 2))
@@ -145,18 +152,26 @@ def test_a_finished_run_has_nothing_to_continue(finished, run_script):
     assert (run / "latest.pth").read_bytes() == before
 
 
-def test_resume_to_epoch_goes_back_to_its_first_step(world, tmp_path, run_script):
+def test_resume_to_epoch_sets_the_step_counter(world, tmp_path, run_script, monkeypatch):
     flags = training_flags(world, tmp_path, steps_per_scale=None, epochs_per_scale=2)
     assert run_script(train_procst, *flags).code == 0
     run = only_run(tmp_path)
     result = run_script(train_procst, "--continue_train_from_path", run, "--resume_to_epoch", 3)
     assert result.code == 2
     assert "--resume_to_epoch 3" in result.err
-    before = load_checkpoint(run / "latest.pth").networks["Gst"][2]["head.conv.weight"]
-    assert run_script(train_procst, "--continue_train_from_path", run, "--resume_to_epoch", 2).code == 0
-    after = load_checkpoint(run / "latest.pth")
-    assert after.step == 10
-    assert not torch.equal(before, after.networks["Gst"][2]["head.conv.weight"])
+    real_step, seen = train_procst.Trainer._one_step, []
+
+    def record(self, *arguments):
+        seen.append((self.scale, self.step))
+        return real_step(self, *arguments)
+
+    monkeypatch.setattr(train_procst.Trainer, "_one_step", record)
+    line = ("--continue_train_from_path", run, "--resume_to_epoch", 2, "--stride", 1, "--padd_size", 1)
+    assert run_script(train_procst, *line).code == 0
+    assert seen == [(2, step) for step in range(5, 10)]
+    state = load_checkpoint(run / "latest.pth")
+    counts = {int(values["step"]) for values in state.optimizers["Gst"]["state"].values()}
+    assert counts == {15}
 
 
 def test_debug_run_stops_early(world, tmp_path, run_script):

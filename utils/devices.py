@@ -21,7 +21,7 @@ def resolve_device(gpus: Sequence[str]) -> torch.device:
     name = gpus[0].lower()
     if name == "cpu":
         return torch.device("cpu")
-    if not name.isdigit():
+    if not (name.isascii() and name.isdecimal()):
         raise UserError(f"--gpus {gpus[0]}: give the index of a CUDA device, such as 0, or cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(name) >= count:

@@ -18,6 +18,9 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except MemoryError:
+        print("error: out of memory; lower the sizes or the batch size", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 from utils.errors import UserError
 
+TEMPORARY = ".procst-tmp"
+
 # mkstemp makes private files (0600); other users of a shared data folder must be able to read ours as any other file.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -28,7 +30,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     path = Path(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=TEMPORARY)
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
@@ -42,6 +44,12 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that a killed `atomic_write` left in `folder`; not while another one writes there."""
+    for path in Path(folder).glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -66,6 +74,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {path} as JSON: {error}") from None
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Check that `make_folder` can do its work, without making anything.
+
+    Raises:
+        UserError: names `flag` when the nearest existing folder above is no folder or cannot be written to.
+    """
+    path = Path(path).absolute()
+    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {nearest} is not a folder that can be written to")
 
 
 def make_folder(path: Path, flag: str) -> Path:
