@@ -31,11 +31,12 @@ COLUMNS = 5
 MADE = ("toy_gta", "toy_cs", "TrainedModels", "runs", "sit")  # what an earlier demo left, and this one makes anew
 MARKER = ".made_by_make_demo"
 # Small and quick: a quarter of the published width, a shallow perceptual net with random weights (nothing is
-# downloaded), a larger step. Random features hold content less well than ImageNet's, so the cycle gets more weight.
+# downloaded), a larger learning rate. Random features hold content less well than ImageNet's do, so content and cycle
+# get more weight.
 TRAINING = """
     --src_resize 144 72 --trg_resize 128 64 --crop_size 128 64 --base_channels_list 16 --batch_size_list 16 8 4
-    --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 120 150 250 --vgg_weights random --content_layers 6 --style_layers 3 6
-    --lambda_cyclic 10 --no_semseg --num_workers 1 --print_rate 25
+    --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 100 120 180 --vgg_weights random --content_layers 6 --style_layers 3 6
+    --lambda_cyclic 5 --content_weight 0.3 --no_semseg --num_workers 1 --print_rate 25
 """
 
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: where the reference numbers are, and deterministic thread use."""
+"""Shared by all tests: where the reference numbers are, and running a script in this process."""
 
 from __future__ import annotations
 
