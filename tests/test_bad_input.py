@@ -38,7 +38,7 @@ def check_refusal(result, *parts):
         assert str(part) in lines[0], lines[0]
 
 
-def refuse_training(run_script, world, *parts, **changes):
+def check_training_refused(run_script, world, *parts, **changes):
     """Run a training that must be refused before anything is written."""
     before = tree(world)
     check_refusal(run_script(train_procst, *training_flags(world, world / "out", **changes)), *parts)
@@ -46,19 +46,19 @@ def refuse_training(run_script, world, *parts, **changes):
 
 
 def test_missing_data_folder(run_script, world):
-    refuse_training(run_script, world, "--src_data_dir", "nowhere", src_data_dir=world / "nowhere")
-    refuse_training(run_script, world, "--trg_data_dir", "nowhere", trg_data_dir=world / "nowhere")
+    check_training_refused(run_script, world, "--src_data_dir", "nowhere", src_data_dir=world / "nowhere")
+    check_training_refused(run_script, world, "--trg_data_dir", "nowhere", trg_data_dir=world / "nowhere")
 
 
 def test_empty_folder(run_script, world):
     (world / "empty").mkdir()
-    refuse_training(run_script, world, "no images", "images/*.png", src_data_dir=world / "empty")
-    refuse_training(run_script, world, "no images", "leftImg8bit", trg_data_dir=world / "empty")
+    check_training_refused(run_script, world, "no images", "images/*.png", src_data_dir=world / "empty")
+    check_training_refused(run_script, world, "no images", "leftImg8bit", trg_data_dir=world / "empty")
 
 
 def test_image_without_label(run_script, world):
     (world / "gta/labels/00003.png").unlink()
-    refuse_training(run_script, world, "1 of 4", "images/00003.png", "labels/00003.png")
+    check_training_refused(run_script, world, "1 of 4", "images/00003.png", "labels/00003.png")
 
 
 def test_label_of_another_size(run_script, world):
@@ -152,7 +152,7 @@ def test_16_bit_labels_where_8_bit_ids_belong(run_script, world):
 def test_flags(run_script, world, changes, parts):
     if "gpus" in changes and changes["gpus"] == 3 and torch.cuda.device_count() > 3:
         pytest.skip("this machine has a GPU 3")
-    refuse_training(run_script, world, *parts, **changes)
+    check_training_refused(run_script, world, *parts, **changes)
 
 
 def write_vgg(path, last_conv):
@@ -166,27 +166,27 @@ def test_a_style_layer_the_weights_do_not_reach(run_script, world):
     write_vgg(world / "vgg.pth", last_conv=5)
     flags = {"vgg_weights": world / "vgg.pth", "content_layers": 6}
     parts = ("vgg.pth", "features.7", "[8, 11]", "[1, 3, 6]")
-    refuse_training(run_script, world, *parts, style_layers=(3, 8, 11), **flags)
+    check_training_refused(run_script, world, *parts, style_layers=(3, 8, 11), **flags)
     result = run_script(train_procst, *training_flags(world, world / "out", steps_per_scale=1, **flags))
     assert result.code == 0, result.err
 
 
 def test_vgg_weights_that_are_something_else(run_script, world):
     (world / "text.pth").write_text("no weights")
-    refuse_training(run_script, world, "text.pth", vgg_weights=world / "text.pth")
+    check_training_refused(run_script, world, "text.pth", vgg_weights=world / "text.pth")
     torch.save(torch.nn.Conv2d(1, 1, 1), world / "module.pth")
-    refuse_training(run_script, world, "module.pth", vgg_weights=world / "module.pth")
+    check_training_refused(run_script, world, "module.pth", vgg_weights=world / "module.pth")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_output_folder(run_script, world):
     (world / "locked").mkdir(mode=0o555)
-    refuse_training(run_script, world, "--checkpoints_dir", checkpoints_dir=world / "locked")
+    check_training_refused(run_script, world, "--checkpoints_dir", checkpoints_dir=world / "locked")
 
 
 def test_unwritable_output_folder(run_script, world):
     (world / "file").write_text("")
-    refuse_training(run_script, world, "--checkpoints_dir", checkpoints_dir=world / "file" / "models")
+    check_training_refused(run_script, world, "--checkpoints_dir", checkpoints_dir=world / "file" / "models")
 
 
 @pytest.fixture
@@ -311,14 +311,14 @@ def test_divergence_keeps_the_last_good_checkpoint(run_script, world):
 
 def test_unwritable_tensorboard_folder(run_script, world):
     (world / "file").write_text("")
-    refuse_training(run_script, world, "--tb_logs_dir", tb_logs_dir=world / "file")
+    check_training_refused(run_script, world, "--tb_logs_dir", tb_logs_dir=world / "file")
 
 
 def test_list_files_that_leave_the_data_folder(run_script, world):
     noise_image((60, 44), 0).save(world / "outside.png")
     for line in ("../outside.png", str(world / "outside.png"), "x" * 5000):
         (world / "list.txt").write_text(line + "\n")
-        refuse_training(run_script, world, "list.txt line 1", src_list=world / "list.txt")
+        check_training_refused(run_script, world, "list.txt line 1", src_list=world / "list.txt")
 
 
 def test_exporting_a_run_that_has_not_reached_its_last_scale(run_script, world, trained):
