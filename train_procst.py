@@ -1,287 +1,33 @@
 """Train the ProCST pyramid: source images are moved into the look of the target images, scale by scale.
 
-    python train_procst.py --gpus 0 --batch_size_list 32 16 3 --no_semseg
+    python train_procst.py --gpus 0 --batch_size_list 32 16 3
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from core.checkpoint import LATEST, Checkpoint, load_checkpoint, weights_fingerprint
-from core.config import (
-    DataConfig,
-    LossConfig,
-    NetworkConfig,
-    OptimConfig,
-    ProCSTConfig,
-    RunConfig,
-    ScheduleConfig,
-    require_one_per_scale,
-    resolve_norms,
-)
+from core.checkpoint import LATEST, Checkpoint, load_checkpoint
+from core.command_line import build_parser, config_from_flags, continued_config
+from core.config import ProCSTConfig
+from core.label_networks import build_label_networks, load_source_net
 from core.progress import RunProgress, scale_plans
 from core.trainer import Trainer
+from core.validation import Validator, scored_classes
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images, require_labels
+from models.segmentation import require_classes
 from models.vgg import build_vgg
-from utils.devices import default_workers, resolve_device
+from utils.devices import resolve_device
 from utils.errors import UserError, run_cli
-from utils.files import check_folder, make_folder, remove_leftovers
-from utils.flags import OneLineParser, parse_flags
+from utils.files import check_folder, new_run_folder, remove_leftovers
+from utils.flags import parse_flags
+from utils.tensor_files import weights_fingerprint
 
-# Flags that configure the segmentation nets of the last scale: without those nets they could not act.
-SEGMENTATION_FLAGS = (
-    "warmup_epochs", "lambda_labels", "model", "num_classes", "lr_semseg", "weight_decay", "momentum", "power",
-)  # fmt: skip
-# Flags that may differ when a run is continued: where things are and how they are reported, never what is computed.
-CONTINUE_FLAGS = frozenset(
-    {
-        "continue_train_from_path", "resume_to_epoch", "gpus", "num_workers", "src_data_dir", "trg_data_dir",
-        "vgg_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "pics_per_epoch",
-    }
-)  # fmt: skip
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """All flags, grouped; names and defaults are the published ones."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _add_run_flags(parser.add_argument_group("run"))
-    _add_data_flags(parser.add_argument_group("data"))
-    _add_network_flags(parser.add_argument_group("networks"))
-    _add_loss_flags(parser.add_argument_group("losses"))
-    _add_schedule_flags(parser.add_argument_group("training"))
-    _add_segmentation_flags(parser.add_argument_group("segmentation nets of the last scale"))
-    return parser
-
-
-def _add_run_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--gpus", nargs="+", metavar="GPU", help="index of the CUDA device, or cpu (required for a new run)")
-    add("--manual_seed", type=int, default=1337, help="seed of weights, data order and crops (default: %(default)s)")
-    add("--checkpoints_dir", default="./TrainedModels", help="run folders go in here (default: %(default)s)")
-    add("--tb_logs_dir", default="./runs", help="TensorBoard logs go in here (default: %(default)s)")
-    add("--continue_train_from_path", default="", metavar="RUN", help="go on with the run in this folder")
-    add("--resume_to_epoch", type=int, default=None, metavar="E",
-        help="with --continue_train_from_path: set the step counter to the start of epoch E (from 1) of the scale in "
-        "training; weights and optimisers stay those of the checkpoint")  # fmt: skip
-    add("--print_rate", type=int, default=100, help="steps between two log entries (default: %(default)s)")
-    add("--save_checkpoint_rate", type=int, default=1000, help="steps between two checkpoints (default: %(default)s)")
-    add("--pics_per_epoch", type=int, default=10, help="TensorBoard picture rows an epoch (default: %(default)s)")
-    add("--debug_run", action="store_true", help="short run: stop every epoch and scale early, as the next two say")
-    add("--debug_stop_iteration", type=int, default=15, help="steps an epoch with --debug_run (default: %(default)s)")
-    add("--debug_stop_epoch", type=int, default=0, help="last epoch, from 0, with --debug_run (default: %(default)s)")
-
-
-def _add_data_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    size = {"type": int, "nargs": 2, "metavar": ("W", "H"), "default": None}
-    add("--source", choices=sorted(DATA_SETS), default="gta5", help="source data set (default: %(default)s)")
-    add("--target", choices=sorted(DATA_SETS), default="cityscapes", help="target data set (default: %(default)s)")
-    add("--src_data_dir", default="data/gta", help="root folder of the source (default: %(default)s)")
-    add("--trg_data_dir", default="data/cityscapes", help="root folder of the target (default: %(default)s)")
-    add("--src_list", default="", metavar="FILE", help="text file with one source image a line, instead of all")
-    add("--trg_list", default="", metavar="FILE", help="text file with one target image a line, instead of all")
-    add("--src_resize", **size, help="size source images are resized to (default: the data set's, GTA5 1126 619)")
-    add("--trg_resize", **size, help="size target images are resized to (default: the data set's, 1024 512)")
-    add("--crop_size", **size, help="random crop of both, and size of the finest scale (default: 1024 512)")
-    add("--num_workers", type=int, default=default_workers(),
-        help="loader processes for each domain (default: 6, or the number of CPUs)")  # fmt: skip
-
-
-def _add_network_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--num_scales", type=int, default=2, help="index N of the finest scale: N + 1 scales (default: %(default)s)")
-    add("--scale_factor", type=float, default=0.5, help="size ratio of neighbouring scales (default: %(default)s)")
-    add("--base_channels_list", type=int, nargs="+", default=[64, 64, 64], help="width at each scale (default: 64 ...)")
-    add("--body_layers", type=int, default=5,
-        help="convolutions of a network; the two finest scales get 2 more (default: %(default)s)")  # fmt: skip
-    add("--norm", choices=("auto", "batch", "group"), default="auto",
-        help="auto: batch norm where a GPU gets 16 images or more, group norm elsewhere; resolved once when the run "
-        "starts and stored with it (default: %(default)s)")  # fmt: skip
-    add("--groups_num", type=int, default=8, help="groups of the group norm (default: %(default)s)")
-    add("--nc_im", type=int, default=3, help="image channels; only 3 is possible (default: %(default)s)")
-    add("--ker_size", type=int, default=3, help="kernel size, odd (default: %(default)s)")
-    add("--stride", type=int, default=1, help="stride; only 1 keeps the image size (default: %(default)s)")
-    add("--padd_size", type=int, default=None, help="padding; must keep the image size (default: (ker_size - 1) / 2)")
-
-
-def _add_loss_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    for name, help_text in (
-        ("lambda_adversarial", "weight of the adversarial terms"),
-        ("lambda_grad", "weight of the gradient penalty inside them"),
-        ("lambda_cyclic", "weight of the cycle terms"),
-        ("lambda_style", "weight of the sum of the next three"),
-        ("content_weight", "weight of the content term"),
-        ("style_weight", "weight of the Gram matrix term"),
-        ("tv_weight", "weight of the total variation"),
-    ):
-        default = getattr(LossConfig, name)
-        add(f"--{name}", type=float, default=default, help=f"{help_text} (default: {default:.4g})")
-    add("--content_layers", type=int, nargs="+", default=[15], help="layers of VGG16's features (default: 15)")
-    add("--style_layers", type=int, nargs="+", default=[3, 8, 15, 22],
-        help="layers of VGG16's features (default: 3 8 15 22)")  # fmt: skip
-    add("--vgg_weights", default="imagenet", metavar="imagenet|random|PATH",
-        help="weights of the perceptual net: torchvision's ImageNet weights, seeded random ones, or a state dict that "
-        "reaches the layers asked for (default: %(default)s)")  # fmt: skip
-
-
-def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--batch_size", type=int, default=1, help="batch of every scale without --batch_size_list (default: 1)")
-    add("--batch_size_list", type=int, nargs="+", default=None, help="batch of each scale (published: 32 16 3)")
-    add("--epochs_per_scale", type=int, default=40, help="epochs of each scale (default: %(default)s)")
-    add("--steps_per_scale", type=int, nargs="+", default=[], metavar="STEPS",
-        help="steps of each scale (one number for all, or one each), instead of epochs")  # fmt: skip
-    add("--lr_g", type=float, default=1e-4, help="learning rate of the generators (default: %(default)s)")
-    add("--lr_d", type=float, default=1e-4, help="learning rate of the discriminators (default: %(default)s)")
-    add("--beta1", type=float, default=0.9, help="beta1 of Adam (default: %(default)s)")
-
-
-def _add_segmentation_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--no_semseg", action="store_true", help="train the last scale without label losses; the flags below need them")
-    add("--warmup_epochs", type=int, default=0, help="epochs without label losses (default: %(default)s)")
-    add("--lambda_labels", type=float, default=1.0, help="weight of the cyclic label loss (default: %(default)s)")
-    add("--model", default="DeepLabV2", help="segmentation net (default: %(default)s)")
-    add("--num_classes", type=int, default=19, help="classes of the segmentation net (default: %(default)s)")
-    add("--lr_semseg", type=float, default=1e-4, help="learning rate of its backbone (default: %(default)s)")
-    add("--weight-decay", type=float, default=5e-4, help="weight decay of its SGD (default: %(default)s)")
-    add("--momentum", type=float, default=0.9, help="momentum of its SGD (default: %(default)s)")
-    add("--power", type=float, default=0.9, help="power of its poly schedule (default: %(default)s)")
-
-
-def _check_segmentation_flags(flags: argparse.Namespace, given: frozenset[str]) -> None:
-    if not flags.no_semseg:
-        raise UserError(
-            "the label losses of the last scale need a segmentation net, and this version has none: add --no_semseg "
-            "to train the last scale without them"
-        )
-    if idle := [f"--{name.replace('weight_decay', 'weight-decay')}" for name in SEGMENTATION_FLAGS if name in given]:
-        raise UserError(f"{', '.join(idle)}: has no effect with --no_semseg; leave it out")
-
-
-def _per_scale(values: list[int], scales: int) -> tuple[int, ...]:
-    """One number stands for every scale."""
-    return tuple(values) * scales if len(values) == 1 else tuple(values)
-
-
-def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCSTConfig:
-    """Build and validate the configuration of a new run.
-
-    Raises:
-        UserError: names the flag that is missing, out of range or contradicts another.
-    """
-    if not flags.gpus:
-        raise UserError("--gpus is required: the index of a CUDA device, or cpu")
-    if flags.resume_to_epoch is not None:
-        raise UserError("--resume_to_epoch acts only with --continue_train_from_path")
-    _check_segmentation_flags(flags, given)
-    if "batch_size" in given and flags.batch_size_list:
-        raise UserError("--batch_size and --batch_size_list contradict each other; give one")
-    if flags.stride != 1:
-        raise UserError(f"--stride is {flags.stride}; only 1 keeps the image size")
-    if flags.padd_size not in (None, (flags.ker_size - 1) // 2):
-        raise UserError(f"--padd_size {flags.padd_size} changes the image size with --ker_size {flags.ker_size}")
-    if flags.steps_per_scale and (flags.debug_run or "epochs_per_scale" in given):
-        raise UserError("--steps_per_scale contradicts --epochs_per_scale and --debug_run; give one of them")
-    if not flags.debug_run and given & {"debug_stop_iteration", "debug_stop_epoch"}:
-        raise UserError("--debug_stop_iteration and --debug_stop_epoch act only with --debug_run")
-    scales = max(flags.num_scales, 0) + 1
-    batches = tuple(flags.batch_size_list or [flags.batch_size] * scales)
-    require_one_per_scale("batch_size_list", batches, flags.num_scales)
-    channels = tuple(flags.base_channels_list) if "base_channels_list" in given else (64,) * scales
-    source, target = DATA_SETS[flags.source], DATA_SETS[flags.target]
-    return ProCSTConfig(
-        data=DataConfig(
-            source=flags.source,
-            target=flags.target,
-            src_data_dir=flags.src_data_dir,
-            trg_data_dir=flags.trg_data_dir,
-            src_list=flags.src_list,
-            trg_list=flags.trg_list,
-            src_resize=tuple(flags.src_resize or source.resize),
-            trg_resize=tuple(flags.trg_resize or target.resize),
-            crop_size=tuple(flags.crop_size or source.crop),
-            num_workers=flags.num_workers,
-        ),
-        network=NetworkConfig(
-            num_scales=flags.num_scales,
-            scale_factor=flags.scale_factor,
-            base_channels_list=_per_scale(list(channels), scales),
-            body_layers=flags.body_layers,
-            norms=resolve_norms(flags.norm, batches, num_gpus=1),
-            groups_num=flags.groups_num,
-            nc_im=flags.nc_im,
-            ker_size=flags.ker_size,
-        ),
-        loss=LossConfig(
-            lambda_adversarial=flags.lambda_adversarial,
-            lambda_grad=flags.lambda_grad,
-            lambda_cyclic=flags.lambda_cyclic,
-            lambda_style=flags.lambda_style,
-            lambda_labels=flags.lambda_labels,
-            content_layers=tuple(flags.content_layers),
-            style_layers=tuple(flags.style_layers),
-            content_weight=flags.content_weight,
-            style_weight=flags.style_weight,
-            tv_weight=flags.tv_weight,
-        ),
-        optim=OptimConfig(lr_g=flags.lr_g, lr_d=flags.lr_d, beta1=flags.beta1),
-        schedule=ScheduleConfig(
-            batch_size_list=batches,
-            epochs_per_scale=flags.epochs_per_scale,
-            steps_per_scale=_per_scale(flags.steps_per_scale, scales),
-            warmup_epochs=flags.warmup_epochs,
-            debug_run=flags.debug_run,
-            debug_stop_iteration=flags.debug_stop_iteration,
-            debug_stop_epoch=flags.debug_stop_epoch,
-        ),
-        run=RunConfig(
-            gpus=" ".join(flags.gpus),
-            manual_seed=flags.manual_seed,
-            vgg_weights=flags.vgg_weights,
-            no_semseg=flags.no_semseg,
-            checkpoints_dir=flags.checkpoints_dir,
-            tb_logs_dir=flags.tb_logs_dir,
-            print_rate=flags.print_rate,
-            save_checkpoint_rate=flags.save_checkpoint_rate,
-            pics_per_epoch=flags.pics_per_epoch,
-        ),
-    )
-
-
-def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: frozenset[str]) -> ProCSTConfig:
-    """The stored configuration of a run with the few flags that may change when it is continued.
-
-    Raises:
-        UserError: a flag would change what is computed.
-    """
-    known = {name: value for section in stored.to_json().values() for name, value in section.items()}
-    known |= {"stride": 1, "padd_size": (stored.network.ker_size - 1) // 2}
-    for name in sorted(given - CONTINUE_FLAGS):
-        value = getattr(flags, name)
-        if name == "norm":
-            name, value = "norms", resolve_norms(value, stored.schedule.batch_size_list, num_gpus=1)
-        if isinstance(value, list):
-            per_scale = isinstance(known.get(name), tuple) and name not in ("content_layers", "style_layers")
-            value = _per_scale(value, len(known[name])) if per_scale else tuple(value)
-        if name not in known or known[name] != value:
-            raise UserError(
-                f"--{name}: the run was started with {known.get(name, 'its own setting')}, the command line says "
-                f"{value}; a continued run keeps its configuration, so leave the flag out or start a new run"
-            )
-    data = {n: getattr(flags, n) for n in ("num_workers", "src_data_dir", "trg_data_dir") if n in given}
-    reporting = ("vgg_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "pics_per_epoch")
-    run = {n: getattr(flags, n) for n in reporting if n in given}
-    if "gpus" in given:
-        run["gpus"] = " ".join(flags.gpus)
-    return replace(stored, data=replace(stored.data, **data), run=replace(stored.run, **run))
+LABEL_FREE_IMAGES = 100  # target images looked at for the label-free score where there is no val split
 
 
 def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:
@@ -289,20 +35,51 @@ def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:
     source = list_images(DATA_SETS[data.source], data.src_data_dir, "--src_data_dir", list_file=data.src_list)
     target = list_images(DATA_SETS[data.target], data.trg_data_dir, "--trg_data_dir", list_file=data.trg_list)
     require_labels(source, "--src_data_dir")
+    if not config.run.no_semseg and not source.data_set.label_path:
+        raise UserError(f"--source {data.source} has no labels, which the label losses need: add --no_semseg")
     return source, target
 
 
-def _new_run_folder(config: ProCSTConfig) -> Path:
-    """A folder named by time and task; a number is added where another run started in the same second."""
-    parent = make_folder(Path(config.run.checkpoints_dir), "--checkpoints_dir")
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.data.source}_to_{config.data.target}"
-    for suffix in ("", *(f"_{n}" for n in range(2, 100))):
-        try:
-            (parent / (name + suffix)).mkdir()
-        except FileExistsError:
-            continue
-        return parent / (name + suffix)
-    raise UserError(f"--checkpoints_dir {parent}: a hundred runs started in the same second")
+def _validation_list(config: ProCSTConfig, target: FileList) -> tuple[FileList | None, bool]:
+    """The target images to validate on, None where there is no val split, and whether they have labels."""
+    data_set = target.data_set
+    patterns = data_set.images.get("val", ())
+    if not any(True for pattern in patterns for _ in target.root.glob(pattern)):
+        return None, False
+    files = list_images(data_set, target.root, "--trg_data_dir", split="val", training=False)
+    if not files.has_labels():
+        return files, False
+    require_labels(files, "--trg_data_dir")
+    return files, True
+
+
+def _validation(
+    config: ProCSTConfig, target: FileList, device: torch.device
+) -> tuple[ProCSTConfig, Validator | None, str]:
+    """Resolve `--select_by`, and make what validates the last scale, with a line that says what is done.
+
+    Raises:
+        UserError: selection by mIoU without target labels.
+    """
+    files, labelled = _validation_list(config, target)
+    select_by = config.semseg.select_by
+    if select_by == "auto":
+        select_by = "miou" if labelled else "none"
+    config = replace(config, semseg=replace(config.semseg, select_by=select_by))
+    if select_by == "miou" and not labelled:
+        raise UserError(
+            f"--select_by miou needs a labelled val split in --trg_data_dir {target.root}, and there is none; "
+            "use --select_by label_free, which needs no labels, or none"
+        )
+    if select_by == "none":
+        reason = "as --select_by none says" if labelled else "the target has no labelled val split"
+        return config, None, f"no validation of the last scale: {reason}"
+    if files is None:
+        count = min(LABEL_FREE_IMAGES, len(target))
+        files = replace(target, images=tuple(target.images[k * len(target) // count] for k in range(count)))
+    classes = scored_classes(config.semseg.num_classes, target.data_set, DATA_SETS[config.data.source])
+    validator = Validator(files, labelled, classes, config.semseg.num_classes, device, config.data.num_workers)
+    return config, validator, f"validating the last scale on {files.describe()}, best by {select_by}"
 
 
 def _checkpoint_to_continue(path: Path) -> tuple[Path, Checkpoint]:
@@ -330,7 +107,7 @@ def _step_of_epoch(epoch: int, trainer: Trainer) -> int:
 
 def main() -> None:
     """Command line entry: start a run or continue one."""
-    flags, given = parse_flags(build_parser())
+    flags, given = parse_flags(build_parser(__doc__))
     origin, checkpoint = None, None
     if flags.continue_train_from_path:
         origin, checkpoint = _checkpoint_to_continue(Path(flags.continue_train_from_path))
@@ -348,12 +125,22 @@ def main() -> None:
         "list of target images": target.fingerprint(),
         "perceptual net (--vgg_weights)": weights_fingerprint(perceptual),
     }
+    labels, validator, validation_line = None, None, ""
+    if not config.run.no_semseg:
+        require_classes(config.semseg.num_classes, source.data_set.name, source.data_set.id_map)
+        config, validator, validation_line = _validation(config, target, device)
+        source_net = load_source_net(config.semseg, config.data.source, config.data.src_data_dir)
+        inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(source_net)
+        fresh = checkpoint is None or not checkpoint.segmentation
+        labels = build_label_networks(config.semseg, source_net, config.run.manual_seed, pretrained=fresh)
     for flag in ("checkpoints_dir", "tb_logs_dir"):
         check_folder(Path(getattr(config.run, flag)), f"--{flag}")
     # Everything that can be wrong with the input has been looked at; only now is a run folder made.
-    folder = _new_run_folder(config) if origin is None else origin.parent
+    task = f"{config.data.source}_to_{config.data.target}"
+    parent = Path(config.run.checkpoints_dir)
+    folder = new_run_folder(parent, "--checkpoints_dir", task) if origin is None else origin.parent
     remove_leftovers(folder)
-    trainer = Trainer(config, source, target, perceptual, device, folder, inputs=inputs)
+    trainer = Trainer(config, source, target, perceptual, device, folder, labels, inputs, validator)
     if checkpoint is not None:
         trainer.restore(checkpoint, origin)
         if flags.resume_to_epoch is not None:
@@ -361,6 +148,9 @@ def main() -> None:
 
     print(source.describe())
     print(target.describe())
+    if labels is not None:
+        print(f"label losses of the last scale: {config.semseg.shape()} from {config.semseg.semseg_weights}")
+        print(validation_line)
     print(f"norm at scales 0..{config.network.num_scales}: {', '.join(config.network.norms)}")
     print(f"steps at scales 0..{config.network.num_scales}: {', '.join(str(plan.steps) for plan in plans)}")
     if config.run.vgg_weights == "random":

@@ -6,20 +6,18 @@ each scale) and the contact sheets.
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from core.config import NetworkConfig, ProCSTConfig
 from core.networks import Generator, freeze
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.tensor_files import load_network, read_tensor_file
 
 FORMAT = "procst-checkpoint"
 VERSION = 1
@@ -41,6 +39,9 @@ class Checkpoint:
         optimizers: state dicts of the optimisers of the scale in training, by network name.
         inputs: fingerprints of what the run learns from (file lists, perceptual net), by a name for messages.
         segmentation: state dicts `target_net` and `optimizer` where the last scale trains with label losses.
+        validations: what the validations of the last scale found, in order: `step`, `miou` (None without target
+            labels), `label_free`, `mean_confidence`, `iou` (by class name), the `score` selected by, and whether it was
+            the `best` so far.
     """
 
     config: ProCSTConfig
@@ -51,6 +52,7 @@ class Checkpoint:
     optimizers: Mapping[str, Mapping[str, Any]]
     inputs: Mapping[str, str] = field(default_factory=dict)
     segmentation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    validations: Sequence[Mapping[str, Any]] = ()
 
     def save(self, path: Path) -> None:
         """Write to `path` atomically."""
@@ -65,26 +67,10 @@ class Checkpoint:
             "optimizers": {name: dict(state) for name, state in self.optimizers.items()},
             "inputs": dict(self.inputs),
             "segmentation": {name: dict(state) for name, state in self.segmentation.items()},
+            "validations": [dict(validation) for validation in self.validations],
         }
         atomic_write(path, lambda file: torch.save(content, file))
 
-
-def read_tensor_file(path: Path) -> Any:
-    """`torch.load` with `weights_only=True` on the CPU; None if the file names anything but tensors and plain values.
-
-    Raises:
-        UserError: missing, or not a file that `torch.save` wrote.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return None
-    # A damaged file can make the reader fail in any way, and each means the same.
-    except Exception as error:
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -108,6 +94,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             optimizers=content["optimizers"],
             inputs=content["inputs"],
             segmentation=content["segmentation"],
+            validations=content.get("validations", ()),
         )
         counts = [len(checkpoint.networks[name]) for name in NETWORK_NAMES]
         optimizers = sorted(checkpoint.optimizers)
@@ -120,33 +107,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def weights_fingerprint(*networks: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of all weights and buffers."""
-    digest = hashlib.sha256()
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_network(network: nn.Module, state: Mapping[str, Any], origin: str) -> None:
-    """Load a state dict strictly.
-
-    Raises:
-        UserError: names `origin` and the first tensor that is missing, unexpected or of another shape.
-    """
-    own = network.state_dict()
-    problems = [
-        f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    problems += [f"{name} is missing there" for name in own if name not in state]
-    problems += [f"{name} is unknown here" for name in state if name not in own]
-    if problems:
-        raise UserError(f"{origin} does not fit the configured network: {problems[0]} ({len(problems)} differences)")
-    network.load_state_dict(state)
 
 
 def load_generators(checkpoint: Checkpoint, name: str, origin: Path | str) -> list[Generator]:

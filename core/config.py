@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core.networks import NetworkShape, Norm, layers_at_scale, published_norm
 from core.pyramid import level_size
 from data_handlers.datasets import DATA_SETS
+from models.segmentation import SegmentationShape
 from models.vgg import VGG16_POOLINGS
 from utils.errors import UserError
 
@@ -159,6 +160,54 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class SGDConfig:
+    """SGD of a segmentation net; its head learns ten times as fast as `lr_semseg`."""
+
+    lr_semseg: float = 1e-4
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "lr_semseg")
+        shown = str(self.weight_decay)[:20]
+        _require(0 <= self.weight_decay < LARGEST, f"--weight-decay is {shown}; it must be 0 or greater")
+        _require(0.0 <= self.momentum < 1.0, f"--momentum is {self.momentum}; it must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SemsegConfig(SGDConfig):
+    """Segmentation nets of the last scale: P, trained on source beforehand, and Q, trained on SiT meanwhile.
+
+    Attributes:
+        model, backbone, num_classes: of both nets.
+        semseg_weights: file or run folder of P.
+        backbone_weights: what Q's backbone starts from: `imagenet`, a file, or `random`.
+        select_by: which validations of Q pick the best checkpoint: by `miou`, which needs target labels, by
+            `label_free`, or `none` without validation. `auto` becomes `miou` or `none` when a run starts.
+        validation_rate: steps between two validations of the last scale; 0 means one epoch.
+    """
+
+    model: str = "DeepLabV2"
+    backbone: str = "resnet101"
+    num_classes: int = 19
+    semseg_weights: str = ""
+    backbone_weights: str = "imagenet"
+    select_by: str = "none"
+    validation_rate: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shape()
+        known = ("auto", "miou", "label_free", "none")
+        _require(self.select_by in known, f"--select_by {self.select_by}: must be one of {', '.join(known[1:])}")
+        _require_not_negative(self, "validation_rate")
+
+    def shape(self) -> SegmentationShape:
+        """Shape of both nets."""
+        return SegmentationShape(self.model, self.backbone, self.num_classes)
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """How long each scale trains.
 
@@ -246,6 +295,7 @@ class ProCSTConfig:
     optim: OptimConfig
     schedule: ScheduleConfig
     run: RunConfig
+    semseg: SemsegConfig = field(default_factory=SemsegConfig)
 
     def __post_init__(self) -> None:
         scales = self.network.num_scales
@@ -276,10 +326,11 @@ class ProCSTConfig:
         """
         try:
             sections = {}
-            for field in dataclasses.fields(cls):
-                section = SECTIONS[field.name]
-                values = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in content[field.name].items()}
-                sections[field.name] = section(**values)
+            for name, section in SECTIONS.items():
+                if name == "semseg" and name not in content:
+                    continue  # a run of the time before the segmentation nets
+                values = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in content[name].items()}
+                sections[name] = section(**values)
             return cls(**sections)
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
@@ -294,6 +345,7 @@ SECTIONS = {
     "optim": OptimConfig,
     "schedule": ScheduleConfig,
     "run": RunConfig,
+    "semseg": SemsegConfig,
 }
 
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from core.config import ProCSTConfig
 from core.networks import Generator
-from core.pyramid import image_pyramid, normalise, to_pixels, translate_pyramid
-from data_handlers.images import read_image
+from core.pyramid import image_pyramid, to_pixels, translate_pyramid
+from data_handlers.images import normalise, read_image
 from data_handlers.lists import FileList
 from utils.files import atomic_write_bytes
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from core.pyramid import normalise
-from data_handlers.images import read_image
+from data_handlers.images import normalise, read_image
 from models.vgg import VGGFeatures
 from utils.frechet import GaussianFit
 

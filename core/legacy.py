@@ -10,16 +10,17 @@ import collections
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from core.checkpoint import load_network
 from core.networks import Generator, NetworkShape, freeze
+from models.segmentation import SegmentationShape, build_segmentation_net
 from utils.errors import UserError
+from utils.tensor_files import load_network
 
 _STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -45,6 +46,17 @@ RECORD_CLASSES = frozenset(
         ("torch.nn.modules.activation", "LeakyReLU"),
         ("torch.nn.modules.activation", "Tanh"),
         ("torch.nn.parallel.data_parallel", "DataParallel"),
+        ("semseg_models.deeplabv2", "ResNet101"),
+        ("semseg_models.deeplabv2", "Bottleneck"),
+        ("semseg_models.deeplabv2", "Classifier_Module2"),
+        ("semseg_models.deeplabv2", "SEBlock"),
+        ("torch.nn.modules.activation", "ReLU"),
+        ("torch.nn.modules.activation", "Sigmoid"),
+        ("torch.nn.modules.dropout", "Dropout2d"),
+        ("torch.nn.modules.linear", "Linear"),
+        ("torch.nn.modules.loss", "CrossEntropyLoss"),
+        ("torch.nn.modules.pooling", "AdaptiveAvgPool2d"),
+        ("torch.nn.modules.pooling", "MaxPool2d"),
     }
 )
 
@@ -91,6 +103,13 @@ class Record:
     def child(self, name: str) -> Any:
         """Submodule of that name, or None."""
         return self.attributes.get("_modules", {}).get(name)
+
+    def named_records(self, prefix: str = "") -> Iterator[tuple[str, Record]]:
+        """All submodules under the names `nn.Module.named_modules` would give them."""
+        for name, child in self.attributes.get("_modules", {}).items():
+            if isinstance(child, Record):
+                yield prefix + name, child
+                yield from child.named_records(f"{prefix}{name}.")
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """All parameters and buffers under the names `nn.Module.state_dict` would give them."""
@@ -261,3 +280,56 @@ def _shape_of(record: Record, scale: int, path: Path) -> NetworkShape:
         image_channels=inputs if scale == 0 else inputs // 2,
         kernel_size=kernel,
     )
+
+
+# The authors' names of the parts of DeepLabV2 -> ours; the stages of the backbone keep their names.
+_SEGMENTATION_NAMES = (
+    ("layer5.conv2d_list.", "head.branches."),
+    ("layer5.bottleneck.0.se.0.", "head.squeeze.reduce."),
+    ("layer5.bottleneck.0.se.2.", "head.squeeze.expand."),
+    ("layer5.bottleneck.1.", "head.fuse."),
+    ("layer5.bottleneck.2.", "head.fuse_norm."),
+    ("layer5.head.1.", "head.classify."),
+)
+
+
+def load_legacy_segmentation(path: Path) -> tuple[SegmentationShape, nn.Module]:
+    """The authors' `pretrained_semseg_on_*.pth` (specification section 5): its shape and the net, frozen, on the CPU.
+
+    Raises:
+        UserError: the file is not a pickled DeepLabV2 on ResNet-101.
+    """
+    try:
+        record = read_inert(path)
+        if isinstance(record, Record) and record.class_name == "DataParallel":
+            record = record.child("module")
+        if not isinstance(record, Record) or record.class_name != "ResNet101":
+            raise UserError(f"{path}: holds no segmentation net of the authors")
+        return _segmentation_net_of(record, path)
+    except RecursionError:
+        raise UserError(f"{path}: a module of it contains itself") from None
+
+
+def _segmentation_net_of(record: Record, path: Path) -> tuple[SegmentationShape, nn.Module]:
+    state = {_own_name(name): tensor for name, tensor in record.state_dict().items()}
+    classifier = state.get("head.classify.weight")
+    if classifier is None or classifier.ndim != 4:
+        raise UserError(f"{path}: the segmentation net has no classifier where DeepLabV2 has it")
+    shape = SegmentationShape("DeepLabV2", "resnet101", num_classes=classifier.shape[0])
+    net = build_segmentation_net(shape)
+    load_network(net, state, str(path))
+    # Stride, padding and dilation leave no trace in the shapes of the weights.
+    convolutions = {name: module for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    for name, part in record.named_records():
+        own = convolutions.get(_own_name(f"{name}.").removesuffix("."))
+        for attribute in ("stride", "padding", "dilation", "groups") if own is not None else ():
+            if part.attributes.get(attribute) != getattr(own, attribute):
+                raise UserError(f"{path}: {name} has {attribute} {part.attributes.get(attribute)}, not DeepLabV2's")
+    return shape, freeze(net)
+
+
+def _own_name(name: str) -> str:
+    for theirs, ours in _SEGMENTATION_NAMES:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return f"backbone.{name}"

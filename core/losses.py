@@ -52,5 +52,10 @@ def total_variation(x: Tensor) -> Tensor:
 
 
 def label_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy of logits (B,C,h,w) against trainIds (B,h,w), pixels of 255 ignored."""
-    return F.cross_entropy(logits, label.long(), ignore_index=IGNORE_LABEL)
+    """Mean cross-entropy of logits (B,C,h,w) against trainIds (B,h,w) over the pixels that are not 255.
+
+    0, with zero gradients, where every pixel is ignored: a small crop of void must not end a run.
+    """
+    target = label.long()
+    total = F.cross_entropy(logits, target, ignore_index=IGNORE_LABEL, reduction="sum")
+    return total / (target != IGNORE_LABEL).sum().clamp(min=1)

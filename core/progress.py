@@ -16,6 +16,7 @@ from tqdm import tqdm
 from core.config import LossConfig, NetworkConfig, ProCSTConfig
 from core.networks import Discriminator, Generator
 from core.pyramid import level_size, to_unit_range
+from core.validation import Validation, log_validation, summary
 from models.vgg import VGG16_CONVS, VGG16_POOLINGS
 from utils.errors import UserError
 
@@ -164,6 +165,12 @@ class RunProgress:
         if self.writer:
             row = torch.cat([to_unit_range(images[name][0]) for name in PICTURES], dim=2)
             self.writer.add_image(f"Scale{scale}/{PICTURE_TAG}", row, self._steps_before(scale, step))
+
+    def validation(self, scale: int, step: int, validation: Validation, names: Sequence[str]) -> None:
+        """Print and log a validation of the segmentation net."""
+        self.say(f"scale {scale}, step {step}: {summary(validation, names)}")
+        if self.writer:
+            log_validation(self.writer, validation, self._steps_before(scale, step), names)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -21,11 +21,6 @@ from core.networks import Generator
 GeneratorForward = Callable[[Generator, Tensor, Tensor | None], Tensor]
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [0,255] -> float32 network input [-1, 0.9921875], (x - 128) / 128."""
-    return (pixels.to(torch.float32) - 128.0) / 128.0
-
-
 def to_unit_range(x: Tensor) -> Tensor:
     """Network range [-1,1] -> [0,1], clamped: what is logged and saved."""
     return ((x + 1.0) / 2.0).clamp(0.0, 1.0)

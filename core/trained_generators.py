@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.checkpoint import FORMAT, LATEST, load_checkpoint, load_generators, read_tensor_file, weights_fingerprint
+from core.checkpoint import FORMAT, LATEST, load_checkpoint, load_generators
 from core.config import ProCSTConfig
 from core.legacy import load_legacy_generators
 from core.networks import Generator
 from utils.errors import UserError
+from utils.tensor_files import read_tensor_file, weights_fingerprint
 
 
 @dataclass(frozen=True)

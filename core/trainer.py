@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from core.checkpoint import CONFIG, LATEST, NETWORK_NAMES, Checkpoint, load_network
+from core.checkpoint import CONFIG, LATEST, NETWORK_NAMES, Checkpoint
 from core.config import ProCSTConfig, Size
 from core.contact_sheet import contact_sheet_path, save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import RunProgress
-from core.pyramid import image_pyramid, normalise
+from core.pyramid import image_pyramid
 from core.step import (
     Batch,
     LabelNetworks,
@@ -27,15 +27,14 @@ from core.step import (
     StepResult,
     training_step,
 )
+from core.validation import BEST_PATTERN, VALIDATIONS, Validator, best_name, report
+from data_handlers.images import normalise
 from data_handlers.lists import FileList
 from data_handlers.stream import DomainBatch, LabelUse, StreamConfig, open_stream
 from utils.errors import UserError
 from utils.files import atomic_write_json
-
-
-def _seed_for(*parts: int) -> int:
-    """One seed from several numbers, so that the seeds of different uses never coincide."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+from utils.seeds import seed_for
+from utils.tensor_files import load_network
 
 
 def penalty_alphas(seed: int, scale: int, step: int) -> Tensor:
@@ -54,6 +53,7 @@ class Trainer:
         run_folder: existing folder for checkpoints and contact sheets.
         labels: segmentation networks of the last scale, on `device`; None trains without label losses.
         inputs: fingerprints of what is learnt from, stored in the checkpoints and compared when a run is continued.
+        validator: validates the segmentation net trained at the last scale; None goes without.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Trainer:
         run_folder: Path,
         labels: LabelNetworks | None = None,
         inputs: Mapping[str, str] | None = None,
+        validator: Validator | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -75,6 +76,8 @@ class Trainer:
         self.run_folder = run_folder
         self.labels = labels
         self.inputs = dict(inputs or {})
+        self.validator = validator
+        self.validations: list[Mapping[str, Any]] = []
         self.epoch_length = max(len(source), len(target))
         self.scale = 0
         self.step = 0
@@ -90,12 +93,15 @@ class Trainer:
         self.scale, self.step, self.scale_finished = scale, 0, False
         for index, name in enumerate(NETWORK_NAMES):
             network = self._build(name, scale)
-            generator = torch.Generator().manual_seed(_seed_for(self.config.run.manual_seed, 3, scale, index))
+            generator = torch.Generator().manual_seed(seed_for(self.config.run.manual_seed, 3, scale, index))
             init_weights(network, generator)
             network.to(self.device).train()
             self.networks[name].append(network)
             rate = optim.lr_d if name.startswith("D") else optim.lr_g
             self.optimizers[name] = Adam(network.parameters(), lr=rate, betas=(optim.beta1, 0.999))
+        if self.labels is not None and self._is_last_scale():
+            self.labels.source_net.to(self.device)
+            self.labels.target_net.to(self.device)
 
     def _build(self, name: str, scale: int) -> nn.Module:
         return (Discriminator if name.startswith("D") else Generator)(self.config.network.shape(scale))
@@ -129,6 +135,7 @@ class Trainer:
             optimizers={name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             inputs=self.inputs,
             segmentation=segmentation,
+            validations=self.validations,
         )
 
     def restore(self, checkpoint: Checkpoint, origin: Path) -> None:
@@ -156,14 +163,18 @@ class Trainer:
         if checkpoint.segmentation and self.labels is not None:
             load_network(self.labels.target_net, checkpoint.segmentation["target_net"], f"{origin}, segmentation net,")
             self.labels.target_optimizer.load_state_dict(dict(checkpoint.segmentation["optimizer"]))
+        self.validations = list(checkpoint.validations)
 
     def _is_last_scale(self) -> bool:
         return self.scale == self.config.network.num_scales
 
     def _save(self, *names: str) -> None:
         """Write the state under each name, unless the training has diverged: a good checkpoint must outlive that."""
-        for name, networks in self.networks.items():
-            if not all(bool(parameter.isfinite().all()) for parameter in networks[-1].parameters()):
+        trained = {name: networks[-1] for name, networks in self.networks.items()}
+        if self.labels is not None and self._is_last_scale():
+            trained["the segmentation net"] = self.labels.target_net
+        for name, network in trained.items():
+            if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
                 raise UserError(
                     f"training diverged: {name} of scale {self.scale} has weights that are not finite at step "
                     f"{self.step}; {self.run_folder / LATEST} keeps the state before, lower --lr_g and --lr_d"
@@ -245,8 +256,33 @@ class Trainer:
             progress.step(self.scale, self.step, result.losses)
             if picture_rate and (self.step % picture_rate == 0):
                 progress.pictures(self.scale, self.step, result.images)
-            if self.step % run.save_checkpoint_rate == 0 and self.step < steps:
+            validated = self._is_validation_step(per_epoch, steps)
+            if validated:
+                self._validate(progress)
+            if (validated or self.step % run.save_checkpoint_rate == 0) and self.step < steps:
                 self._save(LATEST)
+
+    def _is_validation_step(self, per_epoch: int, steps: int) -> bool:
+        if self.validator is None or self.labels is None or not self._is_last_scale():
+            return False
+        return self.step % (self.config.semseg.validation_rate or per_epoch) == 0 or self.step == steps
+
+    def _validate(self, progress: RunProgress) -> None:
+        """Validate the net trained on SiT; keep this state beside the others if it is the best so far."""
+        validation = self.validator(self.labels.target_net)
+        score = validation.mean_iou if self.config.semseg.select_by == "miou" else validation.label_free
+        before = [earlier["score"] for earlier in self.validations if earlier["score"] is not None]
+        best = score is not None and all(score > earlier for earlier in before)
+        progress.validation(self.scale, self.step, validation, self.target.data_set.class_names)
+        found = report(validation, self.target.data_set.class_names)
+        self.validations.append({"step": self.step, "score": score, "best": best, **found})
+        atomic_write_json(self.run_folder / VALIDATIONS, self.validations)
+        if best:
+            name = best_name(self.step, validation)
+            self._save(name)
+            for other in self.run_folder.glob(BEST_PATTERN):
+                if other.name != name:
+                    other.unlink()
 
     def _scale_networks(self) -> ScaleNetworks:
         finest = {name: nets[-1] for name, nets in self.networks.items()}
@@ -256,6 +292,9 @@ class Trainer:
         self, nets: ScaleNetworks, optimizers: ScaleOptimizers, source: DomainBatch, target: DomainBatch, epoch: int
     ) -> StepResult:
         labels = self.labels if self._is_last_scale() else None
+        if labels is not None:
+            # Dropout follows from the step number, so a continued run draws what an uninterrupted one would have drawn.
+            torch.manual_seed(seed_for(self.config.run.manual_seed, 4, self.scale, self.step))
         batch = Batch(
             source=self._to_device(source.levels),
             target=self._to_device(target.levels),

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from core.networks import ConvBlock, Generator
-from core.pyramid import normalise, to_pixels, translate_pyramid
+from core.pyramid import to_pixels, translate_pyramid
+from data_handlers.images import normalise
 from utils.errors import UserError
 from utils.memory import available_memory
 

@@ -18,7 +18,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_handlers.label_maps import ALL_19, CITYSCAPES_IDS, SYNTHIA_16, SYNTHIA_IDS
+from data_handlers.label_maps import (
+    ALL_19,
+    CITYSCAPES_IDS,
+    CITYSCAPES_VOID,
+    CLASS_NAMES,
+    GTA5_VOID,
+    SYNTHIA_16,
+    SYNTHIA_IDS,
+    SYNTHIA_VOID,
+)
 
 LabelEncoding = Literal["8-bit index", "16-bit channel 0"]
 
@@ -34,10 +43,15 @@ class DataSet:
         label_path: replacements that turn an image's relative path into its label's; each replaces the last
             occurrence. Empty for a data set without labels.
         id_map: label id -> trainId.
+        void_ids: label ids that are known and ignored; an id in neither means that the wrong file is read and is
+            refused. None ignores every id that `id_map` does not list.
         resize: (W,H) images are resized to for training.
         crop: (W,H) of the random crop for training.
         label_encoding: `8-bit index` (grey or palette PNG) or `16-bit channel 0` (id in the first of 16-bit channels).
         classes: trainIds the data set is scored on.
+        class_names: names of trainIds 0, 1, ...
+        held_out: for a data set without its own `val` images, how many of its last images are kept for validation
+            when a segmentation net is trained on it.
         never_used: file stems left out everywhere: the file itself is damaged.
         not_for_training: file stems left out of training only: the image is sound but its label does not fit.
     """
@@ -50,6 +64,9 @@ class DataSet:
     crop: tuple[int, int]
     label_encoding: LabelEncoding = "8-bit index"
     classes: tuple[int, ...] = ALL_19
+    class_names: tuple[str, ...] = CLASS_NAMES
+    void_ids: frozenset[int] | None = None
+    held_out: int = 0
     never_used: frozenset[str] = field(default=frozenset())
     not_for_training: frozenset[str] = field(default=frozenset())
 
@@ -63,6 +80,8 @@ DATA_SETS = {
         resize=(1126, 619),
         crop=(1024, 512),
         not_for_training=frozenset({"15188", "17705"}),
+        void_ids=GTA5_VOID,
+        held_out=500,
     ),
     "synthia": DataSet(
         name="synthia",
@@ -73,6 +92,8 @@ DATA_SETS = {
         crop=(1024, 512),
         label_encoding="16-bit channel 0",
         classes=SYNTHIA_16,
+        void_ids=SYNTHIA_VOID,
+        held_out=300,
     ),
     "cityscapes": DataSet(
         name="cityscapes",
@@ -88,6 +109,7 @@ DATA_SETS = {
         resize=(1024, 512),
         crop=(1024, 512),
         never_used=frozenset({"troisdorf_000000_000073_leftImg8bit"}),
+        void_ids=CITYSCAPES_VOID,
     ),
     # Any folder of pictures: no labels, so nothing that needs labels can use it.
     "folder": DataSet(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, read_file
 
 from data_handlers.datasets import DataSet
@@ -89,7 +90,7 @@ def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarr
     """Decode a label to trainIds, uint8 (H,W) with 255 = ignore; palette PNGs are read by index, never by colour.
 
     Raises:
-        UserError: as `check_label_header`, or truncated.
+        UserError: as `check_label_header`, truncated, or holding an id the data set does not know.
     """
     check_label_header(path, data_set, size)
     try:
@@ -100,4 +101,15 @@ def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarr
                 ids = np.asarray(image)
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
         raise UserError(f"label {path} is truncated or damaged ({str(error).splitlines()[0]}); replace it") from None
-    return to_train_ids(ids, data_set.id_map)
+    try:
+        return to_train_ids(ids, data_set.id_map, data_set.void_ids)
+    except ValueError as error:
+        raise UserError(
+            f"label {path} holds the id {error}, which {data_set.name} does not know; is this the file of label ids, "
+            "and not one of trainIds, instances or colours?"
+        ) from None
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 0..255 of any shape -> float32 network input (x - 128) / 128, on the tensor's device."""
+    return (pixels.float() - 128.0) / 128.0

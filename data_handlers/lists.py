@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from data_handlers.datasets import DataSet
@@ -19,12 +19,14 @@ class FileList:
 
     Attributes:
         left_out: relative paths of known bad files that were found and left out.
+        label_root: folder the label paths are relative to; None means `root`. SiT images have their source's labels.
     """
 
     data_set: DataSet
     root: Path
     images: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    label_root: Path | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -32,6 +34,14 @@ class FileList:
     def label_of(self, image: str) -> str:
         """Relative path of the image's label."""
         return label_path(self.data_set, image)
+
+    def label_file(self, image: str) -> Path:
+        """Path of the image's label."""
+        return (self.label_root or self.root) / self.label_of(image)
+
+    def has_labels(self) -> bool:
+        """Whether the first image has a label file; `require_labels` tells about all."""
+        return bool(self.data_set.label_path) and self.label_file(self.images[0]).is_file()
 
     def fingerprint(self) -> str:
         """SHA-256 over the names in order: what decides which image a step sees."""
@@ -88,6 +98,33 @@ def list_images(
     return FileList(data_set, root, images, left_out)
 
 
+def hold_out(files: FileList, count: int, flag: str) -> tuple[FileList, FileList]:
+    """Split a list into all but its last `count` images and these last ones.
+
+    Raises:
+        UserError: `count`, which `flag` names, leaves one of the two empty.
+    """
+    if not 0 < count < len(files):
+        raise UserError(
+            f"{flag} {count}: of {len(files)} images in {files.root}, 1 to {len(files) - 1} can be kept for validation"
+        )
+    return replace(files, images=files.images[:-count]), replace(files, images=files.images[-count:])
+
+
+def list_validation(
+    data_set: DataSet, root: Path | str, flag: str, list_file: str, count: int, count_flag: str
+) -> FileList:
+    """The images a segmentation net is scored on: a list, the last `count` images, or the data set's own split.
+
+    Raises:
+        UserError: as `list_images` and `hold_out`.
+    """
+    if list_file or ("val" in data_set.images and not count):
+        split = "val" if "val" in data_set.images else "train"
+        return list_images(data_set, root, flag, split, list_file, training=False)
+    return hold_out(list_images(data_set, root, flag), count or data_set.held_out, count_flag)[1]
+
+
 def require_labels(files: FileList, flag: str) -> None:
     """Check that every image has its label file, by listing folders rather than asking for each file.
 
@@ -104,15 +141,15 @@ def require_labels(files: FileList, flag: str) -> None:
         label = PurePosixPath(files.label_of(image))
         folder = str(label.parent)
         if folder not in present:
-            path = files.root / folder
+            path = (files.label_root or files.root) / folder
             present[folder] = {entry.name for entry in os.scandir(path)} if path.is_dir() else set()
         if label.name not in present[folder]:
             missing.append((image, str(label)))
     if missing:
         image, label = missing[0]
         raise UserError(
-            f"{flag} {files.root}: {len(missing)} of {len(files)} images have no label; the first is {image}, "
-            f"whose label should be {label}: complete the labels, or list the images to use in a file"
+            f"{flag} {files.label_root or files.root}: {len(missing)} of {len(files)} images have no label; the first "
+            f"is {image}, whose label should be {label}: complete the labels, or list the images to use in a file"
         )
 
 

@@ -41,6 +41,7 @@ class StreamConfig:
         epoch_length: images in an epoch; a shorter list is repeated to this length.
         resize, crop: (W,H).
         labels: whether labels are ignored, checked by their header, or read.
+        flip: mirror every second sample, drawn at random, left to right.
     """
 
     seed: int
@@ -52,6 +53,7 @@ class StreamConfig:
     resize: tuple[int, int]
     crop: tuple[int, int]
     labels: LabelUse = "none"
+    flip: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ class StreamSamples(Dataset):
         x, y = (int(rng.integers(r - c + 1)) for r, c in zip(config.resize, config.crop, strict=True))
         return x, y
 
+    def is_flipped(self, position: int) -> bool:
+        """Whether the sample at a stream position is mirrored."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, DOMAINS.index(config.domain), config.scale, 2, position])
+        return config.flip and bool(rng.integers(2))
+
     def __getitem__(self, position: int) -> tuple[list[np.ndarray], np.ndarray | None] | UserError:
         try:
             return self._load(position)
@@ -112,12 +120,15 @@ class StreamSamples(Dataset):
         if label is not None:
             resized = Image.fromarray(label).resize(self.config.resize, Image.Resampling.NEAREST)
             label = np.asarray(resized.crop((x, y, x + width, y + height)))
+        if self.is_flipped(position):
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            label = None if label is None else np.ascontiguousarray(label[:, ::-1])
         return list(self.pyramid(image)), label
 
     def _label(self, name: str, size: tuple[int, int]) -> np.ndarray | None:
         if self.config.labels == "none":
             return None
-        path = self.files.root / self.files.label_of(name)
+        path = self.files.label_file(name)
         if self.config.labels == "check":
             check_label_header(path, self.files.data_set, size)
             return None

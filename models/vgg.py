@@ -6,7 +6,6 @@ section 3). Layers are counted as positions in torchvision's `vgg16().features`.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from utils.errors import UserError
+from utils.tensor_files import read_state_dict
 
 # (in, out) channels of each convolution of VGG16 by its position in `features`; every one is followed by a ReLU, and
 # the positions left over are the 2x2 max pools.
@@ -82,7 +82,9 @@ def build_vgg(weights: str, layers: Sequence[int], seed: int = 0) -> VGGFeatures
         )
     if weights == "random":
         return _random_vgg(layers, seed)
-    state = _download_imagenet_weights() if weights == "imagenet" else _read_state_dict(Path(weights))
+    if weights == "imagenet":
+        return _vgg_from_state(_download_imagenet_weights(), layers, weights)
+    state = read_state_dict(Path(weights), "--vgg_weights", "imagenet, or random")
     return _vgg_from_state(state, layers, weights)
 
 
@@ -105,22 +107,6 @@ def _download_imagenet_weights() -> Mapping[str, Tensor]:
             f"torchvision could not load its ImageNet VGG16 weights ({error}); connect once, or give a file with "
             "--vgg_weights PATH (a state dict with torchvision's vgg16 names), or --vgg_weights random"
         ) from None
-
-
-def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"--vgg_weights {path}: no such file (give a file, imagenet, or random)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"--vgg_weights {path}: not a state dict of plain tensors; nothing else is loaded") from None
-    # A damaged file can make the reader fail in any way, and each means the same.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--vgg_weights {path}: not a readable state dict ({reason})") from None
-    if not isinstance(state, Mapping):
-        raise UserError(f"--vgg_weights {path}: holds a {type(state).__name__}, not a state dict")
-    return state
 
 
 def vgg_from_state_dict(state: Mapping[str, Tensor], layers: Sequence[int]) -> VGGFeatures:

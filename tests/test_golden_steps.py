@@ -21,8 +21,9 @@ from conftest import GOLDEN_DIR
 from core.config import LossConfig
 from core.networks import Discriminator, Generator, NetworkShape, freeze, layers_at_scale, published_norm
 from core.progress import tag_of
-from core.pyramid import image_pyramid, normalise, to_unit_range, translate_pyramid
+from core.pyramid import image_pyramid, to_unit_range, translate_pyramid
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
+from data_handlers.images import normalise
 from models.vgg import vgg_from_state_dict
 
 # Batch norm's float32 sums differ with the number of threads that share them, by more than the tolerances once a

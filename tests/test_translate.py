@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from core.networks import Generator, NetworkShape, freeze, init_weights
-from core.pyramid import normalise
 from core.translate import Translator, forward_tiled, tiles
+from data_handlers.images import normalise
 from utils.png import is_complete_rgb8
 from worlds import noise_image
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -101,3 +102,20 @@ def make_folder(path: Path, flag: str) -> Path:
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot create or write to this folder ({error.strerror})") from None
     return Path(path)
+
+
+def new_run_folder(parent: Path, flag: str, task: str) -> Path:
+    """Make a folder named by time and task; a number is added where another run started in the same second.
+
+    Raises:
+        UserError: `parent`, which `flag` names, cannot be written to.
+    """
+    parent = make_folder(parent, flag)
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}"
+    for suffix in ("", *(f"_{n}" for n in range(2, 100))):
+        try:
+            (parent / (name + suffix)).mkdir()
+        except FileExistsError:
+            continue
+        return parent / (name + suffix)
+    raise UserError(f"{flag} {parent}: a hundred runs started in the same second")

@@ -1,0 +1,330 @@
+"""The command line of train_procst.py and the configuration it stands for."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from core.config import (
+    DataConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimConfig,
+    ProCSTConfig,
+    RunConfig,
+    ScheduleConfig,
+    SemsegConfig,
+    require_one_per_scale,
+    resolve_norms,
+)
+from data_handlers.datasets import DATA_SETS
+from models.segmentation import BACKBONES, MODELS, default_backbone
+from utils.devices import default_workers
+from utils.errors import UserError
+from utils.flags import OneLineParser
+
+# Flags that configure the segmentation nets of the last scale: without those nets they could not act.
+SEGMENTATION_FLAGS = (
+    "semseg_weights", "warmup_epochs", "lambda_labels", "model", "backbone", "num_classes", "backbone_weights",
+    "no_pretrained_backbone", "lr_semseg", "weight_decay", "momentum", "select_by", "validation_rate",
+)  # fmt: skip
+# Flags that may differ when a run is continued: where things are and how they are reported, never what is computed.
+CONTINUE_FLAGS = frozenset(
+    {
+        "continue_train_from_path", "resume_to_epoch", "gpus", "num_workers", "src_data_dir", "trg_data_dir",
+        "vgg_weights", "semseg_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "pics_per_epoch",
+    }
+)  # fmt: skip
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """All flags, grouped; names and defaults are the published ones."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_network_flags(parser.add_argument_group("networks"))
+    _add_loss_flags(parser.add_argument_group("losses"))
+    _add_schedule_flags(parser.add_argument_group("training"))
+    _add_segmentation_flags(parser.add_argument_group("segmentation nets of the last scale"))
+    return parser
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--gpus", nargs="+", metavar="GPU", help="index of the CUDA device, or cpu (required for a new run)")
+    add("--manual_seed", type=int, default=1337, help="seed of weights, data order and crops (default: %(default)s)")
+    add("--checkpoints_dir", default="./TrainedModels", help="run folders go in here (default: %(default)s)")
+    add("--tb_logs_dir", default="./runs", help="TensorBoard logs go in here (default: %(default)s)")
+    add("--continue_train_from_path", default="", metavar="RUN", help="go on with the run in this folder")
+    add("--resume_to_epoch", type=int, default=None, metavar="E",
+        help="with --continue_train_from_path: set the step counter to the start of epoch E (from 1) of the scale in "
+        "training; weights and optimisers stay those of the checkpoint")  # fmt: skip
+    add("--print_rate", type=int, default=100, help="steps between two log entries (default: %(default)s)")
+    add("--save_checkpoint_rate", type=int, default=1000, help="steps between two checkpoints (default: %(default)s)")
+    add("--pics_per_epoch", type=int, default=10, help="TensorBoard picture rows an epoch (default: %(default)s)")
+    add("--debug_run", action="store_true", help="short run: stop every epoch and scale early, as the next two say")
+    add("--debug_stop_iteration", type=int, default=15, help="steps an epoch with --debug_run (default: %(default)s)")
+    add("--debug_stop_epoch", type=int, default=0, help="last epoch, from 0, with --debug_run (default: %(default)s)")
+
+
+def _add_data_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    size = {"type": int, "nargs": 2, "metavar": ("W", "H"), "default": None}
+    add("--source", choices=sorted(DATA_SETS), default="gta5", help="source data set (default: %(default)s)")
+    add("--target", choices=sorted(DATA_SETS), default="cityscapes", help="target data set (default: %(default)s)")
+    add("--src_data_dir", default="data/gta", help="root folder of the source (default: %(default)s)")
+    add("--trg_data_dir", default="data/cityscapes", help="root folder of the target (default: %(default)s)")
+    add("--src_list", default="", metavar="FILE", help="text file with one source image a line, instead of all")
+    add("--trg_list", default="", metavar="FILE", help="text file with one target image a line, instead of all")
+    add("--src_resize", **size, help="size source images are resized to (default: the data set's, GTA5 1126 619)")
+    add("--trg_resize", **size, help="size target images are resized to (default: the data set's, 1024 512)")
+    add("--crop_size", **size, help="random crop of both, and size of the finest scale (default: 1024 512)")
+    add("--num_workers", type=int, default=default_workers(),
+        help="loader processes for each domain (default: 6, or the number of CPUs)")  # fmt: skip
+
+
+def _add_network_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--num_scales", type=int, default=2, help="index N of the finest scale: N + 1 scales (default: %(default)s)")
+    add("--scale_factor", type=float, default=0.5, help="size ratio of neighbouring scales (default: %(default)s)")
+    add("--base_channels_list", type=int, nargs="+", default=[64, 64, 64], help="width at each scale (default: 64 ...)")
+    add("--body_layers", type=int, default=5,
+        help="convolutions of a network; the two finest scales get 2 more (default: %(default)s)")  # fmt: skip
+    add("--norm", choices=("auto", "batch", "group"), default="auto",
+        help="auto: batch norm where a GPU gets 16 images or more, group norm elsewhere; resolved once when the run "
+        "starts and stored with it (default: %(default)s)")  # fmt: skip
+    add("--groups_num", type=int, default=8, help="groups of the group norm (default: %(default)s)")
+    add("--nc_im", type=int, default=3, help="image channels; only 3 is possible (default: %(default)s)")
+    add("--ker_size", type=int, default=3, help="kernel size, odd (default: %(default)s)")
+    add("--stride", type=int, default=1, help="stride; only 1 keeps the image size (default: %(default)s)")
+    add("--padd_size", type=int, default=None, help="padding; must keep the image size (default: (ker_size - 1) / 2)")
+
+
+def _add_loss_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    for name, help_text in (
+        ("lambda_adversarial", "weight of the adversarial terms"),
+        ("lambda_grad", "weight of the gradient penalty inside them"),
+        ("lambda_cyclic", "weight of the cycle terms"),
+        ("lambda_style", "weight of the sum of the next three"),
+        ("content_weight", "weight of the content term"),
+        ("style_weight", "weight of the Gram matrix term"),
+        ("tv_weight", "weight of the total variation"),
+    ):
+        default = getattr(LossConfig, name)
+        add(f"--{name}", type=float, default=default, help=f"{help_text} (default: {default:.4g})")
+    add("--content_layers", type=int, nargs="+", default=[15], help="layers of VGG16's features (default: 15)")
+    add("--style_layers", type=int, nargs="+", default=[3, 8, 15, 22],
+        help="layers of VGG16's features (default: 3 8 15 22)")  # fmt: skip
+    add("--vgg_weights", default="imagenet", metavar="imagenet|random|PATH",
+        help="weights of the perceptual net: torchvision's ImageNet weights, seeded random ones, or a state dict that "
+        "reaches the layers asked for (default: %(default)s)")  # fmt: skip
+
+
+def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--batch_size", type=int, default=1, help="batch of every scale without --batch_size_list (default: 1)")
+    add("--batch_size_list", type=int, nargs="+", default=None, help="batch of each scale (published: 32 16 3)")
+    add("--epochs_per_scale", type=int, default=40, help="epochs of each scale (default: %(default)s)")
+    add("--steps_per_scale", type=int, nargs="+", default=[], metavar="STEPS",
+        help="steps of each scale (one number for all, or one each), instead of epochs")  # fmt: skip
+    add("--lr_g", type=float, default=1e-4, help="learning rate of the generators (default: %(default)s)")
+    add("--lr_d", type=float, default=1e-4, help="learning rate of the discriminators (default: %(default)s)")
+    add("--beta1", type=float, default=0.9, help="beta1 of Adam (default: %(default)s)")
+
+
+def _add_segmentation_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--no_semseg", action="store_true", help="train the last scale without label losses; the flags below need them")
+    add("--semseg_weights", default="", metavar="PATH",
+        help="net trained on source: a file of the authors or of train_semseg_on_source.py, or its run folder "
+        "(default: pretrained/pretrained_semseg_on_<source>.pth)")  # fmt: skip
+    add("--warmup_epochs", type=int, default=0, help="epochs without label losses (default: %(default)s)")
+    add("--lambda_labels", type=float, default=1.0, help="weight of the cyclic label loss (default: %(default)s)")
+    add("--model", choices=list(MODELS), default="DeepLabV2", help="both segmentation nets (default: %(default)s)")
+    add("--backbone", choices=BACKBONES, default=None, help="their backbone (default: the model's published one)")
+    add("--num_classes", type=int, default=19, help="their classes (default: %(default)s)")
+    add("--backbone_weights", default="imagenet", metavar="imagenet|PATH",
+        help="what the backbone of the net trained on SiT starts from: torchvision's ImageNet weights, or a state dict "
+        "with its names (default: %(default)s)")  # fmt: skip
+    add("--no_pretrained_backbone", action="store_true", help="it starts from random weights; nothing is downloaded")
+    add("--lr_semseg", type=float, default=1e-4, help="rate of its backbone, its head's is 10x (default: %(default)s)")
+    add("--weight-decay", type=float, default=5e-4, help="weight decay of its SGD (default: %(default)s)")
+    add("--momentum", type=float, default=0.9, help="momentum of its SGD (default: %(default)s)")
+    add("--select_by", choices=("miou", "label_free", "none"), default=None,
+        help="keep the checkpoint with the best net trained on SiT, by its mIoU on the target's val split, which needs "
+        "target labels, or by the mutual information of its predictions, which needs none (default: miou where the "
+        "val split has labels, else none)")  # fmt: skip
+    add("--validation_rate", type=int, default=0, metavar="STEPS",
+        help="steps of the last scale between two validations (default: one epoch)")  # fmt: skip
+
+
+def _refuse_segmentation_flags(given: frozenset[str]) -> None:
+    idle = [f"--{name.replace('weight_decay', 'weight-decay')}" for name in SEGMENTATION_FLAGS if name in given]
+    if idle:
+        raise UserError(f"{', '.join(idle)}: has no effect with --no_semseg; leave it out")
+
+
+def _check_segmentation_flags(flags: argparse.Namespace, given: frozenset[str]) -> None:
+    if flags.no_semseg:
+        _refuse_segmentation_flags(given)
+    if flags.select_by == "none" and flags.validation_rate:
+        raise UserError("--validation_rate acts only with a --select_by that validates")
+
+
+def backbone_weights(flags: argparse.Namespace, given: frozenset[str]) -> str:
+    """`imagenet`, a path or `random`, from the two flags that say it; nets without ImageNet weights start at random.
+
+    Raises:
+        UserError: both are given.
+    """
+    if flags.no_pretrained_backbone and "backbone_weights" in given:
+        raise UserError("--backbone_weights and --no_pretrained_backbone contradict each other; give one")
+    backbone = flags.backbone or default_backbone(flags.model)
+    without = backbone == "none" and "backbone_weights" not in given
+    return "random" if flags.no_pretrained_backbone or without else flags.backbone_weights
+
+
+def _semseg_config(flags: argparse.Namespace, given: frozenset[str]) -> SemsegConfig:
+    if flags.no_semseg:
+        return SemsegConfig()
+    return SemsegConfig(
+        lr_semseg=flags.lr_semseg,
+        weight_decay=flags.weight_decay,
+        momentum=flags.momentum,
+        model=flags.model,
+        backbone=flags.backbone or default_backbone(flags.model),
+        num_classes=flags.num_classes,
+        semseg_weights=flags.semseg_weights or f"pretrained/pretrained_semseg_on_{flags.source}.pth",
+        backbone_weights=backbone_weights(flags, given),
+        select_by=flags.select_by or "auto",
+        validation_rate=flags.validation_rate,
+    )
+
+
+def _per_scale(values: list[int], scales: int) -> tuple[int, ...]:
+    """One number stands for every scale."""
+    return tuple(values) * scales if len(values) == 1 else tuple(values)
+
+
+def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCSTConfig:
+    """Build and validate the configuration of a new run.
+
+    Raises:
+        UserError: names the flag that is missing, out of range or contradicts another.
+    """
+    if not flags.gpus:
+        raise UserError("--gpus is required: the index of a CUDA device, or cpu")
+    if flags.resume_to_epoch is not None:
+        raise UserError("--resume_to_epoch acts only with --continue_train_from_path")
+    _check_segmentation_flags(flags, given)
+    if "batch_size" in given and flags.batch_size_list:
+        raise UserError("--batch_size and --batch_size_list contradict each other; give one")
+    if flags.stride != 1:
+        raise UserError(f"--stride is {flags.stride}; only 1 keeps the image size")
+    if flags.padd_size not in (None, (flags.ker_size - 1) // 2):
+        raise UserError(f"--padd_size {flags.padd_size} changes the image size with --ker_size {flags.ker_size}")
+    if flags.steps_per_scale and (flags.debug_run or "epochs_per_scale" in given):
+        raise UserError("--steps_per_scale contradicts --epochs_per_scale and --debug_run; give one of them")
+    if not flags.debug_run and given & {"debug_stop_iteration", "debug_stop_epoch"}:
+        raise UserError("--debug_stop_iteration and --debug_stop_epoch act only with --debug_run")
+    scales = max(flags.num_scales, 0) + 1
+    batches = tuple(flags.batch_size_list or [flags.batch_size] * scales)
+    require_one_per_scale("batch_size_list", batches, flags.num_scales)
+    channels = tuple(flags.base_channels_list) if "base_channels_list" in given else (64,) * scales
+    source, target = DATA_SETS[flags.source], DATA_SETS[flags.target]
+    return ProCSTConfig(
+        data=DataConfig(
+            source=flags.source,
+            target=flags.target,
+            src_data_dir=flags.src_data_dir,
+            trg_data_dir=flags.trg_data_dir,
+            src_list=flags.src_list,
+            trg_list=flags.trg_list,
+            src_resize=tuple(flags.src_resize or source.resize),
+            trg_resize=tuple(flags.trg_resize or target.resize),
+            crop_size=tuple(flags.crop_size or source.crop),
+            num_workers=flags.num_workers,
+        ),
+        network=NetworkConfig(
+            num_scales=flags.num_scales,
+            scale_factor=flags.scale_factor,
+            base_channels_list=_per_scale(list(channels), scales),
+            body_layers=flags.body_layers,
+            norms=resolve_norms(flags.norm, batches, num_gpus=1),
+            groups_num=flags.groups_num,
+            nc_im=flags.nc_im,
+            ker_size=flags.ker_size,
+        ),
+        loss=LossConfig(
+            lambda_adversarial=flags.lambda_adversarial,
+            lambda_grad=flags.lambda_grad,
+            lambda_cyclic=flags.lambda_cyclic,
+            lambda_style=flags.lambda_style,
+            lambda_labels=flags.lambda_labels,
+            content_layers=tuple(flags.content_layers),
+            style_layers=tuple(flags.style_layers),
+            content_weight=flags.content_weight,
+            style_weight=flags.style_weight,
+            tv_weight=flags.tv_weight,
+        ),
+        optim=OptimConfig(lr_g=flags.lr_g, lr_d=flags.lr_d, beta1=flags.beta1),
+        schedule=ScheduleConfig(
+            batch_size_list=batches,
+            epochs_per_scale=flags.epochs_per_scale,
+            steps_per_scale=_per_scale(flags.steps_per_scale, scales),
+            warmup_epochs=flags.warmup_epochs,
+            debug_run=flags.debug_run,
+            debug_stop_iteration=flags.debug_stop_iteration,
+            debug_stop_epoch=flags.debug_stop_epoch,
+        ),
+        run=RunConfig(
+            gpus=" ".join(flags.gpus),
+            manual_seed=flags.manual_seed,
+            vgg_weights=flags.vgg_weights,
+            no_semseg=flags.no_semseg,
+            checkpoints_dir=flags.checkpoints_dir,
+            tb_logs_dir=flags.tb_logs_dir,
+            print_rate=flags.print_rate,
+            save_checkpoint_rate=flags.save_checkpoint_rate,
+            pics_per_epoch=flags.pics_per_epoch,
+        ),
+        semseg=_semseg_config(flags, given),
+    )
+
+
+def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: frozenset[str]) -> ProCSTConfig:
+    """The stored configuration of a run with the few flags that may change when it is continued.
+
+    Raises:
+        UserError: a flag would change what is computed.
+    """
+    known = {name: value for section in stored.to_json().values() for name, value in section.items()}
+    if stored.run.no_semseg:
+        _refuse_segmentation_flags(given)
+    known["no_pretrained_backbone"] = stored.semseg.backbone_weights == "random"
+    known |= {"stride": 1, "padd_size": (stored.network.ker_size - 1) // 2}
+    for name in sorted(given - CONTINUE_FLAGS):
+        value = getattr(flags, name)
+        if name == "norm":
+            name, value = "norms", resolve_norms(value, stored.schedule.batch_size_list, num_gpus=1)
+        if isinstance(value, list):
+            per_scale = isinstance(known.get(name), tuple) and name not in ("content_layers", "style_layers")
+            value = _per_scale(value, len(known[name])) if per_scale else tuple(value)
+        if name not in known or known[name] != value:
+            raise UserError(
+                f"--{name}: the run was started with {known.get(name, 'its own setting')}, the command line says "
+                f"{value}; a continued run keeps its configuration, so leave the flag out or start a new run"
+            )
+    data = {n: getattr(flags, n) for n in ("num_workers", "src_data_dir", "trg_data_dir") if n in given}
+    reporting = ("vgg_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "pics_per_epoch")
+    run = {n: getattr(flags, n) for n in reporting if n in given}
+    if "gpus" in given:
+        run["gpus"] = " ".join(flags.gpus)
+    semseg = {"semseg_weights": flags.semseg_weights} if "semseg_weights" in given else {}
+    return replace(
+        stored,
+        data=replace(stored.data, **data),
+        run=replace(stored.run, **run),
+        semseg=replace(stored.semseg, **semseg),
+    )

@@ -1,0 +1,70 @@
+"""The two segmentation nets of the last scale: P, trained on source and frozen, and Q, trained on SiT meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from core.config import SemsegConfig, SGDConfig
+from core.segmentation_files import load_segmentation_net
+from core.step import LabelNetworks
+from models.segmentation import build_segmentation_net, load_backbone, parameter_groups
+from utils.errors import UserError
+from utils.seeds import seed_for
+
+
+def segmentation_optimizer(net: nn.Module, config: SGDConfig) -> SGD:
+    """SGD with the backbone at `lr_semseg` and the head at ten times that."""
+    groups = parameter_groups(net, config.lr_semseg)
+    return SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def load_source_net(config: SemsegConfig, source: str, src_data_dir: str) -> nn.Module:
+    """P, frozen, on the CPU.
+
+    Args:
+        source, src_data_dir: of the run, for the message that says how P is trained.
+
+    Raises:
+        UserError: a missing or damaged file, or a net of another shape than configured.
+    """
+    path = Path(config.semseg_weights)
+    if not path.exists():
+        backbone = "" if config.backbone in ("none", "vgg16") else f" --backbone {config.backbone}"
+        raise UserError(
+            f"{path}: no such file; the label losses need a segmentation net trained on {source}: put the authors' "
+            "file there, name another with --semseg_weights, or train one with: python train_semseg_on_source.py "
+            f"--gpus 0 --source {source} --src_data_dir {src_data_dir} --model {config.model}{backbone}"
+        )
+    shape, net = load_segmentation_net(path, "--semseg_weights")
+    if shape != config.shape():
+        differing = [
+            f"--{name} {getattr(shape, name)}"
+            for name in ("model", "backbone", "num_classes")
+            if getattr(shape, name) != getattr(config, name) and getattr(shape, name) != "none"
+        ]
+        raise UserError(
+            f"--semseg_weights {path} holds {shape}, but the command line asks for {config.shape()}; "
+            f"give {' '.join(differing)}, or other weights"
+        )
+    return net
+
+
+def build_label_networks(config: SemsegConfig, source_net: nn.Module, seed: int, pretrained: bool) -> LabelNetworks:
+    """P with a fresh Q and its optimiser, on the CPU.
+
+    Args:
+        pretrained: load Q's backbone weights; not needed where a checkpoint fills Q.
+
+    Raises:
+        UserError: the backbone weights cannot be loaded.
+    """
+    torch.manual_seed(seed_for(seed, 5))
+    target_net = build_segmentation_net(config.shape())
+    if pretrained and config.backbone_weights != "random":
+        load_backbone(target_net, config.backbone, config.backbone_weights)
+    target_net.train()
+    return LabelNetworks(source_net, target_net, segmentation_optimizer(target_net, config))

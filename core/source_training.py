@@ -1,0 +1,303 @@
+"""Training a segmentation net on labelled source images (specification section 4): P of the label loss.
+
+Random crop, mirroring, SGD with a poly schedule, validation after each epoch, the best net kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from core.checkpoint import CONFIG, LATEST
+from core.config import SGDConfig, Size
+from core.label_networks import segmentation_optimizer
+from core.losses import label_loss
+from core.segmentation_files import BEST, SegmentationFile
+from core.validation import Validator, log_validation, summary
+from data_handlers.images import normalise
+from data_handlers.lists import FileList
+from data_handlers.stream import DomainBatch, StreamConfig, open_stream
+from models.segmentation import HEAD_RATE, SegmentationShape
+from utils.errors import UserError
+from utils.files import atomic_write_json
+from utils.seeds import seed_for
+from utils.tensor_files import load_network
+
+LOSS_TAG = "Semseg/SemsegLoss"
+
+
+@dataclass(frozen=True)
+class SourceTrainingConfig:
+    """Configuration of a run.
+
+    Attributes:
+        source, src_data_dir, src_list: the images.
+        src_label_dir: folder that holds the labels, or '' for `src_data_dir`.
+        val_list, val_count: images validated on: a list, or that many of the last ones; '' and 0 take the data set's
+            own split.
+        src_resize, crop_size: (W,H).
+        shape: of the net.
+        backbone_weights: `imagenet`, a file, or `random`.
+        sgd: learning rate at the start, weight decay, momentum.
+        power: of the poly schedule: rate * (1 - step / num_steps) ** power.
+        validation_rate: steps between two validations; 0 means one epoch.
+        output: where the best net goes besides the run folder, or ''.
+    """
+
+    source: str
+    src_data_dir: str
+    src_label_dir: str
+    src_list: str
+    val_list: str
+    val_count: int
+    src_resize: Size
+    crop_size: Size
+    shape: SegmentationShape
+    backbone_weights: str
+    sgd: SGDConfig
+    power: float
+    num_steps: int
+    batch_size: int
+    manual_seed: int
+    validation_rate: int
+    output: str
+    gpus: str
+    num_workers: int
+    tb_logs_dir: str
+    print_rate: int
+    save_checkpoint_rate: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "print_rate", "save_checkpoint_rate"):
+            if not 0 < getattr(self, name) < 1e15:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be greater than 0")
+        for name in ("manual_seed", "validation_rate", "num_workers", "val_count"):
+            if not 0 <= getattr(self, name) < 1e15:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or greater")
+        if not 0.0 <= self.power < 100.0:
+            raise UserError(f"--power is {self.power}; it must be between 0 and 100")
+        if min(*self.src_resize, *self.crop_size) < 1 or any(
+            c > r for c, r in zip(self.crop_size, self.src_resize, strict=True)
+        ):
+            raise UserError(
+                f"--crop_size {self.crop_size[0]} {self.crop_size[1]} does not fit into --src_resize "
+                f"{self.src_resize[0]} {self.src_resize[1]}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested plain values, readable by `from_json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], origin: Path | str) -> SourceTrainingConfig:
+        """Rebuild a configuration from `to_json`'s form.
+
+        Raises:
+            UserError: names `origin` when a value is missing, unknown or out of range.
+        """
+        try:
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+            values |= {"shape": SegmentationShape(**content["shape"]), "sgd": SGDConfig(**content["sgd"])}
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{origin} is not the configuration of a source training: {error}") from None
+
+
+def poly_rate(step: int, num_steps: int, power: float) -> float:
+    """Factor on the learning rate at `step` (from 0): (1 - step / num_steps) ** power."""
+    return (1.0 - step / num_steps) ** power
+
+
+class SourceTrainer:
+    """Trains a net on source and keeps its run folder.
+
+    Args:
+        config: of the run.
+        net: on `device`.
+        train: labelled images to learn from.
+        validator: for the held-out images.
+        class_names: of trainIds 0, 1, ...
+        run_folder: existing folder for `config.json`, `latest.pth` and `best.pth`.
+    """
+
+    def __init__(
+        self,
+        config: SourceTrainingConfig,
+        net: nn.Module,
+        train: FileList,
+        validator: Validator,
+        class_names: Sequence[str],
+        device: torch.device,
+        run_folder: Path,
+    ) -> None:
+        self.config = config
+        self.net = net
+        self.train = train
+        self.validator = validator
+        self.class_names = class_names
+        self.device = device
+        self.run_folder = run_folder
+        self.optimizer = segmentation_optimizer(net, config.sgd)
+        self.step = 0
+        self.best_miou: float | None = None
+        if len(train) < config.batch_size:
+            raise UserError(f"--batch_size {config.batch_size}: there are {len(train)} images to train on")
+        self.steps_per_epoch = len(train) // config.batch_size
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what is learnt from and selected by; they must stay when the run is continued."""
+        return {"training images": self.train.fingerprint(), "validation images": self.validator.files.fingerprint()}
+
+    def save_latest(self) -> None:
+        """Write everything needed to go on to `latest.pth`.
+
+        Raises:
+            UserError: the training has diverged; the file before is kept.
+        """
+        self._require_finite()
+        training = {
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best_miou": self.best_miou,
+            "config": self.config.to_json(),
+            "inputs": self.inputs(),
+        }
+        state = SegmentationFile(self.config.shape, self.net.state_dict(), self._info(self.best_miou), training)
+        state.save(self.run_folder / LATEST)
+
+    def restore(self, state: SegmentationFile, origin: Path) -> None:
+        """Go on from `latest.pth`.
+
+        Raises:
+            UserError: the file does not fit the configuration or the data.
+        """
+        if state.training.get("inputs") != self.inputs():
+            raise UserError(f"{origin}: the lists of images are not those the run was started with; restore them")
+        load_network(self.net, state.weights, str(origin))
+        try:
+            self.optimizer.load_state_dict(state.training["optimizer"])
+            self.step, self.best_miou = int(state.training["step"]), state.training["best_miou"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{origin}: the optimiser's state is incomplete ({error})") from None
+
+    def _info(self, miou: float | None) -> dict[str, Any]:
+        return {"run": self.run_folder.name, "data_set": self.config.source, "step": self.step, "miou": miou}
+
+    def _require_finite(self) -> None:
+        if not all(bool(tensor.isfinite().all()) for tensor in self.net.state_dict().values()):
+            raise UserError(
+                f"training diverged: the weights are not finite at step {self.step}; {self.run_folder} keeps the "
+                "state before, lower --lr_semseg"
+            )
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def fit(self, quiet: bool = False) -> None:
+        """Train from the present step to the last.
+
+        Raises:
+            UserError: an image or label cannot be used, the training diverged, or a file cannot be written.
+        """
+        config = self.config
+        atomic_write_json(self.run_folder / CONFIG, config.to_json())
+        writer = SummaryWriter(str(Path(config.tb_logs_dir) / self.run_folder.name), purge_step=self.step or None)
+        bar = tqdm(total=config.num_steps, initial=self.step, disable=quiet, unit="step", dynamic_ncols=True)
+        rate = config.validation_rate or self.steps_per_epoch
+        self.net.train()
+        losses = torch.zeros((), device=self.device)
+        count = 0
+        try:
+            for batch in self._stream():
+                losses += self._one_step(batch)
+                count += 1
+                self.step += 1
+                bar.update(1)
+                last = self.step == config.num_steps
+                if count == config.print_rate or last:
+                    self._log_loss(float(losses) / count, bar, writer)
+                    losses, count = torch.zeros_like(losses), 0
+                validated = self.step % rate == 0 or last
+                if validated:
+                    self._validate(bar, writer, quiet)
+                if validated or self.step % config.save_checkpoint_rate == 0:
+                    self.save_latest()
+        finally:
+            bar.close()
+            writer.close()
+
+    def _stream(self) -> Iterator[DomainBatch]:
+        config = self.config
+        stream = StreamConfig(
+            seed=config.manual_seed,
+            domain="source",
+            scale=0,
+            batch_size=config.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            epoch_length=len(self.train),
+            resize=config.src_resize,
+            crop=config.crop_size,
+            labels="read",
+            flip=True,
+        )
+        steps = range(self.step, config.num_steps)
+        return open_stream(self.train, stream, _one_level, steps, config.num_workers, self.device.type == "cuda")
+
+    def _one_step(self, batch: DomainBatch) -> torch.Tensor:
+        # Dropout follows from the step number, so a continued run draws what an uninterrupted one would have drawn.
+        torch.manual_seed(seed_for(self.config.manual_seed, 4, self.step))
+        factor = poly_rate(self.step, self.config.num_steps, self.config.power)
+        for group, multiple in zip(self.optimizer.param_groups, (1.0, HEAD_RATE), strict=True):
+            group["lr"] = self.config.sgd.lr_semseg * multiple * factor
+        image = normalise(batch.levels[0].to(self.device, non_blocking=True)).permute(0, 3, 1, 2).contiguous()
+        loss = label_loss(self.net(image), batch.label.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _log_loss(self, loss: float, bar: tqdm, writer: SummaryWriter) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"training diverged: the loss is not finite at step {self.step}; {self.run_folder} keeps the last "
+                "good state, lower --lr_semseg"
+            )
+        rate = self.optimizer.param_groups[0]["lr"]
+        writer.add_scalar(LOSS_TAG, loss, self.step)
+        writer.add_scalar("Semseg/LearningRate", rate, self.step)
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.3g}")
+
+    def _validate(self, bar: tqdm, writer: SummaryWriter, quiet: bool) -> None:
+        self._require_finite()
+        validation = self.validator(self.net)
+        log_validation(writer, validation, self.step, self.class_names)
+        if not quiet:
+            bar.write(f"step {self.step}: {summary(validation, self.class_names)}")
+        miou = validation.mean_iou
+        if miou is None:
+            raise UserError(
+                f"the labels of the {len(self.validator.files)} validation images hold no pixel of a scored class, so "
+                "no best net can be chosen; check --val_list, --val_count and the labels"
+            )
+        if self.best_miou is None or miou > self.best_miou:
+            self.best_miou = miou
+            best = SegmentationFile(self.config.shape, self.net.state_dict(), self._info(miou))
+            for path in (self.run_folder / BEST, *((Path(self.config.output),) if self.config.output else ())):
+                best.save(path)
+
+
+def _one_level(image: Image.Image) -> list[np.ndarray]:
+    """The pyramid of a net that looks at one size."""
+    return [np.array(image)]

@@ -1,0 +1,192 @@
+"""Validation of a segmentation net while it trains: scores, a score that needs no labels, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from data_handlers.datasets import DataSet
+from data_handlers.label_maps import colourise
+from data_handlers.labelled import LabelledImage, open_labelled
+from data_handlers.lists import FileList
+from models.evaluation import CONFIDENCE_BINS, PredictionStatistics, evaluate
+from utils.confusion import Scores, scores_of
+
+VALIDATIONS = "validations.json"
+BEST_PATTERN = "best_step_*.pth"
+PICTURES = 4
+PICTURE_WIDTH = 512
+CONVENTION = (
+    "IoU = right / (labelled + predicted - right), summed over all images at native size. Pixels labelled 'ignore' or "
+    "outside the scored classes do not count; predictions outside them are errors. Classes without a labelled pixel "
+    "are absent and left out of the mean."
+)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one pass over the validation images found.
+
+    Attributes:
+        scores: None where the images have no labels.
+        label_free: mutual information of the predictions, 0 to 1; needs no labels.
+        mean_confidence: mean probability of the predicted class.
+        confidence_histogram: pixels in each of `CONFIDENCE_BINS` equal bins of 0..1.
+        pictures: uint8 (h,w,3) rows: image, label where there is one, prediction.
+    """
+
+    scores: Scores | None
+    label_free: float
+    mean_confidence: float
+    confidence_histogram: np.ndarray
+    pictures: list[np.ndarray]
+
+    @property
+    def mean_iou(self) -> float | None:
+        """mIoU, None without labels or when every scored class is absent."""
+        return None if self.scores is None else self.scores.mean_iou
+
+
+def scored_classes(num_classes: int, *data_sets: DataSet) -> tuple[int, ...]:
+    """The classes that all data sets are scored on and the net can predict."""
+    return tuple(c for c in data_sets[0].classes if c < num_classes and all(c in d.classes for d in data_sets))
+
+
+class Validator:
+    """Validates a net on a fixed list of images.
+
+    Args:
+        files: the images.
+        with_labels: whether they have labels and scores are wanted.
+        classes: trainIds the mean goes over.
+        num_classes: of the net.
+        device: of the net.
+        num_workers: loader processes.
+    """
+
+    def __init__(
+        self,
+        files: FileList,
+        with_labels: bool,
+        classes: Sequence[int],
+        num_classes: int,
+        device: torch.device,
+        num_workers: int,
+    ) -> None:
+        self.files = files
+        self.with_labels = with_labels
+        self.classes = tuple(classes)
+        self.num_classes = num_classes
+        self.device = device
+        self.num_workers = num_workers
+
+    def __call__(self, net: nn.Module) -> Validation:
+        """Predict every image once, at native size.
+
+        Raises:
+            UserError: an image or label cannot be used.
+        """
+        statistics = PredictionStatistics(self.num_classes, self.device)
+        pictures: list[np.ndarray] = []
+
+        def keep_picture(sample: LabelledImage, prediction: Tensor) -> None:
+            if len(pictures) < PICTURES:
+                pictures.append(_picture(sample, prediction))
+
+        samples = open_labelled(self.files, self.num_workers, self.device, self.with_labels)
+        matrix = evaluate(
+            net, samples, self.num_classes, self.device, statistics=statistics, on_prediction=keep_picture
+        )
+        return Validation(
+            scores=scores_of(matrix, self.classes) if self.with_labels else None,
+            label_free=statistics.mutual_information(),
+            mean_confidence=statistics.mean_confidence(),
+            confidence_histogram=statistics.confidence_histogram.cpu().numpy(),
+            pictures=pictures,
+        )
+
+
+def _picture(sample: LabelledImage, prediction: Tensor) -> np.ndarray:
+    pixels = (sample.image[0] * 128.0 + 128.0).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    columns = [pixels]
+    if sample.label is not None:
+        columns.append(colourise(sample.label.cpu().numpy()))
+    columns.append(colourise(prediction.cpu().numpy()))
+    width = min(PICTURE_WIDTH, pixels.shape[1])
+    size = (width, max(1, round(pixels.shape[0] * width / pixels.shape[1])))
+    return np.concatenate([np.asarray(Image.fromarray(column).resize(size)) for column in columns], axis=1)
+
+
+def summary(validation: Validation, names: Sequence[str]) -> str:
+    """One line: mIoU and the classes, or what is known without labels."""
+    free = f"label-free score {validation.label_free:.4f}, mean confidence {validation.mean_confidence:.3f}"
+    scores = validation.scores
+    if scores is None:
+        return free
+    if scores.mean_iou is None:
+        return f"no pixel of the scored classes is labelled; {free}"
+    parts = [f"{names[c]} {100 * v:.1f}" for c, v in zip(scores.classes, scores.iou, strict=True) if v is not None]
+    return f"mIoU {100 * scores.mean_iou:.2f} ({', '.join(parts)}); {free}"
+
+
+def score_table(scores: Scores, names: Sequence[str]) -> str:
+    """A table of the classes in percent, the means, the absent classes and the convention."""
+    width = max(len(names[c]) for c in scores.classes)
+    lines = [f"{'class':<{width}}  IoU %"]
+    for c, value in zip(scores.classes, scores.iou, strict=True):
+        lines.append(f"{names[c]:<{width}}  " + ("absent" if value is None else f"{100 * value:6.2f}"))
+    if scores.mean_iou is None:
+        return "\n".join([*lines, "no pixel of the scored classes is labelled: there is no mIoU"])
+    present = len(scores.classes) - len(scores.absent)
+    lines.append(f"{'mIoU':<{width}}  {100 * scores.mean_iou:6.2f}  over {present} of {len(scores.classes)} classes")
+    lines.append(f"{'pixel accuracy':<{width}}  {100 * scores.pixel_accuracy:6.2f}")
+    if scores.absent:
+        lines.append("absent: " + ", ".join(names[c] for c in scores.absent))
+    return "\n".join([*lines, CONVENTION])
+
+
+def log_validation(writer: SummaryWriter, validation: Validation, step: int, names: Sequence[str]) -> None:
+    """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
+    writer.add_scalar("Validation/LabelFree", validation.label_free, step)
+    writer.add_scalar("Validation/MeanConfidence", validation.mean_confidence, step)
+    if validation.scores is not None and validation.scores.mean_iou is not None:
+        writer.add_scalar("Validation/mIoU", validation.scores.mean_iou, step)
+        writer.add_scalar("Validation/PixelAccuracy", validation.scores.pixel_accuracy, step)
+        for c, value in zip(validation.scores.classes, validation.scores.iou, strict=True):
+            if value is not None:
+                writer.add_scalar(f"Validation/IoU/{names[c]}", value, step)
+    counts = validation.confidence_histogram
+    edges = np.linspace(0.0, 1.0, CONFIDENCE_BINS + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    writer.add_histogram_raw(
+        "Validation/Confidence", min=0.0, max=1.0, num=counts.sum(), sum=(counts * centres).sum(),
+        sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(),
+        global_step=step,
+    )  # fmt: skip
+    for index, picture in enumerate(validation.pictures):
+        writer.add_image(f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")
+
+
+def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
+    """Plain values of a validation, for files."""
+    scores = validation.scores
+    iou = {} if scores is None else {names[c]: v for c, v in zip(scores.classes, scores.iou, strict=True)}
+    return {
+        "miou": validation.mean_iou,
+        "label_free": validation.label_free,
+        "mean_confidence": validation.mean_confidence,
+        "iou": iou,
+    }
+
+
+def best_name(step: int, validation: Validation) -> str:
+    """File name of the best checkpoint, with its scores."""
+    miou = "" if validation.mean_iou is None else f"_mIoU_{validation.mean_iou:.4f}"
+    return f"best_step_{step}{miou}_label_free_{validation.label_free:.4f}.pth"

@@ -1,0 +1,79 @@
+"""Images with their labels, one at a time at native size, as evaluation reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_handlers.images import normalise, read_image, read_label
+from data_handlers.lists import FileList
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image at native size.
+
+    Attributes:
+        name: relative path in its data set.
+        image: (1,3,H,W) in [-1,1], on the device asked for.
+        label: trainIds uint8 (H,W), 255 = ignore, on the same device; None where labels are not read.
+    """
+
+    name: str
+    image: Tensor
+    label: Tensor | None
+
+
+class _Files(Dataset):
+    def __init__(self, files: FileList, with_labels: bool) -> None:
+        self.files = files
+        self.with_labels = with_labels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[str, np.ndarray, np.ndarray | None] | UserError:
+        name = self.files.images[index]
+        try:
+            image = read_image(self.files.root / name)
+            label = None
+            if self.with_labels:
+                label = read_label(self.files.label_file(name), self.files.data_set, image.size)
+            return name, np.array(image), label
+        except UserError as error:
+            # A worker's exception would reach the main process wrapped in its traceback; the message is meant to
+            # stand alone.
+            return error
+
+
+def _as_it_is(sample: object) -> object:
+    return sample
+
+
+def open_labelled(
+    files: FileList, num_workers: int, device: torch.device, with_labels: bool = True
+) -> Iterator[LabelledImage]:
+    """Yield every image of the list in order, loading a few ahead, so memory does not grow with the list.
+
+    Raises:
+        UserError: in the main process, when a file cannot be used.
+    """
+    loader = DataLoader(
+        _Files(files, with_labels),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=2 if num_workers else None,
+    )
+    for sample in loader:
+        if isinstance(sample, UserError):
+            raise sample
+        name, pixels, label = sample
+        image = normalise(torch.from_numpy(pixels).to(device)).permute(2, 0, 1)[None].contiguous()
+        yield LabelledImage(name, image, None if label is None else torch.from_numpy(label).to(device))

@@ -1,0 +1,82 @@
+"""DeepLabV2 with the two heads the method knows (specification section 4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DILATIONS = (6, 12, 18, 24)
+BRANCH_CHANNELS = 256
+NORM_GROUPS = 32
+SQUEEZE_REDUCTION = 16
+
+
+def _branch(inputs: int, kernel: int, dilation: int) -> nn.Sequential:
+    padding = dilation if kernel == 3 else 0
+    return nn.Sequential(
+        nn.Conv2d(inputs, BRANCH_CHANNELS, kernel, padding=padding, dilation=dilation),
+        nn.GroupNorm(NORM_GROUPS, BRANCH_CHANNELS),
+        nn.ReLU(inplace=True),
+    )
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales each channel by a factor in (0,1) computed from the global averages of all."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduce = nn.Linear(channels, channels // SQUEEZE_REDUCTION)
+        self.expand = nn.Linear(channels // SQUEEZE_REDUCTION, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,h,w) -> the same shape."""
+        factors = torch.sigmoid(self.expand(F.relu(self.reduce(x.mean(dim=(2, 3))))))
+        return x * factors[:, :, None, None]
+
+
+class FiveBranchHead(nn.Module):
+    """The head of `DeepLabV2`: a 1x1 and four dilated 3x3 branches, concatenated, reweighted, fused, classified."""
+
+    def __init__(self, inputs: int, num_classes: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([_branch(inputs, 1, 1), *(_branch(inputs, 3, d) for d in DILATIONS)])
+        channels = BRANCH_CHANNELS * len(self.branches)
+        self.squeeze = SqueezeExcitation(channels)
+        self.fuse = nn.Conv2d(channels, BRANCH_CHANNELS, 3, padding=1)
+        self.fuse_norm = nn.GroupNorm(NORM_GROUPS, BRANCH_CHANNELS)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classify = nn.Conv2d(BRANCH_CHANNELS, num_classes, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,inputs,h,w) -> logits (B,num_classes,h,w)."""
+        x = self.squeeze(torch.cat([branch(x) for branch in self.branches], dim=1))
+        return self.classify(self.dropout(self.fuse_norm(self.fuse(x))))
+
+
+class DilatedSumHead(nn.Module):
+    """The head of `DeepLab`: the sum of four dilated 3x3 convolutions."""
+
+    def __init__(self, inputs: int, num_classes: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Conv2d(inputs, num_classes, 3, padding=d, dilation=d) for d in DILATIONS])
+        for branch in self.branches:
+            nn.init.normal_(branch.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,inputs,h,w) -> logits (B,num_classes,h,w)."""
+        return torch.stack([branch(x) for branch in self.branches]).sum(dim=0)
+
+
+class DeepLab(nn.Module):
+    """A backbone and a head; logits are upsampled bilinearly, corners aligned, to the size of the image."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B,3,h,w) in [-1,1] -> logits (B,num_classes,h,w)."""
+        logits = self.head(self.backbone(image))
+        return F.interpolate(logits, size=image.shape[2:], mode="bilinear", align_corners=True)

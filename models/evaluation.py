@@ -1,0 +1,130 @@
+"""Predicting whole images with a segmentation net, and counting what it predicts.
+
+Everything stays on the device and memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.confusion import confusion_matrix
+
+CONFIDENCE_BINS = 20
+
+
+class Sample(Protocol):
+    """What evaluation needs of an image: name, image (1,3,H,W) in [-1,1], trainIds (H,W) or None."""
+
+    name: str
+    image: Tensor
+    label: Tensor | None
+
+
+@torch.no_grad()
+def predict(net: nn.Module, image: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
+    """Class probabilities at the image's own size, averaged over rescaled and mirrored inputs.
+
+    Args:
+        net: in eval mode; images (B,3,h,w) -> logits (B,C,h,w).
+        image: (1,3,H,W) in [-1,1].
+        scales: input sizes relative to the image; probabilities are brought back bilinearly.
+        flip: predict the mirror image of every scale, too.
+
+    Returns:
+        (C,H,W), summing to 1 over C.
+    """
+    height, width = image.shape[2:]
+    total: Tensor | None = None
+    for scale in scales:
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        scaled = image
+        if size != (height, width):
+            scaled = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+        for mirrored in (False, True) if flip else (False,):
+            probability = net(scaled.flip(3) if mirrored else scaled).softmax(dim=1)
+            if mirrored:
+                probability = probability.flip(3)
+            if size != (height, width):
+                probability = F.interpolate(probability, size=(height, width), mode="bilinear", align_corners=False)
+            total = probability if total is None else total.add_(probability)
+    return total[0] / (len(scales) * (2 if flip else 1))
+
+
+class PredictionStatistics:
+    """What a net's predictions tell without labels, accumulated over pixels on the device."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.pixels = 0
+        self.probability_sum = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self.entropy_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.confidence_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.confidence_histogram = torch.zeros(CONFIDENCE_BINS, dtype=torch.float64, device=device)
+
+    def add(self, probability: Tensor) -> None:
+        """Count an image's probabilities (C,H,W)."""
+        confidence = probability.amax(dim=0)
+        self.pixels += confidence.numel()
+        self.probability_sum += probability.sum(dim=(1, 2))
+        self.entropy_sum += _entropy(probability, dim=0).sum()
+        self.confidence_sum += confidence.sum()
+        bins = (confidence * CONFIDENCE_BINS).long().clamp_(max=CONFIDENCE_BINS - 1)
+        self.confidence_histogram += torch.bincount(bins.flatten(), minlength=CONFIDENCE_BINS)
+
+    def mean_confidence(self) -> float:
+        """Mean probability of the predicted class."""
+        return float(self.confidence_sum) / self.pixels
+
+    def mutual_information(self) -> float:
+        """Entropy of the mean prediction minus mean entropy of the predictions, as a share of the largest possible.
+
+        Between 0 and 1. High where single pixels are decided (confident) and all classes are used (balanced): a net
+        that calls everything road is confident, but has no class balance and gets 0.
+        """
+        mean = self.probability_sum / self.pixels
+        information = _entropy(mean, dim=0) - self.entropy_sum / self.pixels
+        return float(information) / torch.log(torch.tensor(float(len(mean)))).item()
+
+
+def _entropy(probability: Tensor, dim: int) -> Tensor:
+    return -torch.special.xlogy(probability, probability).sum(dim=dim)
+
+
+def evaluate(
+    net: nn.Module,
+    samples: Iterable[Sample],
+    num_classes: int,
+    device: torch.device,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    statistics: PredictionStatistics | None = None,
+    on_prediction: Callable[[Sample, Tensor], None] | None = None,
+) -> Tensor:
+    """Confusion matrix (num_classes, num_classes), int64 on `device`, over all samples at their native size.
+
+    The net is in eval mode meanwhile and in its former mode afterwards.
+
+    Args:
+        statistics: is given the probabilities of every image.
+        on_prediction: is given every sample and its predicted trainIds, uint8 (H,W).
+    """
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    training = net.training
+    net.eval()
+    try:
+        for sample in samples:
+            probability = predict(net, sample.image, scales, flip)
+            prediction = probability.argmax(dim=0)
+            if statistics is not None:
+                statistics.add(probability)
+            if sample.label is not None:
+                matrix += confusion_matrix(prediction, sample.label, num_classes)
+            if on_prediction is not None:
+                on_prediction(sample, prediction.to(torch.uint8))
+    finally:
+        net.train(training)
+    return matrix

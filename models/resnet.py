@@ -1,0 +1,127 @@
+"""ResNet backbones with output stride 8 for DeepLab (specification section 4).
+
+Stages 3 and 4 keep the resolution of stage 2 and dilate their 3x3 convolutions by 2 and 4. In a bottleneck block the
+stride sits on the first 1x1 convolution, as in the authors' networks; torchvision puts it on the 3x3. Parameter names
+and shapes are torchvision's, so its ImageNet weights load unchanged. At output stride 8 only the first block of stage 2
+has a stride at all, so that block alone computes with weights that were trained for the other placement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ResNetShape:
+    """Blocks in each stage, and whether a block is a bottleneck (1x1, 3x3, 1x1 with four times the width)."""
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the last stage."""
+        return 512 * (4 if self.bottleneck else 1)
+
+
+RESNETS = {
+    "resnet18": ResNetShape((2, 2, 2, 2), bottleneck=False),
+    "resnet34": ResNetShape((3, 4, 6, 3), bottleneck=False),
+    "resnet50": ResNetShape((3, 4, 6, 3), bottleneck=True),
+    "resnet101": ResNetShape((3, 4, 23, 3), bottleneck=True),
+}
+_STRIDES = (1, 2, 1, 1)
+_DILATIONS = (1, 1, 2, 4)
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int, dilation: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(inputs, width, stride, dilation)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width, 1, dilation)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(inputs, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,inputs,h,w) -> (B,width,h/stride,w/stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution and a shortcut; the stride is on the first."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width, 1, dilation)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(inputs, width * self.expansion, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,inputs,h,w) -> (B,4*width,h/stride,w/stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    """Projection where the shape changes: the first block of a stage (of stages 2 to 4 with basic blocks)."""
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class ResNet(nn.Module):
+    """ResNet without its classifier, output stride 8.
+
+    Args:
+        shape: one of `RESNETS`.
+        frozen_norm_affine: the batch norms' weights and biases are not trained; their statistics still are.
+    """
+
+    def __init__(self, shape: ResNetShape, frozen_norm_affine: bool = False) -> None:
+        super().__init__()
+        self.out_channels = shape.out_channels
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        block = Bottleneck if shape.bottleneck else BasicBlock
+        inputs = 64
+        for stage in range(4):
+            blocks = []
+            for index in range(shape.blocks[stage]):
+                stride = _STRIDES[stage] if index == 0 else 1
+                blocks.append(block(inputs, 64 * 2**stage, stride, _DILATIONS[stage]))
+                inputs = 64 * 2**stage * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        if frozen_norm_affine:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,3,h,w) -> (B,out_channels,h',w'), h' about h/8 (rounded up at each of the three halvings)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))

@@ -1,0 +1,170 @@
+"""The segmentation nets by name, their starting weights and their parameter groups.
+
+Every net maps images (B,3,h,w) in [-1,1] to logits (B,num_classes,h,w) and has a `backbone`, which may start from
+ImageNet weights, and a `head`, which learns ten times as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torchvision
+from torch import Tensor, nn
+
+from models.deeplab import DeepLab, DilatedSumHead, FiveBranchHead
+from models.fcn8s import FCN8s
+from models.resnet import RESNETS, ResNet
+from models.unet import UNet
+from utils.errors import UserError
+from utils.tensor_files import load_network, read_state_dict
+
+HEAD_RATE = 10.0
+
+
+def _deeplab_v2(backbone: str, num_classes: int) -> nn.Module:
+    net = ResNet(RESNETS[backbone])
+    return DeepLab(net, FiveBranchHead(net.out_channels, num_classes))
+
+
+def _deeplab(backbone: str, num_classes: int) -> nn.Module:
+    net = ResNet(RESNETS[backbone], frozen_norm_affine=True)
+    return DeepLab(net, DilatedSumHead(net.out_channels, num_classes))
+
+
+def _fcn8s(backbone: str, num_classes: int) -> nn.Module:
+    return FCN8s(num_classes)
+
+
+def _unet(backbone: str, num_classes: int) -> nn.Module:
+    return UNet(num_classes)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A registered net: its backbones, the default first, and how it is built from (backbone, num_classes)."""
+
+    backbones: tuple[str, ...]
+    build: Callable[[str, int], nn.Module]
+
+
+_RESNET_BACKBONES = ("resnet101", "resnet50", "resnet34", "resnet18")
+MODELS = {
+    "DeepLabV2": Model(_RESNET_BACKBONES, _deeplab_v2),
+    "DeepLab": Model(_RESNET_BACKBONES, _deeplab),
+    "VGG": Model(("vgg16",), _fcn8s),
+    "UNet": Model(("none",), _unet),
+}
+BACKBONES = tuple(dict.fromkeys(name for model in MODELS.values() for name in model.backbones))
+
+
+@dataclass(frozen=True)
+class SegmentationShape:
+    """Which net, on which backbone, with how many classes.
+
+    Raises:
+        UserError: unknown model, a backbone the model cannot use, or an impossible number of classes.
+    """
+
+    model: str = "DeepLabV2"
+    backbone: str = "resnet101"
+    num_classes: int = 19
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise UserError(f"--model {self.model}: no such net; there are {', '.join(MODELS)}")
+        backbones = MODELS[self.model].backbones
+        if self.backbone not in backbones:
+            raise UserError(f"--backbone {self.backbone}: {self.model} is built on {', '.join(backbones)}")
+        if not 2 <= self.num_classes <= 255:
+            raise UserError(f"--num_classes is {self.num_classes}; it must be 2 to 255")
+
+    def __str__(self) -> str:
+        backbone = "" if self.backbone == "none" else f" on {self.backbone}"
+        return f"{self.model}{backbone} with {self.num_classes} classes"
+
+
+def default_backbone(model: str) -> str:
+    """The published backbone of a model ('' if there is no such model)."""
+    return MODELS[model].backbones[0] if model in MODELS else ""
+
+
+def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
+    """A net with PyTorch's default random weights."""
+    return MODELS[shape.model].build(shape.backbone, shape.num_classes)
+
+
+def parameter_groups(net: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Optimiser groups: the trainable tensors of the backbone at `rate`, those of the head at ten times the rate."""
+    groups = ((net.backbone, rate), (net.head, HEAD_RATE * rate))
+    return [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in groups]
+
+
+def load_backbone(net: nn.Module, backbone: str, weights: str) -> None:
+    """Start the backbone from ImageNet weights.
+
+    Args:
+        net: as `build_segmentation_net` made it on `backbone`.
+        weights: `imagenet` (torchvision downloads and caches them) or the path of a state dict with torchvision's
+            names.
+
+    Raises:
+        UserError: a failed download, an unreadable file, weights of another network, or a net without ImageNet weights.
+    """
+    if backbone == "none":
+        raise UserError("--backbone_weights: this model has no ImageNet weights; use --no_pretrained_backbone")
+    if weights == "imagenet":
+        origin, state = f"torchvision's {backbone}", _download_imagenet_weights(backbone)
+    else:
+        origin = f"--backbone_weights {weights}"
+        state = read_state_dict(Path(weights), "--backbone_weights", "or imagenet")
+    state = _convolutional_vgg16(state, origin) if backbone == "vgg16" else _without_classifier(state)
+    load_network(net.backbone, state, origin)
+
+
+def _download_imagenet_weights(backbone: str) -> Mapping[str, Tensor]:
+    try:
+        return torchvision.models.get_model(backbone, weights="IMAGENET1K_V1").state_dict()
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"torchvision could not load its ImageNet {backbone} weights ({error}); connect once, or give a file with "
+            "--backbone_weights PATH (a state dict with torchvision's names), or --no_pretrained_backbone"
+        ) from None
+
+
+def _without_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
+def _convolutional_vgg16(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """torchvision's VGG16 with its first two fully connected layers as convolutions, without the third."""
+    renamed = {"classifier.0": ("fc6", (-1, 512, 7, 7)), "classifier.3": ("fc7", (-1, 4096, 1, 1))}
+    converted = {}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        if layer == "classifier.6":
+            continue
+        if layer in renamed:
+            layer, shape = renamed[layer]
+            try:
+                value = value.reshape(shape) if kind == "weight" else value
+            except RuntimeError:
+                raise UserError(f"{origin}: {name} has the shape {tuple(value.shape)}, not VGG16's") from None
+        converted[f"{layer}.{kind}"] = value
+    return converted
+
+
+def require_classes(num_classes: int, data_set: str, id_map: Mapping[int, int]) -> None:
+    """Check that a net can predict every class of a data set.
+
+    Raises:
+        UserError: `num_classes` is too small for the trainIds in `id_map`.
+    """
+    largest = max(id_map.values(), default=0)
+    if largest >= num_classes:
+        raise UserError(
+            f"--num_classes is {num_classes}, but the labels of {data_set} have trainIds 0..{largest}; "
+            f"{largest + 1} classes are needed"
+        )

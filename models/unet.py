@@ -1,0 +1,73 @@
+"""A small U-Net (Ronneberger, Fischer, Brox, 2015) with group norm, for small pictures and CPUs.
+
+0.5 million parameters: what the demo and the measurements on 160x80 pictures train. Group norm, because batch norm's
+running statistics carry the source's brightness into the target.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS = (16, 32, 64, 128)
+NORM_GROUPS = 8
+
+
+def _two_convs(inputs: int, outputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (inputs, outputs):
+        conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
+        layers += [conv, nn.GroupNorm(NORM_GROUPS, outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class UNetEncoder(nn.Module):
+    """Pairs of convolutions with 2x2 max pools between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inputs = (3, *WIDTHS[:-1])
+        self.stages = nn.ModuleList([_two_convs(i, o) for i, o in zip(inputs, WIDTHS, strict=True)])
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B,3,h,w) -> features from fine to coarse, the sides halved and rounded up at each."""
+        features = []
+        x = image
+        for stage in self.stages:
+            x = stage(x if not features else F.max_pool2d(x, 2, ceil_mode=True))
+            features.append(x)
+        return features
+
+
+class UNetDecoder(nn.Module):
+    """From coarse to fine: upsample, concatenate with the encoder's features, two convolutions; then classify."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        fine_to_coarse = list(pairwise(WIDTHS))
+        self.stages = nn.ModuleList([_two_convs(fine + coarse, fine) for fine, coarse in reversed(fine_to_coarse)])
+        self.classify = nn.Conv2d(WIDTHS[0], num_classes, 1)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Features of `UNetEncoder` -> logits (B,num_classes,h,w)."""
+        *skips, x = features
+        for stage, skip in zip(self.stages, reversed(skips), strict=True):
+            x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
+            x = stage(torch.cat([skip, x], dim=1))
+        return self.classify(x)
+
+
+class UNet(nn.Module):
+    """Encoder-decoder with skips."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = UNetEncoder()
+        self.head = UNetDecoder(num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B,3,h,w) in [-1,1] -> logits (B,num_classes,h,w)."""
+        return self.head(self.backbone(image))

@@ -1,0 +1,292 @@
+"""Source training of a segmentation net, and ProCST with the label losses of the last scale, on a tiny world."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import create_sit_dataset
+import train_procst
+import train_semseg_on_source
+from core.checkpoint import load_checkpoint
+from core.segmentation_files import load_segmentation_net, read_segmentation_file
+from core.source_training import SourceTrainer, poly_rate
+from core.trainer import Trainer
+from data_handlers.datasets import DATA_SETS
+from data_handlers.lists import list_images
+from data_handlers.stream import StreamConfig, StreamSamples
+from test_train_cli import all_tensors, only_run, training_flags
+from worlds import write_cityscapes, write_gta5
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    write_gta5(root / "gta", count=6, size=(60, 44))
+    write_cityscapes(root / "cityscapes", count=4, size=(64, 40), labels=False)
+    write_cityscapes(root / "cityscapes", count=2, size=(64, 40), seed=300, split="val")
+    write_cityscapes(root / "unlabelled", count=4, size=(64, 40), labels=False)
+    return root
+
+
+def source_flags(world, out, **changes):
+    flags = {
+        "gpus": "cpu", "src_data_dir": world / "gta", "src_resize": (52, 40), "crop_size": (48, 36), "val_count": 2,
+        "model": "UNet", "no_pretrained_backbone": (), "num_steps": 8, "batch_size": 2, "lr_semseg": 1e-2,
+        "num_workers": 0, "print_rate": 2, "output": out / "source.pth", "checkpoints_dir": out / "models",
+        "tb_logs_dir": out / "runs", **changes,
+    }  # fmt: skip
+    line = []
+    for name, value in flags.items():
+        if value is not None:
+            line += [f"--{name}", *(value if isinstance(value, tuple) else (value,))]
+    return line
+
+
+@pytest.fixture(scope="module")
+def source_net(world, tmp_path_factory):
+    """The file of a UNet trained on the source for a few steps."""
+    out = tmp_path_factory.mktemp("source")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train_semseg_on_source.py", *map(str, source_flags(world, out))])
+        train_semseg_on_source.main()
+    return out / "source.pth"
+
+
+def label_flags(world, out, source_net, **changes):
+    labels = {
+        "no_semseg": None, "model": "UNet", "semseg_weights": source_net, "lr_semseg": 1e-2, "steps_per_scale": STEPS,
+        "validation_rate": 2,
+    }  # fmt: skip
+    return training_flags(world, out, **{**labels, **changes})
+
+
+# --- source training ---------------------------------------------------------------------------------------------
+
+
+def test_source_training_keeps_the_best_and_the_latest(world, tmp_path, run_script):
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
+    assert result.code == 0, result.err
+    run = only_run(tmp_path)
+    assert {path.name for path in run.iterdir()} == {"config.json", "latest.pth", "best.pth"}
+    latest, best = read_segmentation_file(run / "latest.pth"), read_segmentation_file(run / "best.pth")
+    assert latest.training["step"] == 8
+    assert best.info["miou"] == latest.training["best_miou"] > 0
+    assert (tmp_path / "source.pth").read_bytes() == (run / "best.pth").read_bytes()
+    assert f"--semseg_weights {tmp_path / 'source.pth'}" in result.out
+    (log,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(log))
+    events.Reload()
+    # 4 images to train on in batches of 2: an epoch is 2 steps, and each ends with a validation.
+    assert [event.step for event in events.Scalars("Validation/mIoU")] == [2, 4, 6, 8]
+    assert max(event.value for event in events.Scalars("Validation/mIoU")) == pytest.approx(best.info["miou"])
+    assert "Validation/IoU/road" in events.Tags()["scalars"]
+    rates = [event.value for event in events.Scalars("Semseg/LearningRate")]
+    assert rates == pytest.approx([1e-2 * poly_rate(step, 8, 0.9) for step in (1, 3, 5, 7)])
+
+
+def test_a_continued_source_training_equals_an_uninterrupted_one(world, tmp_path, run_script, monkeypatch):
+    assert run_script(train_semseg_on_source, *source_flags(world, tmp_path / "whole")).code == 0
+    flags = source_flags(world, tmp_path / "cut", save_checkpoint_rate=1, validation_rate=4)
+    whole_flags = source_flags(world, tmp_path / "whole2", validation_rate=4)
+    assert run_script(train_semseg_on_source, *whole_flags).code == 0
+    real_step = SourceTrainer._one_step
+
+    def stop(self, batch):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return real_step(self, batch)
+
+    monkeypatch.setattr(SourceTrainer, "_one_step", stop)
+    assert run_script(train_semseg_on_source, *flags).code == 130
+    monkeypatch.setattr(SourceTrainer, "_one_step", real_step)
+    run = only_run(tmp_path / "cut")
+    assert run_script(train_semseg_on_source, "--continue_train_from_path", run).code == 0
+    ours = read_segmentation_file(run / "latest.pth")
+    whole = read_segmentation_file(only_run(tmp_path / "whole2") / "latest.pth")
+    assert ours.training["best_miou"] == whole.training["best_miou"]
+    for name, value in whole.weights.items():
+        assert torch.equal(value, ours.weights[name]), name
+    refused = run_script(train_semseg_on_source, "--continue_train_from_path", run, "--lr_semseg", "0.5")
+    assert refused.code == 2
+    assert "--lr_semseg" in refused.err
+
+
+def test_the_output_of_another_run_is_not_overwritten(world, tmp_path, run_script):
+    (tmp_path / "source.pth").write_text("the authors' file")
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
+    assert result.code == 2
+    assert "--output" in result.err
+    assert (tmp_path / "source.pth").read_text() == "the authors' file"
+    assert not (tmp_path / "models").exists()
+
+
+def test_labels_from_another_folder(world, tmp_path, run_script):
+    """SiT images have the labels of their source."""
+    shutil.copytree(world / "gta/images", tmp_path / "sit/images")
+    flags = source_flags(world, tmp_path, src_data_dir=tmp_path / "sit", num_steps=4)
+    refused = run_script(train_semseg_on_source, *flags)
+    assert refused.code == 2
+    assert "have no label" in refused.err
+    assert run_script(train_semseg_on_source, *flags, "--src_label_dir", world / "gta").code == 0
+    same = source_flags(world, tmp_path / "same", num_steps=4)
+    assert run_script(train_semseg_on_source, *same).code == 0
+    ours, theirs = (read_segmentation_file(only_run(out) / "latest.pth") for out in (tmp_path, tmp_path / "same"))
+    assert all(torch.equal(value, theirs.weights[name]) for name, value in ours.weights.items())
+
+
+def test_flipped_samples_mirror_image_and_label(world):
+    files = list_images(DATA_SETS["gta5"], world / "gta", "--src_data_dir")
+    shared = {
+        "seed": 1, "domain": "source", "scale": 0, "batch_size": 1, "steps_per_epoch": 6, "epoch_length": 6,
+        "resize": (52, 40), "crop": (48, 36), "labels": "read",
+    }  # fmt: skip
+    plain, mirrored = (
+        StreamSamples(files, StreamConfig(**shared, flip=flip), lambda image: [np.array(image)])
+        for flip in (False, True)
+    )
+    flips = [mirrored.is_flipped(position) for position in range(40)]
+    assert 10 < sum(flips) < 30
+    for position in range(6):
+        ([image], label), ([other], other_label) = plain[position], mirrored[position]
+        step = -1 if flips[position] else 1
+        np.testing.assert_array_equal(image[:, ::step], other)
+        np.testing.assert_array_equal(label[:, ::step], other_label)
+
+
+# --- ProCST with label losses ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled_run(world, tmp_path, run_script, source_net, request):
+    flags = label_flags(world, tmp_path, source_net, **getattr(request, "param", {}))
+    result = run_script(train_procst, *flags)
+    assert result.code == 0, result.err
+    return only_run(tmp_path), result
+
+
+def test_run_with_label_losses(labelled_run, tmp_path, source_net):
+    run, result = labelled_run
+    found = json.loads((run / "validations.json").read_text())
+    assert [validation["step"] for validation in found] == [2, 3]
+    assert "validating the last scale on cityscapes: 2 images" in result.out
+    best = max(found, key=lambda validation: validation["miou"])
+    (kept,) = run.glob("best_*.pth")
+    assert kept.name.startswith(f"best_step_{best['step']}_mIoU_{best['miou']:.4f}")
+    _, source = load_segmentation_net(source_net, "--weights")
+    _, target = load_segmentation_net(run, "--weights")
+    assert not torch.equal(source.head.classify.weight, target.head.classify.weight)
+    (log,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(log))
+    events.Reload()
+    tags = events.Tags()
+    assert {"Scale2/Cyclic/SourceLabelLoss", "Semseg/SemsegLoss", "Validation/mIoU"} <= set(tags["scalars"])
+    assert "Validation/Confidence" in tags["histograms"]
+    assert any(tag.startswith("Validation/Image-Label-Prediction") for tag in tags["images"])
+    values = [event.value for event in events.Scalars("Validation/mIoU")]
+    assert values == pytest.approx([validation["miou"] for validation in found])
+
+
+def test_the_best_checkpoint_can_be_exported(labelled_run, world, tmp_path, run_script):
+    run, _ = labelled_run
+    (kept,) = run.glob("best_*.pth")
+    result = run_script(
+        create_sit_dataset, "--gpus", "cpu", "--trained_procst_path", kept, "--sit_output_path", tmp_path / "sit",
+        "--num_workers", 0,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert len(list((tmp_path / "sit/images").iterdir())) == 6
+
+
+def test_the_source_net_is_bit_identical_after_training(world, tmp_path, run_script, source_net, monkeypatch):
+    trainers = []
+    real_fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self, progress: (trainers.append(self), real_fit(self, progress)))
+    assert run_script(train_procst, *label_flags(world, tmp_path, source_net)).code == 0
+    _, before = load_segmentation_net(source_net, "--weights")
+    after = trainers[0].labels.source_net
+    assert not after.training
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, after.state_dict()[name]), name
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in after.parameters())
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
+    world, labelled_run, tmp_path, run_script, source_net, monkeypatch, stop_at
+):
+    whole, _ = labelled_run
+    out = tmp_path / "cut"
+    real_step = Trainer._one_step
+
+    def stop(self, *arguments):
+        if self.scale == 2 and self.step == stop_at:
+            raise KeyboardInterrupt
+        return real_step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_one_step", stop)
+    assert run_script(train_procst, *label_flags(world, out, source_net, save_checkpoint_rate=1)).code == 130
+    monkeypatch.setattr(Trainer, "_one_step", real_step)
+    run = only_run(out)
+    result = run_script(train_procst, "--continue_train_from_path", run)
+    assert result.code == 0, result.err
+    ours, theirs = load_checkpoint(run / "latest.pth"), load_checkpoint(whole / "latest.pth")
+    for (name, value), (_, expected) in zip(all_tensors(ours), all_tensors(theirs), strict=True):
+        assert torch.equal(value, expected), name
+    for name, value in theirs.segmentation["target_net"].items():
+        assert torch.equal(value, ours.segmentation["target_net"][name]), name
+    assert ours.validations == theirs.validations
+    assert [path.name for path in run.glob("best_*.pth")] == [path.name for path in whole.glob("best_*.pth")]
+
+
+def test_selection_without_target_labels(world, tmp_path, run_script, source_net):
+    flags = label_flags(world, tmp_path, source_net, trg_data_dir=world / "unlabelled", select_by="label_free")
+    result = run_script(train_procst, *flags)
+    assert result.code == 0, result.err
+    run = only_run(tmp_path)
+    found = json.loads((run / "validations.json").read_text())
+    assert [validation["miou"] for validation in found] == [None, None]
+    best = max(found, key=lambda validation: validation["label_free"])
+    assert [path.name for path in run.glob("best_*")] == [
+        f"best_step_{best['step']}_label_free_{best['label_free']:.4f}.pth"
+    ]
+
+
+def test_target_without_labels_is_not_validated(world, tmp_path, run_script, source_net):
+    flags = label_flags(world, tmp_path, source_net, trg_data_dir=world / "unlabelled", validation_rate=None)
+    result = run_script(train_procst, *flags)
+    assert result.code == 0, result.err
+    assert "no validation of the last scale: the target has no labelled val split" in result.out
+    run = only_run(tmp_path)
+    assert not (run / "validations.json").exists()
+    assert not list(run.glob("best_*"))
+
+
+def test_warmup_epochs_hold_the_label_losses_back(world, tmp_path, run_script, source_net):
+    """An epoch of the last scale is 6 steps here, so one warm-up epoch covers the whole run: Gst is what it is without
+    segmentation nets, while Q learns."""
+    shared = {"steps_per_scale": STEPS}
+    assert run_script(train_procst, *training_flags(world, tmp_path / "without", **shared)).code == 0
+    warm = label_flags(world, tmp_path / "warm", source_net, warmup_epochs=1)
+    assert run_script(train_procst, *warm).code == 0
+    cold = label_flags(world, tmp_path / "cold", source_net)
+    assert run_script(train_procst, *cold).code == 0
+    without, warm, cold = (
+        load_checkpoint(only_run(tmp_path / name) / "latest.pth") for name in ("without", "warm", "cold")
+    )
+    for name in ("Gst", "Gts", "Dst", "Dts"):
+        for key, value in without.networks[name][2].items():
+            assert torch.equal(value, warm.networks[name][2][key]), f"{name} {key}"
+    assert not torch.equal(without.networks["Gst"][2]["head.conv.weight"], cold.networks["Gst"][2]["head.conv.weight"])
+    weight = "head.classify.weight"
+    assert not torch.equal(warm.segmentation["target_net"][weight], cold.segmentation["target_net"][weight])
+    for scale in (0, 1):
+        for key, value in without.networks["Gst"][scale].items():
+            assert torch.equal(value, cold.networks["Gst"][scale][key])
