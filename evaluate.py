@@ -47,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_dir", default="data/cityscapes", help="its root folder (default: %(default)s)")
     add("--list", default="", metavar="FILE", help="text file with the images to score, instead of the val split")
     add("--val_count", type=int, default=0, metavar="N",
-        help="score the last N images (default: the val split; GTA5 the last 500, SYNTHIA the last 300)")  # fmt: skip
+        help="score the last N training images, which train_semseg_on_source.py --val_count N keeps out (default: the "
+        "val split; GTA5 the last 500, SYNTHIA the last 300)")  # fmt: skip
     add("--classes", type=int, choices=(19, 16, 13), default=None,
         help="classes the mean goes over: all, those of SYNTHIA, or these without wall, fence and pole (default: the "
         "data set's, 16 for synthia)")  # fmt: skip
@@ -139,7 +140,7 @@ def main() -> None:
     files = list_validation(data_set, flags.data_dir, "--data_dir", flags.list, flags.val_count, "--val_count")
     require_labels(files, "--data_dir")
     shape, net = load_segmentation_net(Path(flags.weights), "--weights")
-    require_classes(shape.num_classes, data_set.name, data_set.id_map)
+    require_classes(shape.num_classes, data_set.name, data_set.id_map, f"--weights {flags.weights}")
     if shape.num_classes > len(data_set.class_names):
         raise UserError(
             f"--weights {flags.weights}: the net has {shape.num_classes} classes, {data_set.name} has "
@@ -148,6 +149,8 @@ def main() -> None:
     classes = _scored_classes(flags, data_set, shape.num_classes)
     net.to(device)
     folder = PredictionFolder(Path(flags.save_predictions), flags.prediction_format) if flags.save_predictions else None
+    if flags.json:
+        make_folder(Path(flags.json).parent, "--json")
     print(f"{shape} on {files.describe()}", flush=True)
     samples = tqdm(open_labelled(files, flags.num_workers, device), total=len(files), unit="img", dynamic_ncols=True)
     matrix = evaluate(

@@ -196,6 +196,8 @@ def file_lists(config: SourceTrainingConfig) -> tuple[FileList, FileList]:
     train, val = (replace(files, label_root=label_root) for files in (train, val))
     for files in (train, val):
         require_labels(files, "--src_label_dir" if label_root else flag)
+    if len(train) < config.batch_size:
+        raise UserError(f"--batch_size {config.batch_size}: there are {len(train)} images to train on")
     return train, val
 
 

@@ -82,8 +82,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     content = read_tensor_file(path)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of train_procst.py")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path} has checkpoint version {content.get('version')}; this program reads {VERSION}")
+    version = content.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise UserError(f"{path} has checkpoint version {version}; this program reads {VERSION}")
     try:
         checkpoint = Checkpoint(
             config=ProCSTConfig.from_json(content["config"], path),

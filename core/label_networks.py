@@ -36,8 +36,9 @@ def load_source_net(config: SemsegConfig, source: str, src_data_dir: str) -> nn.
         backbone = "" if config.backbone in ("none", "vgg16") else f" --backbone {config.backbone}"
         raise UserError(
             f"{path}: no such file; the label losses need a segmentation net trained on {source}: put the authors' "
-            "file there, name another with --semseg_weights, or train one with: python train_semseg_on_source.py "
-            f"--gpus 0 --source {source} --src_data_dir {src_data_dir} --model {config.model}{backbone}"
+            "file there, name another with --semseg_weights, go without (--no_semseg), or train one with: python "
+            f"train_semseg_on_source.py --gpus 0 --source {source} --src_data_dir {src_data_dir} --model {config.model}"
+            f"{backbone}"
         )
     shape, net = load_segmentation_net(path, "--semseg_weights")
     if shape != config.shape():

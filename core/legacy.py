@@ -100,13 +100,19 @@ class Record:
             raise pickle.UnpicklingError(f"{self.class_name} has a state of type {type(state).__name__}")
         self.attributes = state
 
+    def _table(self, name: str) -> dict[str, Any]:
+        table = self.attributes.get(name, {})
+        if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+            raise TypeError(f"a {self.class_name} of it is malformed")
+        return table
+
     def child(self, name: str) -> Any:
         """Submodule of that name, or None."""
-        return self.attributes.get("_modules", {}).get(name)
+        return self._table("_modules").get(name)
 
     def named_records(self, prefix: str = "") -> Iterator[tuple[str, Record]]:
         """All submodules under the names `nn.Module.named_modules` would give them."""
-        for name, child in self.attributes.get("_modules", {}).items():
+        for name, child in self._table("_modules").items():
             if isinstance(child, Record):
                 yield prefix + name, child
                 yield from child.named_records(f"{prefix}{name}.")
@@ -115,10 +121,10 @@ class Record:
         """All parameters and buffers under the names `nn.Module.state_dict` would give them."""
         tensors = {}
         for kind in ("_parameters", "_buffers"):
-            for name, value in self.attributes.get(kind, {}).items():
+            for name, value in self._table(kind).items():
                 if isinstance(value, Held):
                     tensors[prefix + name] = value.tensor
-        for name, child in self.attributes.get("_modules", {}).items():
+        for name, child in self._table("_modules").items():
             if isinstance(child, Record):
                 tensors.update(child.state_dict(f"{prefix}{name}."))
         return tensors
@@ -236,6 +242,8 @@ def load_legacy_generators(path: Path) -> list[Generator]:
         return _generators_of(read_inert(path), path)
     except RecursionError:
         raise UserError(f"{path}: a module of it contains itself") from None
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _generators_of(records: Any, path: Path) -> list[Generator]:
@@ -292,6 +300,14 @@ _SEGMENTATION_NAMES = (
     ("layer5.head.1.", "head.classify."),
 )
 
+# What a module computes and the shapes of its weights do not show.
+_SETTINGS = {
+    "Conv2d": ("stride", "padding", "dilation", "groups", "padding_mode"),
+    "BatchNorm2d": ("eps",),
+    "GroupNorm": ("num_groups", "eps"),
+    "MaxPool2d": ("kernel_size", "stride", "padding", "ceil_mode"),
+}
+
 
 def load_legacy_segmentation(path: Path) -> tuple[SegmentationShape, nn.Module]:
     """The authors' `pretrained_semseg_on_*.pth` (specification section 5): its shape and the net, frozen, on the CPU.
@@ -308,6 +324,8 @@ def load_legacy_segmentation(path: Path) -> tuple[SegmentationShape, nn.Module]:
         return _segmentation_net_of(record, path)
     except RecursionError:
         raise UserError(f"{path}: a module of it contains itself") from None
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _segmentation_net_of(record: Record, path: Path) -> tuple[SegmentationShape, nn.Module]:
@@ -315,14 +333,15 @@ def _segmentation_net_of(record: Record, path: Path) -> tuple[SegmentationShape,
     classifier = state.get("head.classify.weight")
     if classifier is None or classifier.ndim != 4:
         raise UserError(f"{path}: the segmentation net has no classifier where DeepLabV2 has it")
+    if not 2 <= classifier.shape[0] <= 255:
+        raise UserError(f"{path}: the segmentation net has {classifier.shape[0]} classes; it must have 2 to 255")
     shape = SegmentationShape("DeepLabV2", "resnet101", num_classes=classifier.shape[0])
     net = build_segmentation_net(shape)
     load_network(net, state, str(path))
-    # Stride, padding and dilation leave no trace in the shapes of the weights.
-    convolutions = {name: module for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    modules = dict(net.named_modules())
     for name, part in record.named_records():
-        own = convolutions.get(_own_name(f"{name}.").removesuffix("."))
-        for attribute in ("stride", "padding", "dilation", "groups") if own is not None else ():
+        own = modules.get(_own_name(f"{name}.").removesuffix("."))
+        for attribute in _SETTINGS.get(part.class_name, ()) if type(own).__name__ == part.class_name else ():
             if part.attributes.get(attribute) != getattr(own, attribute):
                 raise UserError(f"{path}: {name} has {attribute} {part.attributes.get(attribute)}, not DeepLabV2's")
     return shape, freeze(net)

@@ -59,8 +59,6 @@ class SegmentationFile:
         """
         net = build_segmentation_net(self.shape)
         load_network(net, self.weights, origin)
-        if not all(bool(tensor.isfinite().all()) for tensor in net.state_dict().values()):
-            raise UserError(f"{origin}: the weights are not finite, the training diverged")
         return freeze(net)
 
 
@@ -73,11 +71,14 @@ def read_segmentation_file(path: Path) -> SegmentationFile:
     content = read_tensor_file(path)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a segmentation net of this toolkit")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path} has version {content.get('version')}; this program reads {VERSION}")
+    version = content.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise UserError(f"{path} has version {version}; this program reads {VERSION}")
     try:
         shape = SegmentationShape(**content["shape"])
         return SegmentationFile(shape, content["weights"], content["info"], content["training"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is incomplete: {error}") from None
 
@@ -101,6 +102,13 @@ def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.
         if found is None:
             raise UserError(f"{flag} {path}: this folder holds neither {BEST} nor {LATEST}, so it is no run folder")
         path = path / found
+    shape, net = _load(path, flag)
+    if not all(bool(tensor.isfinite().all()) for tensor in net.state_dict().values()):
+        raise UserError(f"{flag} {path}: the weights are not finite, the training diverged")
+    return shape, net
+
+
+def _load(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
     content = read_tensor_file(path)
     if content is None:
         return load_legacy_segmentation(path)

@@ -151,8 +151,6 @@ class SourceTrainer:
         self.optimizer = segmentation_optimizer(net, config.sgd)
         self.step = 0
         self.best_miou: float | None = None
-        if len(train) < config.batch_size:
-            raise UserError(f"--batch_size {config.batch_size}: there are {len(train)} images to train on")
         self.steps_per_epoch = len(train) // config.batch_size
 
     # --- state ---------------------------------------------------------------------------------------------------

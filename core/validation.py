@@ -91,7 +91,7 @@ class Validator:
         """Predict every image once, at native size.
 
         Raises:
-            UserError: an image or label cannot be used.
+            UserError: an image or label cannot be used, or the net has diverged.
         """
         statistics = PredictionStatistics(self.num_classes, self.device)
         pictures: list[np.ndarray] = []
@@ -143,7 +143,7 @@ def score_table(scores: Scores, names: Sequence[str]) -> str:
     for c, value in zip(scores.classes, scores.iou, strict=True):
         lines.append(f"{names[c]:<{width}}  " + ("absent" if value is None else f"{100 * value:6.2f}"))
     if scores.mean_iou is None:
-        return "\n".join([*lines, "no pixel of the scored classes is labelled: there is no mIoU"])
+        return "\n".join([*lines, "no pixel of the scored classes is labelled: there is no mIoU", CONVENTION])
     present = len(scores.classes) - len(scores.absent)
     lines.append(f"{'mIoU':<{width}}  {100 * scores.mean_iou:6.2f}  over {present} of {len(scores.classes)} classes")
     lines.append(f"{'pixel accuracy':<{width}}  {100 * scores.pixel_accuracy:6.2f}")

@@ -114,15 +114,19 @@ def hold_out(files: FileList, count: int, flag: str) -> tuple[FileList, FileList
 def list_validation(
     data_set: DataSet, root: Path | str, flag: str, list_file: str, count: int, count_flag: str
 ) -> FileList:
-    """The images a segmentation net is scored on: a list, the last `count` images, or the data set's own split.
+    """The images a segmentation net is scored on: a list, the last `count` of all, or the data set's own split.
 
     Raises:
-        UserError: as `list_images` and `hold_out`.
+        UserError: as `list_images`, or there are fewer than `count` images.
     """
     if list_file or ("val" in data_set.images and not count):
         split = "val" if "val" in data_set.images else "train"
         return list_images(data_set, root, flag, split, list_file, training=False)
-    return hold_out(list_images(data_set, root, flag), count or data_set.held_out, count_flag)[1]
+    files = list_images(data_set, root, flag)
+    count = count or data_set.held_out
+    if not 0 < count <= len(files):
+        raise UserError(f"{count_flag} {count}: there are {len(files)} images in {files.root}")
+    return replace(files, images=files.images[-count:])
 
 
 def require_labels(files: FileList, flag: str) -> None:

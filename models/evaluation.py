@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.confusion import confusion_matrix
+from utils.errors import UserError
 
 CONFIDENCE_BINS = 20
 
@@ -72,7 +73,8 @@ class PredictionStatistics:
         self.probability_sum += probability.sum(dim=(1, 2))
         self.entropy_sum += _entropy(probability, dim=0).sum()
         self.confidence_sum += confidence.sum()
-        bins = (confidence * CONFIDENCE_BINS).long().clamp_(max=CONFIDENCE_BINS - 1)
+        # A net that diverged predicts NaN: that shows in the means, the bins only have to stay bins.
+        bins = (confidence.nan_to_num(0.0) * CONFIDENCE_BINS).long().clamp_(max=CONFIDENCE_BINS - 1)
         self.confidence_histogram += torch.bincount(bins.flatten(), minlength=CONFIDENCE_BINS)
 
     def mean_confidence(self) -> float:
@@ -111,13 +113,18 @@ def evaluate(
     Args:
         statistics: is given the probabilities of every image.
         on_prediction: is given every sample and its predicted trainIds, uint8 (H,W).
+
+    Raises:
+        UserError: a prediction is not finite.
     """
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     training = net.training
     net.eval()
     try:
         for sample in samples:
             probability = predict(net, sample.image, scales, flip)
+            finite &= probability.isfinite().all()
             prediction = probability.argmax(dim=0)
             if statistics is not None:
                 statistics.add(probability)
@@ -127,4 +134,6 @@ def evaluate(
                 on_prediction(sample, prediction.to(torch.uint8))
     finally:
         net.train(training)
+    if not bool(finite):
+        raise UserError("the segmentation net's predictions are not finite: its training diverged, lower --lr_semseg")
     return matrix

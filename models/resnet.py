@@ -122,6 +122,6 @@ class ResNet(nn.Module):
                     module.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B,3,h,w) -> (B,out_channels,h',w'), h' about h/8 (rounded up at each of the three halvings)."""
+        """(B,3,h,w) -> (B,out_channels,h',w'), h' about h/8; ceil mode makes 9 of 64."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))

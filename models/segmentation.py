@@ -78,7 +78,7 @@ class SegmentationShape:
         backbones = MODELS[self.model].backbones
         if self.backbone not in backbones:
             raise UserError(f"--backbone {self.backbone}: {self.model} is built on {', '.join(backbones)}")
-        if not 2 <= self.num_classes <= 255:
+        if not isinstance(self.num_classes, int) or not 2 <= self.num_classes <= 255:
             raise UserError(f"--num_classes is {self.num_classes}; it must be 2 to 255")
 
     def __str__(self) -> str:
@@ -156,8 +156,11 @@ def _convolutional_vgg16(state: Mapping[str, Tensor], origin: str) -> dict[str, 
     return converted
 
 
-def require_classes(num_classes: int, data_set: str, id_map: Mapping[int, int]) -> None:
+def require_classes(num_classes: int, data_set: str, id_map: Mapping[int, int], origin: str = "") -> None:
     """Check that a net can predict every class of a data set.
+
+    Args:
+        origin: the net's file, for the message; '' if `--num_classes` says it.
 
     Raises:
         UserError: `num_classes` is too small for the trainIds in `id_map`.
@@ -165,6 +168,6 @@ def require_classes(num_classes: int, data_set: str, id_map: Mapping[int, int]) 
     largest = max(id_map.values(), default=0)
     if largest >= num_classes:
         raise UserError(
-            f"--num_classes is {num_classes}, but the labels of {data_set} have trainIds 0..{largest}; "
-            f"{largest + 1} classes are needed"
+            f"{f'{origin} has {num_classes} classes' if origin else f'--num_classes is {num_classes}'}, but the labels "
+            f"of {data_set} have trainIds 0..{largest}; {largest + 1} classes are needed"
         )

@@ -139,7 +139,7 @@ def test_16_bit_labels_where_8_bit_ids_belong(run_script, world):
         ({"no_such_flag": 1}, ("--no_such_flag",)),
         ({"resume_to_epoch": 2}, ("--resume_to_epoch", "--continue_train_from_path")),
         ({"debug_stop_epoch": 1}, ("--debug_run",)),
-        ({"no_semseg": None}, ("--no_semseg",)),
+        ({"no_semseg": None}, ("pretrained_semseg_on_gta5.pth", "--semseg_weights", "train_semseg_on_source.py")),
         ({"lambda_labels": 2}, ("--lambda_labels", "--no_semseg")),
         ({"weight-decay": 1e-3}, ("--weight-decay", "--no_semseg")),
         ({"style_layers": (3, 7)}, ("[7]", "--style_layers")),

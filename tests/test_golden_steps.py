@@ -18,12 +18,14 @@ from PIL import Image
 from torch import nn
 
 from conftest import GOLDEN_DIR
-from core.config import LossConfig
+from core.config import LossConfig, SGDConfig
+from core.label_networks import segmentation_optimizer
 from core.networks import Discriminator, Generator, NetworkShape, freeze, layers_at_scale, published_norm
 from core.progress import tag_of
 from core.pyramid import image_pyramid, to_unit_range, translate_pyramid
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
 from data_handlers.images import normalise
+from models.segmentation import HEAD_RATE
 from models.vgg import vgg_from_state_dict
 
 # Batch norm's float32 sums differ with the number of threads that share them, by more than the tolerances once a
@@ -54,6 +56,14 @@ class StandInSegmentation(nn.Module):
         self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden, state["conv2.weight"].shape[0], 1)
         self.load_state_dict(state)
+
+    @property
+    def backbone(self):
+        return self.conv1
+
+    @property
+    def head(self):
+        return self.conv2
 
     def forward(self, x):
         return self.conv2(torch.relu(self.conv1(x)))
@@ -106,12 +116,10 @@ class GoldenStep:
         if meta["no_semseg"] or self.scale != meta["num_scales"]:
             return None
         target_net = StandInSegmentation(self.tensors("init/semseg_cs"))
-        rate = meta["lr_semseg"]
-        groups = [
-            {"params": target_net.conv1.parameters(), "lr": rate},
-            {"params": target_net.conv2.parameters(), "lr": rate * meta["semseg_classifier_lr_factor"]},
-        ]
-        sgd = torch.optim.SGD(groups, momentum=meta["momentum"], weight_decay=meta["weight_decay"])
+        assert meta["semseg_classifier_lr_factor"] == HEAD_RATE
+        sgd = segmentation_optimizer(
+            target_net, SGDConfig(meta["lr_semseg"], meta["weight_decay"], meta["momentum"])
+        )
         return LabelNetworks(freeze(StandInSegmentation(self.tensors("init/semseg_source"))), target_net, sgd)
 
     def run(self):

@@ -50,6 +50,8 @@ class Scores:
 
 def scores_of(matrix: Tensor, classes: Sequence[int]) -> Scores:
     """Scores of a matrix (K,K) over the given classes, all below K."""
+    if not classes:
+        return Scores((), (), None, None, ())
     rows = matrix.cpu().double()[list(classes)]
     labelled = rows.sum(dim=1)
     right = torch.stack([row[c] for row, c in zip(rows, classes, strict=True)])

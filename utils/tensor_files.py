@@ -48,6 +48,10 @@ def load_network(network: nn.Module, state: Mapping[str, Any], origin: str) -> N
     Raises:
         UserError: names `origin` and the first tensor that is missing, unexpected or of another shape.
     """
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise UserError(f"{origin} is no state dict: it must hold names and tensors alone")
     own = network.state_dict()
     problems = [
         f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
@@ -82,4 +86,6 @@ def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, An
         raise UserError(f"{flag} {path}: not a readable state dict ({reason})") from None
     if not isinstance(state, Mapping):
         raise UserError(f"{flag} {path}: holds a {type(state).__name__}, not a state dict")
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
+        raise UserError(f"{flag} {path}: no state dict, it must hold names and tensors alone")
     return state

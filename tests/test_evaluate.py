@@ -1,0 +1,399 @@
+"""Scoring segmentation nets: confusion matrix, prediction, statistics, and evaluate.py on tiny worlds."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import evaluate as script
+from core.segmentation_files import SegmentationFile, load_segmentation_net
+from models.evaluation import PredictionStatistics, evaluate, predict
+from models.segmentation import SegmentationShape, build_segmentation_net
+from test_bad_input import check_refusal, tree
+from utils.confusion import confusion_matrix, scores_of
+from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_synthia
+
+NAMES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+COLOURS = [
+    "804080", "f423e8", "464646", "66669c", "be9999", "999999", "faaa1e", "dcdc00", "6b8e23", "98fb98", "4682b4",
+    "dc143c", "ff0000", "00008e", "000046", "003c64", "005064", "0000e6", "770b20",
+]  # fmt: skip
+ALL = set(range(19))
+SUBSETS = {19: ALL, 16: ALL - {9, 14, 16}, 13: ALL - {9, 14, 16, 3, 4, 5}}
+
+
+def slow_scores(predictions, labels, classes):
+    """Pixel by pixel: IoU by class (of the labelled classes only), their mean, pixel accuracy, and all counts."""
+    counts = Counter()
+    for prediction, label in zip(predictions, labels, strict=True):
+        counts.update(zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True))
+    counted = {(t, p): n for (t, p), n in counts.items() if t in classes}
+    iou = {}
+    for c in sorted({t for t, _ in counted}):
+        either = sum(n for (t, p), n in counted.items() if c in (t, p))
+        iou[c] = counted.get((c, c), 0) / either
+    right = sum(n for (t, p), n in counted.items() if t == p)
+    return iou, sum(iou.values()) / len(iou), right / sum(counted.values()), counts
+
+
+@pytest.mark.parametrize(
+    ("label", "prediction", "matrix", "iou", "accuracy"),
+    [
+        ((0, 0, 1, 1, 2, 255), (0, 1, 1, 1, 0, 0), [[1, 1, 0], [0, 2, 0], [1, 0, 0]], (1 / 3, 2 / 3, 0), 3 / 5),
+        (
+            ((0, 0, 1, 255), (1, 2, 2, 2)), ((0, 1, 1, 2), (1, 2, 0, 2)), [[1, 1, 0], [0, 2, 0], [1, 0, 2]],
+            (1 / 3, 2 / 3, 2 / 3), 5 / 7,
+        ),
+    ],
+)  # fmt: skip
+def test_hand_cases(label, prediction, matrix, iou, accuracy):
+    for kind in (torch.uint8, torch.int64):
+        found = confusion_matrix(torch.tensor(prediction), torch.tensor(label, dtype=kind), 3)
+        assert found.tolist() == matrix
+        assert found.dtype == torch.int64
+    scores = scores_of(found, range(3))
+    assert scores.iou == pytest.approx(iou)
+    assert scores.mean_iou == pytest.approx(sum(iou) / 3)
+    assert scores.pixel_accuracy == pytest.approx(accuracy)
+    assert scores.absent == ()
+
+
+def test_subsets_ignored_pixels_and_absent_classes_against_a_slow_loop():
+    rng = np.random.default_rng(0)
+    predictions = [rng.integers(0, 19, (9, 13)) for _ in range(3)]
+    labels = [rng.choice([0, 1, 3, 9, 10, 13, 16, 255], (9, 13)) for _ in range(3)]  # 2, 4, ... are predicted, absent
+    matrix = torch.zeros(19, 19, dtype=torch.int64)
+    for prediction, label in zip(predictions, labels, strict=True):
+        right = (rng.random(label.shape) < 0.4) & (label != 255)
+        prediction[right] = label[right]
+        matrix += confusion_matrix(torch.tensor(prediction), torch.tensor(label), 19)
+    for subset in (range(19), sorted(SUBSETS[16]), sorted(SUBSETS[13]), (13, 2, 0)):
+        iou, mean, accuracy, counts = slow_scores(predictions, labels, set(subset))
+        assert all(matrix[t, p] == n for (t, p), n in counts.items() if t != 255)
+        assert matrix.sum() == sum(n for (t, _), n in counts.items() if t != 255)
+        scores = scores_of(matrix, subset)
+        assert scores.classes == tuple(subset)
+        assert scores.absent == tuple(c for c in subset if c not in iou)
+        assert {c: v for c, v in zip(subset, scores.iou, strict=True) if v is not None} == pytest.approx(iou)
+        assert (scores.mean_iou, scores.pixel_accuracy) == pytest.approx((mean, accuracy))
+
+
+def test_predictions_outside_the_subset_are_errors_of_the_labelled_class():
+    label, prediction = torch.tensor([0, 0, 0, 2, 2, 1]), torch.tensor([0, 2, 1, 0, 2, 2])
+    scores = scores_of(confusion_matrix(prediction, label, 3), (0, 1))
+    # Class 0: one right, two called 2 and 1. Class 1: one pixel, called 2. Pixels labelled 2 do not count for 0.
+    assert scores.iou == (pytest.approx(1 / 3), 0.0)
+    assert scores.pixel_accuracy == pytest.approx(1 / 4)
+
+
+def test_no_labelled_pixel_gives_no_score():
+    matrix = confusion_matrix(torch.tensor([0, 2]), torch.tensor([255, 3]), 3)
+    scores = scores_of(matrix, (0, 1))
+    assert (scores.iou, scores.mean_iou, scores.pixel_accuracy, scores.absent) == ((None, None), None, None, (0, 1))
+
+
+def conv_net(kernel, classes=4):
+    torch.manual_seed(kernel)
+    return nn.Conv2d(3, classes, kernel, padding=kernel // 2).eval()
+
+
+@torch.no_grad()
+def test_plain_and_flipped_predictions():
+    image = torch.randn(1, 3, 17, 23)
+    pointwise, sided = conv_net(1), conv_net(3)
+    torch.testing.assert_close(predict(pointwise, image, flip=True), predict(pointwise, image))
+    torch.testing.assert_close(predict(sided, image), sided(image).softmax(1)[0], rtol=0, atol=0)
+    plain, mirrored = sided(image).softmax(1), sided(image[..., range(22, -1, -1)]).softmax(1)[..., range(22, -1, -1)]
+    assert not torch.allclose(plain, mirrored, atol=0.05)
+    torch.testing.assert_close(predict(sided, image, flip=True), ((plain + mirrored) / 2)[0])
+
+
+@torch.no_grad()
+def test_scales_are_averaged_as_probabilities():
+    net, image, sizes = conv_net(3), torch.randn(1, 3, 31, 47), []
+    net.register_forward_hook(lambda _net, inputs, _output: sizes.append(tuple(inputs[0].shape[2:])))
+    found = predict(net, image, (0.75, 1.0, 1.5), flip=True)
+    assert sizes == [(23, 35), (23, 35), (31, 47), (31, 47), (46, 70), (46, 70)]
+    parts = []
+    for size in ((23, 35), (31, 47), (46, 70)):
+        x = F.interpolate(image, size, mode="bilinear", antialias=True)
+        for p in (net(x).softmax(1), net(x.flip(3)).softmax(1).flip(3)):
+            parts.append(F.interpolate(p, (31, 47), mode="bilinear"))
+    torch.testing.assert_close(found, torch.stack(parts).mean(0)[0])
+    torch.testing.assert_close(found.sum(0), torch.ones(31, 47))
+    flat = torch.full((1, 3, 31, 47), 0.3)  # all scales and sides see the same picture
+    pointwise = conv_net(1)
+    torch.testing.assert_close(predict(pointwise, flat, (0.5, 2.0), flip=True), predict(pointwise, flat))
+
+
+def statistics_of(*probabilities):
+    statistics = PredictionStatistics(len(probabilities[0]), torch.device("cpu"))
+    for probability in probabilities:
+        statistics.add(torch.as_tensor(probability, dtype=torch.float32))
+    return statistics
+
+
+def test_mutual_information():
+    one_hot = torch.eye(4)[:, torch.arange(24) % 4].reshape(4, 4, 6)
+    assert statistics_of(one_hot).mutual_information() == pytest.approx(1)
+    road = torch.zeros(4, 4, 6)
+    road[0] = 1
+    assert statistics_of(road, road).mutual_information() == pytest.approx(0, abs=1e-6)
+    unsure = torch.full((4, 4, 6), 0.25)
+    assert statistics_of(unsure).mutual_information() == pytest.approx(0, abs=1e-6)
+    # Two images of one pixel each, (1/2, 1/2) and (1, 0): the mean prediction is (3/4, 1/4).
+    hand = statistics_of([[[0.5]], [[0.5]]], [[[1.0]], [[0.0]]])
+    of_mean = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert hand.mutual_information() == pytest.approx((of_mean - math.log(2) / 2) / math.log(2))
+    assert hand.mean_confidence() == pytest.approx(0.75)
+    histogram = [0] * 20
+    histogram[10] = histogram[19] = 1
+    assert hand.confidence_histogram.tolist() == histogram
+
+
+def test_statistics_add_up_over_images():
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(5, h, w, generator=generator).softmax(0) for h, w in ((7, 9), (4, 11), (1, 1))]
+    statistics, pixels = statistics_of(*images), torch.cat([p.flatten(1) for p in images], 1).double().numpy()
+    entropy = -(pixels * np.log(pixels)).sum(0).mean()
+    mean = pixels.mean(1)
+    assert statistics.pixels == int(statistics.confidence_histogram.sum()) == 7 * 9 + 4 * 11 + 1
+    expected = (-(mean * np.log(mean)).sum() - entropy) / np.log(5)
+    assert statistics.mutual_information() == pytest.approx(expected, rel=1e-4)
+    assert statistics.mean_confidence() == pytest.approx(pixels.max(0).mean(), rel=1e-5)
+    assert statistics.confidence_histogram.tolist() == np.histogram(pixels.max(0), 20, (0, 1))[0].tolist()
+
+
+def norm_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout2d(0.5), nn.Conv2d(8, 3, 1))
+
+
+def samples_for_evaluation(count, drawn):
+    generator = torch.Generator().manual_seed(1)
+    for k in range(count):
+        drawn.append(k)
+        image = torch.randn(1, 3, 8 + k, 12, generator=generator) * 3 + 1
+        label = torch.randint(0, 3, (8 + k, 12), generator=generator, dtype=torch.uint8)
+        yield SimpleNamespace(name=str(k), image=image, label=None if k == 2 else label)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_leaves_the_net_as_it_was_and_streams(training):
+    net, drawn, seen = norm_net().train(training), [], []
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def on_prediction(sample, prediction):
+        seen.append((sample, prediction))
+        assert len(drawn) == len(seen)  # nothing is read ahead
+        assert not net.training
+
+    statistics = PredictionStatistics(3, torch.device("cpu"))
+    samples = samples_for_evaluation(4, drawn)
+    matrix = evaluate(net, samples, 3, torch.device("cpu"), statistics=statistics, on_prediction=on_prediction)
+    assert net.training is training
+    assert net[1].training is training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(p.grad is not None for p in net.parameters())
+    expected = torch.zeros(3, 3, dtype=torch.int64)
+    for sample, prediction in seen:
+        with torch.no_grad():
+            assert torch.equal(prediction.long(), net.eval()(sample.image).argmax(1)[0])
+        assert prediction.dtype == torch.uint8
+        if sample.label is not None:
+            for t, p in zip(sample.label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+                expected[t, p] += 1
+    assert torch.equal(matrix, expected)
+    assert statistics.pixels == sum((8 + k) * 12 for k in range(4))  # the unlabelled one, too
+
+
+def test_an_error_while_evaluating_gives_the_training_mode_back():
+    net = norm_net().train()
+    with pytest.raises(AttributeError):
+        evaluate(net, [SimpleNamespace(name="no image")], 3, torch.device("cpu"))
+    assert net.training
+
+
+def save_unet(path, num_classes=19):
+    """A random UNet that uses many classes: its logits have the mean 0 on a picture."""
+    torch.manual_seed(5)
+    shape = SegmentationShape("UNet", "none", num_classes)
+    net = build_segmentation_net(shape).eval()
+    with torch.no_grad():
+        net.head.classify.weight *= 4
+        picture = (torch.from_numpy(np.array(noise_image((48, 32), 0))).permute(2, 0, 1)[None] - 128.0) / 128.0
+        net.head.classify.bias -= net(picture).mean(dim=(0, 2, 3))
+    SegmentationFile(shape, net.state_dict()).save(path)
+    return path
+
+
+@pytest.fixture
+def world(tmp_path):
+    write_cityscapes(tmp_path / "cityscapes", count=3, split="val")
+    for k, path in enumerate(sorted((tmp_path / "cityscapes").rglob("*_labelIds.png"))):
+        Image.fromarray(index_label((48, 32), k, (0, 7, 8, 11, 12, 17, 22, 26, 31, 33))).save(path)
+    write_gta5(tmp_path / "gta5", count=6)
+    write_synthia(tmp_path / "synthia", count=4)
+    (tmp_path / "cityscapes.txt").write_text("town/town_000002_000019_leftImg8bit.png\n" + CITY.format(0))
+    (tmp_path / "gta5.txt").write_text("00004.png\n")
+    save_unet(tmp_path / "net.pth")
+    return tmp_path
+
+
+CITY = "leftImg8bit/val/town/town_{:06d}_000019_leftImg8bit.png"
+CITY_ALL = tuple(CITY.format(k) for k in range(3))
+
+
+def evaluation_flags(world, **changes):
+    flags = {
+        "gpus": "cpu", "num_workers": 0, "weights": world / "net.pth", "data_dir": world / "cityscapes",
+        "json": world / "scores.json", **changes,
+    }  # fmt: skip
+    line = []
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else (value,)
+        line += [f"--{name}", *(str(v).replace("WORLD", str(world)) for v in values)]
+    return line
+
+
+def truth(world, image):
+    """TrainIds of an image's label, by our own tables."""
+    if image.startswith("RGB"):
+        ids = index_label((48, 32), int(image[4:-4]), (1, 2, 3, 8, 22, 0))
+        return np.select([ids == 1, ids == 2, ids == 3, ids == 8], [10, 2, 0, 13], 255)
+    data_set = "gta5" if image.startswith("images") else "cityscapes"
+    label = (
+        image.replace("images", "labels").replace("leftImg8bit/", "gtFine/").replace("leftImg8bit.", "gtFine_labelIds.")
+    )
+    ids = np.asarray(Image.open(world / data_set / label))
+    return np.select([ids == label_id for label_id in LABEL_IDS], range(19), 255)
+
+
+def check_report(out, report, predictions, labels, subset):
+    iou, mean, accuracy, counts = slow_scores(predictions, labels, subset)
+    assert (report["miou"], report["pixel_accuracy"]) == pytest.approx((mean, accuracy))
+    assert list(report["iou"]) == [NAMES[c] for c in sorted(subset)]
+    assert [NAMES[c] for c in sorted(subset) if c not in iou] == report["absent"]
+    matrix = [[counts.get((t, p), 0) for p in range(19)] for t in range(19)]
+    assert report["confusion"] == matrix
+    for c in sorted(subset):
+        assert report["iou"][NAMES[c]] == (pytest.approx(iou[c]) if c in iou else None)
+        shown = f" {100 * iou[c]:.2f}" if c in iou else "absent"
+        assert re.search(rf"^{NAMES[c]} +{shown}$", out, re.MULTILINE), out
+    assert re.search(rf"^mIoU +{100 * mean:.2f}  over {len(iou)} of {len(subset)} classes$", out, re.MULTILINE), out
+    assert re.search(rf"^pixel accuracy +{100 * accuracy:.2f}$", out, re.MULTILINE), out
+    assert f"\nabsent: {', '.join(report['absent'])}\n" in out
+    assert report["convention"] in out
+    assert "left out of the mean" in report["convention"]
+
+
+@pytest.mark.parametrize(
+    ("data_set", "flags", "images", "subset"),
+    [
+        ("cityscapes", {}, CITY_ALL, 19),
+        ("cityscapes", {"classes": 16, "flip": ()}, CITY_ALL, 16),
+        ("cityscapes", {"classes": 13, "scales": (0.5, 1), "flip": ()}, CITY_ALL, 13),
+        ("cityscapes", {"list": "WORLD/cityscapes.txt"}, (CITY_ALL[2], CITY_ALL[0]), 19),
+        ("gta5", {"val_count": 2, "scales": 1.3}, ("images/00005.png", "images/00006.png"), 19),
+        ("gta5", {"list": "WORLD/gta5.txt", "num_workers": 1}, ("images/00004.png",), 19),
+        ("synthia", {"val_count": 3}, ("RGB/0000001.png", "RGB/0000002.png", "RGB/0000003.png"), 16),
+        ("synthia", {"val_count": 1, "classes": 19}, ("RGB/0000003.png",), 19),
+    ],
+)
+def test_scores_are_those_of_the_saved_predictions(run_script, world, data_set, flags, images, subset):
+    flags = {"data_set": data_set, "data_dir": world / data_set, **flags}
+    saved = {"save_predictions": world / "new/saved", "prediction_format": "trainids"}
+    result = run_script(script, *evaluation_flags(world, **flags, **saved))
+    assert result.code == 0, result.err
+    _, net = load_segmentation_net(world / "net.pth", "net")
+    scales, predictions = np.atleast_1d(flags.get("scales", 1)).tolist(), []
+    for image in images:
+        pixels = torch.from_numpy(np.array(Image.open(world / data_set / image))).permute(2, 0, 1)[None]
+        predictions.append(np.asarray(Image.open(world / "new/saved" / image)))
+        expected = predict(net, (pixels - 128.0) / 128.0, scales, "flip" in flags).argmax(0)
+        assert predictions[-1].dtype == np.uint8
+        assert (predictions[-1] == expected.numpy()).mean() > 0.999
+    assert len(np.unique(predictions)) > 4
+    assert len([path for path in (world / "new/saved").rglob("*") if path.is_file()]) == len(images)
+    report = json.loads((world / "scores.json").read_text())
+    assert (report["images"], report["data_set"], report["scales"]) == (len(images), data_set, scales)
+    assert (report["flip"], report["net"]) == ("flip" in flags, "UNet with 19 classes")
+    check_report(result.out, report, predictions, [truth(world, image) for image in images], SUBSETS[subset])
+
+
+def test_prediction_formats_hold_the_same_classes(run_script, world):
+    for name in ("trainids", "labelids", "colour", ""):
+        chosen = {"prediction_format": name} if name else {}
+        flags = evaluation_flags(world, save_predictions=world / f"saved{name}", **chosen)
+        assert run_script(script, *flags).code == 0
+    for image in CITY_ALL:
+        train_ids = np.asarray(Image.open(world / "savedtrainids" / image))
+        colours = np.asarray(Image.open(world / "savedcolour" / image))
+        assert colours.shape == (32, 48, 3)
+        assert [[COLOURS.index(bytes(pixel).hex()) for pixel in row] for row in colours] == train_ids.tolist()
+        for folder in ("savedlabelids", "saved"):
+            label_ids = np.asarray(Image.open(world / folder / image))
+            assert [[LABEL_IDS.index(value) for value in row] for row in label_ids] == train_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"weights": "WORLD/missing.pth"}, ("missing.pth", "no such file")),
+        ({"weights": "WORLD/other.pth"}, ("--weights", "other.pth")),
+        ({"weights": "WORLD/text.pth"}, ("text.pth",)),
+        ({"weights": "WORLD/cityscapes"}, ("--weights", "no run folder")),
+        ({"weights": "WORLD/few.pth"}, ("few.pth has 7 classes", "19 classes are needed")),
+        ({"weights": "WORLD/many.pth"}, ("--weights", "many.pth", "20 classes")),
+        ({"scales": 0}, ("--scales 0.0",)),
+        ({"scales": "nan"}, ("--scales nan",)),
+        ({"scales": (1, 9)}, ("--scales 9.0",)),
+        ({"scales": (1, "1.0")}, ("--scales", "twice")),
+        ({"prediction_format": "colour"}, ("--prediction_format", "--save_predictions")),
+        ({"prediction_format": "jpeg"}, ("--prediction_format", "jpeg")),
+        ({"save_predictions": "WORLD/gta5"}, ("--save_predictions", "not empty")),
+        ({"save_predictions": "WORLD/text.pth"}, ("--save_predictions", "text.pth")),
+        ({"json": "WORLD/gta5"}, ("--json", "is a folder")),
+        ({"list": "WORLD/gta5.txt", "val_count": 2}, ("--list", "--val_count")),
+        ({"list": "WORLD/gta5.txt"}, ("gta5.txt line 1", "00004.png")),
+        ({"val_count": -1}, ("--val_count is -1",)),
+        ({"num_workers": -1}, ("--num_workers is -1",)),
+        ({"classes": 5}, ("--classes", "5")),
+        ({"gpus": ("0", "1")}, ("--gpus 0 1",)),
+        ({"data_set": "folder"}, ("--data_set", "folder")),
+        ({"data_dir": "WORLD/nowhere"}, ("--data_dir", "nowhere", "no such folder")),
+        ({"data_dir": "WORLD/gta5"}, ("--data_dir", "no images", "leftImg8bit/val")),  # no val split in it
+        ({"data_dir": "WORLD/empty"}, ("--data_dir", "no images", "leftImg8bit/val")),
+        ({"data_dir": "WORLD/unlabelled"}, ("--data_dir", "2 of 2", "gtFine/val/town")),
+        ({"data_set": "gta5", "data_dir": "WORLD/gta5"}, ("--val_count 500", "6 images")),
+        ({"data_set": "synthia", "data_dir": "WORLD/synthia"}, ("--val_count 300", "4 images")),
+        ({"data_set": "gta5", "data_dir": "WORLD/gta5", "val_count": 7}, ("--val_count 7", "6 images")),
+        ({"data_set": "gta5", "data_dir": "WORLD/bad", "val_count": 1}, ("labels/00002.png", "id 77", "gta5")),
+    ],
+)
+def test_bad_input(run_script, world, changes, parts):
+    torch.save({"conv.weight": torch.zeros(3)}, world / "other.pth")
+    (world / "text.pth").write_text("no weights")
+    save_unet(world / "few.pth", 7)
+    save_unet(world / "many.pth", 20)
+    (world / "empty/leftImg8bit/val/town").mkdir(parents=True)
+    write_cityscapes(world / "unlabelled", count=2, split="val", labels=False)
+    write_gta5(world / "bad", count=2)
+    Image.fromarray(np.full((32, 48), 77, np.uint8)).save(world / "bad/labels/00002.png")
+    before = tree(world)
+    check_refusal(run_script(script, *evaluation_flags(world, **changes)), *parts)
+    assert tree(world) == before
