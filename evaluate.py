@@ -26,7 +26,7 @@ from models.evaluation import evaluate
 from models.segmentation import require_classes
 from utils.confusion import Scores, scores_of
 from utils.devices import default_workers, resolve_device
-from utils.errors import UserError, run_cli
+from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import atomic_write_bytes, atomic_write_json, check_folder, make_folder
 from utils.flags import OneLineParser, parse_flags
 
@@ -153,9 +153,11 @@ def main() -> None:
         make_folder(Path(flags.json).parent, "--json")
     print(f"{shape} on {files.describe()}", flush=True)
     samples = tqdm(open_labelled(files, flags.num_workers, device), total=len(files), unit="img", dynamic_ncols=True)
-    matrix = evaluate(
-        net, samples, shape.num_classes, device, flags.scales, flags.flip, on_prediction=folder.put if folder else None
-    )
+    on_prediction = folder.put if folder else None
+    with out_of_memory_means(lambda: f" for --scales {max(flags.scales)}; use smaller ones, or --gpus cpu"):
+        matrix = evaluate(
+            net, samples, shape.num_classes, device, flags.scales, flags.flip, on_prediction=on_prediction
+        )
     scores = scores_of(matrix, classes)
     print(score_table(scores, data_set.class_names))
     if flags.json:

@@ -16,13 +16,14 @@ from core.config import ProCSTConfig
 from core.label_networks import build_label_networks, load_source_net
 from core.progress import RunProgress, scale_plans
 from core.trainer import Trainer
-from core.validation import Validator, scored_classes
+from core.validation import BEST_PATTERN, Validator, scored_classes
 from data_handlers.datasets import DATA_SETS
-from data_handlers.lists import FileList, list_images, require_labels
+from data_handlers.labelled import check_samples
+from data_handlers.lists import FileList, list_images, missing_labels, require_labels
 from models.segmentation import require_classes
 from models.vgg import build_vgg
 from utils.devices import resolve_device
-from utils.errors import UserError, run_cli
+from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import check_folder, new_run_folder, remove_leftovers
 from utils.flags import parse_flags
 from utils.tensor_files import weights_fingerprint
@@ -40,17 +41,37 @@ def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:
     return source, target
 
 
-def _validation_list(config: ProCSTConfig, target: FileList) -> tuple[FileList | None, bool]:
-    """The target images to validate on, None where there is no val split, and whether they have labels."""
-    data_set = target.data_set
-    patterns = data_set.images.get("val", ())
+def _validation_list(target: FileList) -> tuple[FileList | None, int]:
+    """The target's val split, None where there is none, and how many of its images have no label."""
+    patterns = target.data_set.images.get("val", ())
     if not any(True for pattern in patterns for _ in target.root.glob(pattern)):
-        return None, False
-    files = list_images(data_set, target.root, "--trg_data_dir", split="val", training=False)
-    if not files.has_labels():
-        return files, False
-    require_labels(files, "--trg_data_dir")
-    return files, True
+        return None, 0
+    files = list_images(target.data_set, target.root, "--trg_data_dir", split="val", training=False)
+    return files, len(missing_labels(files))
+
+
+def _resolve_selection(select_by: str, files: FileList | None, missing: int, target: FileList) -> str:
+    """What `--select_by` comes to with this target.
+
+    Raises:
+        UserError: selection by mIoU where labels are missing.
+    """
+    if select_by in ("none", "label_free"):
+        return select_by
+    if files is None or missing == len(files):
+        if select_by == "auto":
+            return "none"
+        raise UserError(
+            f"--select_by miou needs a labelled val split in --trg_data_dir {target.root}, and there is none; "
+            "use --select_by label_free, which needs no labels, or none"
+        )
+    if missing:
+        # Some labels and not others is a broken download, and neither way of going on is what was meant.
+        raise UserError(
+            f"--trg_data_dir {target.root}: {missing} of the {len(files)} val images have no label, so no mIoU can "
+            "be had; complete the labels, or use --select_by label_free or none"
+        )
+    return "miou"
 
 
 def _validation(
@@ -59,27 +80,32 @@ def _validation(
     """Resolve `--select_by`, and make what validates the last scale, with a line that says what is done.
 
     Raises:
-        UserError: selection by mIoU without target labels.
+        UserError: selection by mIoU where labels are missing, or `--validation_rate` where nothing is validated.
     """
-    files, labelled = _validation_list(config, target)
-    select_by = config.semseg.select_by
-    if select_by == "auto":
-        select_by = "miou" if labelled else "none"
-    config = replace(config, semseg=replace(config.semseg, select_by=select_by))
-    if select_by == "miou" and not labelled:
-        raise UserError(
-            f"--select_by miou needs a labelled val split in --trg_data_dir {target.root}, and there is none; "
-            "use --select_by label_free, which needs no labels, or none"
-        )
+    files, missing = _validation_list(target)
+    asked = config.semseg.select_by
+    select_by = _resolve_selection(asked, files, missing, target)
     if select_by == "none":
-        reason = "as --select_by none says" if labelled else "the target has no labelled val split"
-        return config, None, f"no validation of the last scale: {reason}"
+        if config.semseg.validation_rate:
+            raise UserError(
+                f"--validation_rate: {target.root} has no labelled val split, so nothing is validated; leave it out, "
+                "or validate without labels with --select_by label_free"
+            )
+        reason = "as --select_by none says" if asked == "none" else "the target has no labelled val split"
+        return _with_selection(config, "none"), None, f"no validation of the last scale: {reason}"
+    labelled = files is not None and not missing
     if files is None:
         count = min(LABEL_FREE_IMAGES, len(target))
         files = replace(target, images=tuple(target.images[k * len(target) // count] for k in range(count)))
+    check_samples(files, labelled)
     classes = scored_classes(config.semseg.num_classes, target.data_set, DATA_SETS[config.data.source])
     validator = Validator(files, labelled, classes, config.semseg.num_classes, device, config.data.num_workers)
-    return config, validator, f"validating the last scale on {files.describe()}, best by {select_by}"
+    line = f"validating the last scale on {files.describe()}, best by {select_by}"
+    return _with_selection(config, select_by), validator, line
+
+
+def _with_selection(config: ProCSTConfig, select_by: str) -> ProCSTConfig:
+    return replace(config, semseg=replace(config.semseg, select_by=select_by))
 
 
 def _checkpoint_to_continue(path: Path) -> tuple[Path, Checkpoint]:
@@ -92,7 +118,7 @@ def _checkpoint_to_continue(path: Path) -> tuple[Path, Checkpoint]:
             f"--continue_train_from_path {path}: a run goes on from its {LATEST}; to go on from another checkpoint, "
             f"copy it into an empty folder under the name {LATEST}"
         )
-    return file, load_checkpoint(file)
+    return file.parent.resolve() / LATEST, load_checkpoint(file)  # the folder's name names the TensorBoard log
 
 
 def _step_of_epoch(epoch: int, trainer: Trainer) -> int:
@@ -118,21 +144,21 @@ def main() -> None:
     device = resolve_device(config.run.gpus.split())
     torch.backends.cudnn.benchmark = True  # every scale has one input size
     source, target = _file_lists(config)
-    perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
     plans = scale_plans(config, max(len(source), len(target)))
-    inputs = {
-        "list of source images": source.fingerprint(),
-        "list of target images": target.fingerprint(),
-        "perceptual net (--vgg_weights)": weights_fingerprint(perceptual),
-    }
     labels, validator, validation_line = None, None, ""
+    inputs = {"list of source images": source.fingerprint(), "list of target images": target.fingerprint()}
     if not config.run.no_semseg:
         require_classes(config.semseg.num_classes, source.data_set.name, source.data_set.id_map)
         config, validator, validation_line = _validation(config, target, device)
-        source_net = load_source_net(config.semseg, config.data.source, config.data.src_data_dir)
+        source_net = load_source_net(config)
         inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(source_net)
         fresh = checkpoint is None or not checkpoint.segmentation
         labels = build_label_networks(config.semseg, source_net, config.run.manual_seed, pretrained=fresh)
+        if fresh:
+            inputs["start of the net trained on SiT (--backbone_weights)"] = weights_fingerprint(labels.target_net)
+        check_samples(source)
+    perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
+    inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)
     for flag in ("checkpoints_dir", "tb_logs_dir"):
         check_folder(Path(getattr(config.run, flag)), f"--{flag}")
     # Everything that can be wrong with the input has been looked at; only now is a run folder made.
@@ -151,6 +177,9 @@ def main() -> None:
     if labels is not None:
         print(f"label losses of the last scale: {config.semseg.shape()} from {config.semseg.semseg_weights}")
         print(validation_line)
+        last, length = config.network.num_scales, max(len(source), len(target))
+        if config.schedule.warmup_epochs * config.schedule.steps_per_epoch(last, length) >= plans[-1].steps:
+            print("WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators")
     print(f"norm at scales 0..{config.network.num_scales}: {', '.join(config.network.norms)}")
     print(f"steps at scales 0..{config.network.num_scales}: {', '.join(str(plan.steps) for plan in plans)}")
     if config.run.vgg_weights == "random":
@@ -159,16 +188,17 @@ def main() -> None:
     progress = RunProgress(
         plans, (trainer.scale, trainer.step), Path(config.run.tb_logs_dir) / folder.name, config.run.print_rate
     )
-    try:
-        trainer.fit(progress)
-    except torch.cuda.OutOfMemoryError:
+    def what_to_do() -> str:
         batch = config.schedule.batch_size_list[trainer.scale]
-        raise UserError(
-            f"the GPU's memory does not suffice for batch {batch} at scale {trainer.scale}; lower --batch_size_list or "
-            "--crop_size"
-        ) from None
+        return f" for batch {batch} at scale {trainer.scale}; lower --batch_size_list or --crop_size"
+
+    try:
+        with out_of_memory_means(what_to_do):
+            trainer.fit(progress)
     finally:
         progress.close()
+    for best in sorted(folder.glob(BEST_PATTERN)):
+        print(f"best by {config.semseg.select_by}: {best} (the run folder itself stands for the last state)")
     print(f"finished; export with: python create_sit_dataset.py --trained_procst_path {folder} --sit_output_path OUT")
 
 

@@ -9,17 +9,20 @@ looks for it.
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from core.checkpoint import LATEST
-from core.config import SGDConfig
-from core.segmentation_files import SegmentationFile, read_segmentation_file
+from core.command_line import backbone_weights
+from core.config import SGDConfig, default_semseg_weights
+from core.segmentation_files import SegmentationFile, read_segmentation_file, run_of
 from core.source_training import SourceTrainer, SourceTrainingConfig
 from core.validation import Validator, scored_classes
 from data_handlers.datasets import DATA_SETS
+from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, hold_out, list_images, require_labels
 from models.segmentation import (
     BACKBONES,
@@ -31,9 +34,9 @@ from models.segmentation import (
     require_classes,
 )
 from utils.devices import default_workers, resolve_device
-from utils.errors import UserError, run_cli
+from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import check_folder, new_run_folder, remove_leftovers
-from utils.flags import OneLineParser, parse_flags
+from utils.flags import OneLineParser, flag_of, parse_flags
 from utils.seeds import seed_for
 
 # Flags that may differ when a run is continued: where things are and how they are reported, never what is computed.
@@ -110,7 +113,7 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> Sourc
     if flags.val_list and flags.val_count:
         raise UserError("--val_list and --val_count contradict each other; give one")
     data_set = DATA_SETS[flags.source]
-    output = f"pretrained/pretrained_semseg_on_{flags.source}.pth" if flags.output is None else flags.output
+    output = default_semseg_weights(flags.source) if flags.output is None else flags.output
     return SourceTrainingConfig(
         source=flags.source,
         src_data_dir=flags.src_data_dir,
@@ -137,13 +140,6 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> Sourc
     )
 
 
-def backbone_weights(flags: argparse.Namespace, given: frozenset[str]) -> str:
-    """`imagenet`, a path or `random`, from the two flags that say it."""
-    if flags.no_pretrained_backbone and "backbone_weights" in given:
-        raise UserError("--backbone_weights and --no_pretrained_backbone contradict each other; give one")
-    return "random" if flags.no_pretrained_backbone else flags.backbone_weights
-
-
 def continued_config(
     stored: SourceTrainingConfig, flags: argparse.Namespace, given: frozenset[str]
 ) -> SourceTrainingConfig:
@@ -159,7 +155,7 @@ def continued_config(
         value = tuple(value) if isinstance(value, list) else value
         if name not in known or known[name] != value:
             raise UserError(
-                f"--{name.replace('weight_decay', 'weight-decay')}: the run was started with "
+                f"{flag_of(name)}: the run was started with "
                 f"{known.get(name, 'its own setting')}, the command line says {value}; a continued run keeps its "
                 "configuration, so leave the flag out or start a new run"
             )
@@ -209,15 +205,8 @@ def _check_output(output: str, run: str | None) -> None:
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file")
     check_folder(path.parent, "--output")
-    if path.exists() and (run is None or _run_of(path) != run):
+    if path.exists() and (run is None or run_of(path) != run):
         raise UserError(f"--output {path} exists and is not of this run; move it away or name another file")
-
-
-def _run_of(path: Path) -> str | None:
-    try:
-        return read_segmentation_file(path).info.get("run")
-    except UserError:
-        return None
 
 
 def _state_to_continue(path: Path) -> tuple[Path, SegmentationFile, SourceTrainingConfig]:
@@ -227,7 +216,8 @@ def _state_to_continue(path: Path) -> tuple[Path, SegmentationFile, SourceTraini
     state = read_segmentation_file(file)
     if "config" not in state.training:
         raise UserError(f"{file} holds a finished net and no training state")
-    return file, state, SourceTrainingConfig.from_json(state.training["config"], file)
+    # The folder's name names the run, which '.' would not.
+    return path.resolve() / LATEST, state, SourceTrainingConfig.from_json(state.training["config"], file)
 
 
 def main() -> None:
@@ -245,6 +235,8 @@ def main() -> None:
     data_set = DATA_SETS[config.source]
     require_classes(config.shape.num_classes, data_set.name, data_set.id_map)
     train, val = file_lists(config)
+    for files in (train, val):
+        check_samples(files)
     check_folder(Path(flags.checkpoints_dir), "--checkpoints_dir")
     check_folder(Path(config.tb_logs_dir), "--tb_logs_dir")
     _check_output(config.output, None if origin is None else origin.parent.name)
@@ -271,9 +263,10 @@ def main() -> None:
     if config.backbone_weights == "random" and config.shape.backbone != "none":
         print("WARNING: the backbone starts from random weights; the published nets start from ImageNet")
     print(f"run folder: {folder}", flush=True)
-    trainer.fit()
-    best = f"--semseg_weights {config.output or folder}"
-    print(f"finished, best mIoU {100 * trainer.best_miou:.2f}; use it with: python train_procst.py {best}")
+    with out_of_memory_means(lambda: "; lower --batch_size or --crop_size"):
+        trainer.fit()
+    use = shlex.join(["train_procst.py", *config.shape.flags(), "--semseg_weights", str(trainer.best_file())])
+    print(f"finished, best mIoU {100 * trainer.best_miou:.2f}; use it with: python {use}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from core.config import (
     RunConfig,
     ScheduleConfig,
     SemsegConfig,
+    default_semseg_weights,
     require_one_per_scale,
     resolve_norms,
 )
@@ -21,7 +22,7 @@ from data_handlers.datasets import DATA_SETS
 from models.segmentation import BACKBONES, MODELS, default_backbone
 from utils.devices import default_workers
 from utils.errors import UserError
-from utils.flags import OneLineParser
+from utils.flags import OneLineParser, flag_of
 
 # Flags that configure the segmentation nets of the last scale: without those nets they could not act.
 SEGMENTATION_FLAGS = (
@@ -32,7 +33,8 @@ SEGMENTATION_FLAGS = (
 CONTINUE_FLAGS = frozenset(
     {
         "continue_train_from_path", "resume_to_epoch", "gpus", "num_workers", "src_data_dir", "trg_data_dir",
-        "vgg_weights", "semseg_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "pics_per_epoch",
+        "vgg_weights", "semseg_weights", "backbone_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate",
+        "pics_per_epoch",
     }
 )  # fmt: skip
 
@@ -160,7 +162,7 @@ def _add_segmentation_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _refuse_segmentation_flags(given: frozenset[str]) -> None:
-    idle = [f"--{name.replace('weight_decay', 'weight-decay')}" for name in SEGMENTATION_FLAGS if name in given]
+    idle = [flag_of(name) for name in SEGMENTATION_FLAGS if name in given]
     if idle:
         raise UserError(f"{', '.join(idle)}: has no effect with --no_semseg; leave it out")
 
@@ -195,7 +197,7 @@ def _semseg_config(flags: argparse.Namespace, given: frozenset[str]) -> SemsegCo
         model=flags.model,
         backbone=flags.backbone or default_backbone(flags.model),
         num_classes=flags.num_classes,
-        semseg_weights=flags.semseg_weights or f"pretrained/pretrained_semseg_on_{flags.source}.pth",
+        semseg_weights=flags.semseg_weights or default_semseg_weights(flags.source),
         backbone_weights=backbone_weights(flags, given),
         select_by=flags.select_by or "auto",
         validation_rate=flags.validation_rate,
@@ -312,16 +314,19 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
             per_scale = isinstance(known.get(name), tuple) and name not in ("content_layers", "style_layers")
             value = _per_scale(value, len(known[name])) if per_scale else tuple(value)
         if name not in known or known[name] != value:
+            started = known.get(name, "its own setting")
             raise UserError(
-                f"--{name}: the run was started with {known.get(name, 'its own setting')}, the command line says "
-                f"{value}; a continued run keeps its configuration, so leave the flag out or start a new run"
+                f"{flag_of(name)}: the run was started with {started}, the command line says {value}; a "
+                "continued run keeps its configuration, so leave the flag out or start a new run"
             )
     data = {n: getattr(flags, n) for n in ("num_workers", "src_data_dir", "trg_data_dir") if n in given}
     reporting = ("vgg_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "pics_per_epoch")
     run = {n: getattr(flags, n) for n in reporting if n in given}
     if "gpus" in given:
         run["gpus"] = " ".join(flags.gpus)
-    semseg = {"semseg_weights": flags.semseg_weights} if "semseg_weights" in given else {}
+    semseg = {n: getattr(flags, n) for n in ("semseg_weights", "backbone_weights") if n in given}
+    if "backbone_weights" in given and stored.semseg.backbone_weights == "random":
+        raise UserError("--backbone_weights: the run was started from random weights; leave the flag out")
     return replace(
         stored,
         data=replace(stored.data, **data),

@@ -14,7 +14,7 @@ from typing import Any
 from core.networks import NetworkShape, Norm, layers_at_scale, published_norm
 from core.pyramid import level_size
 from data_handlers.datasets import DATA_SETS
-from models.segmentation import SegmentationShape
+from models.segmentation import SMALLEST_CROP, SegmentationShape
 from models.vgg import VGG16_POOLINGS
 from utils.errors import UserError
 
@@ -174,6 +174,11 @@ class SGDConfig:
         _require(0.0 <= self.momentum < 1.0, f"--momentum is {self.momentum}; it must be in [0, 1)")
 
 
+def default_semseg_weights(source: str) -> str:
+    """Where the net trained on a source is looked for, and where training one puts it."""
+    return f"pretrained/pretrained_semseg_on_{source}.pth"
+
+
 @dataclass(frozen=True)
 class SemsegConfig(SGDConfig):
     """Segmentation nets of the last scale: P, trained on source beforehand, and Q, trained on SiT meanwhile.
@@ -311,6 +316,11 @@ class ProCSTConfig:
             min(coarsest) >= needed,
             f"--crop_size {_listed(self.data.crop_size)} gives {_listed(coarsest)} at scale 0; {needed} a side are "
             f"needed for layer {deepest}: raise the crop, or lower --num_scales or the layers",
+        )
+        _require(
+            self.run.no_semseg or min(self.data.crop_size) >= SMALLEST_CROP,
+            f"--crop_size {_listed(self.data.crop_size)}: the label losses need {SMALLEST_CROP} a side; raise the crop "
+            "or add --no_semseg",
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim import SGD
 
-from core.config import SemsegConfig, SGDConfig
+from core.config import ProCSTConfig, SemsegConfig, SGDConfig, default_semseg_weights
 from core.segmentation_files import load_segmentation_net
 from core.step import LabelNetworks
 from models.segmentation import build_segmentation_net, load_backbone, parameter_groups
@@ -22,23 +23,29 @@ def segmentation_optimizer(net: nn.Module, config: SGDConfig) -> SGD:
     return SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def load_source_net(config: SemsegConfig, source: str, src_data_dir: str) -> nn.Module:
-    """P, frozen, on the CPU.
+def _training_command(config: ProCSTConfig) -> str:
+    """The command that trains P for a run."""
+    semseg, data = config.semseg, config.data
+    words = ["--gpus", config.run.gpus, "--source", data.source, "--src_data_dir", data.src_data_dir]
+    words += semseg.shape().flags()
+    if semseg.semseg_weights != default_semseg_weights(data.source):
+        words += ["--output", semseg.semseg_weights]
+    return shlex.join(["python", "train_semseg_on_source.py", *words])
 
-    Args:
-        source, src_data_dir: of the run, for the message that says how P is trained.
+
+def load_source_net(run: ProCSTConfig) -> nn.Module:
+    """P of a run, frozen, on the CPU.
 
     Raises:
         UserError: a missing or damaged file, or a net of another shape than configured.
     """
+    config = run.semseg
     path = Path(config.semseg_weights)
     if not path.exists():
-        backbone = "" if config.backbone in ("none", "vgg16") else f" --backbone {config.backbone}"
         raise UserError(
-            f"{path}: no such file; the label losses need a segmentation net trained on {source}: put the authors' "
-            "file there, name another with --semseg_weights, go without (--no_semseg), or train one with: python "
-            f"train_semseg_on_source.py --gpus 0 --source {source} --src_data_dir {src_data_dir} --model {config.model}"
-            f"{backbone}"
+            f"{path}: no such file; the label losses need a segmentation net trained on {run.data.source}: put the "
+            "authors' file there, name another with --semseg_weights, go without (--no_semseg), or train one with: "
+            f"{_training_command(run)}"
         )
     shape, net = load_segmentation_net(path, "--semseg_weights")
     if shape != config.shape():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -17,12 +19,15 @@ from core.config import LossConfig, NetworkConfig, ProCSTConfig
 from core.networks import Discriminator, Generator
 from core.pyramid import level_size, to_unit_range
 from core.validation import Validation, log_validation, summary
+from models.segmentation import build_segmentation_net
 from models.vgg import VGG16_CONVS, VGG16_POOLINGS
 from utils.errors import UserError
 
 # Rough number of passes a network sees in a step, a backward counted as two forwards and the double backward of the
 # gradient penalty as six. Only ratios between scales matter, and only to the ETA.
 GENERATOR_PASSES, DISCRIMINATOR_PASSES, PERCEPTUAL_PASSES = 12, 28, 8
+# At the last scale with label losses: P forward and backward to its input, Q forward and backward to both, Gst again.
+SEGMENTATION_PASSES, SEGMENTATION_GENERATOR_PASSES = 5, 3
 PICTURES = ("source", "sit", "sitis", "target", "tis", "tisit")
 PICTURE_TAG = "source-SiT-SiTiS-target-TiS-TiSiT"
 
@@ -41,15 +46,28 @@ def scale_plans(config: ProCSTConfig, epoch_length: int) -> list[ScalePlan]:
     Raises:
         UserError: a batch is larger than the data.
     """
-    return [
-        ScalePlan(
-            steps=config.schedule.steps(scale, epoch_length),
-            step_cost=relative_step_cost(
-                config.network, scale, config.schedule.batch_size_list[scale], config.data.crop_size, config.loss
-            ),
-        )
-        for scale in range(config.network.num_scales + 1)
+    crop, last = config.data.crop_size, config.network.num_scales
+    costs = [
+        relative_step_cost(config.network, scale, config.schedule.batch_size_list[scale], crop, config.loss)
+        for scale in range(last + 1)
     ]
+    if not config.run.no_semseg:
+        costs[last] += segmentation_cost(config, crop)
+    return [ScalePlan(config.schedule.steps(scale, epoch_length), cost) for scale, cost in enumerate(costs)]
+
+
+def segmentation_cost(config: ProCSTConfig, crop: tuple[int, int]) -> float:
+    """What the segmentation nets add to a step of the last scale, in the unit of `relative_step_cost`."""
+    width, height = crop
+    last = config.network.num_scales
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = build_segmentation_net(config.semseg.shape()).eval()
+        with torch.no_grad():
+            net(torch.empty(1, 3, height, width))
+        generator = Generator(config.network.shape(last))
+    macs = SEGMENTATION_PASSES * counter.get_total_flops() / 2
+    macs += SEGMENTATION_GENERATOR_PASSES * _weights(generator) * width * height
+    return float(config.schedule.batch_size_list[last] * macs)
 
 
 def relative_step_cost(
@@ -121,6 +139,13 @@ class RunProgress:
         self.bar.update(1)
         if self._count == self.print_rate or step in (1, self.plans[scale].steps):
             self._read_losses(scale, step)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What is done inside does not count as time of a step."""
+        started = time.perf_counter()
+        yield
+        self._window_started += time.perf_counter() - started
 
     def _read_losses(self, scale: int, step: int) -> None:
         names = list(self._sums)

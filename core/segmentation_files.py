@@ -83,6 +83,14 @@ def read_segmentation_file(path: Path) -> SegmentationFile:
         raise UserError(f"{path} is incomplete: {error}") from None
 
 
+def run_of(path: Path) -> str | None:
+    """Name of the source training that wrote a file; None for any other file."""
+    try:
+        return read_segmentation_file(path).info.get("run")
+    except UserError:
+        return None
+
+
 def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
     """Load a trained net, whichever of the known files holds it.
 

@@ -23,12 +23,12 @@ from core.checkpoint import CONFIG, LATEST
 from core.config import SGDConfig, Size
 from core.label_networks import segmentation_optimizer
 from core.losses import label_loss
-from core.segmentation_files import BEST, SegmentationFile
+from core.segmentation_files import BEST, SegmentationFile, read_segmentation_file, run_of
 from core.validation import Validator, log_validation, summary
 from data_handlers.images import normalise
 from data_handlers.lists import FileList
 from data_handlers.stream import DomainBatch, StreamConfig, open_stream
-from models.segmentation import HEAD_RATE, SegmentationShape
+from models.segmentation import HEAD_RATE, SMALLEST_CROP, SegmentationShape
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.seeds import seed_for
@@ -87,9 +87,11 @@ class SourceTrainingConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or greater")
         if not 0.0 <= self.power < 100.0:
             raise UserError(f"--power is {self.power}; it must be between 0 and 100")
-        if min(*self.src_resize, *self.crop_size) < 1 or any(
-            c > r for c, r in zip(self.crop_size, self.src_resize, strict=True)
-        ):
+        if min(self.crop_size) < SMALLEST_CROP:
+            raise UserError(
+                f"--crop_size {self.crop_size[0]} {self.crop_size[1]}: both sides must be at least {SMALLEST_CROP}"
+            )
+        if any(c > r for c, r in zip(self.crop_size, self.src_resize, strict=True)):
             raise UserError(
                 f"--crop_size {self.crop_size[0]} {self.crop_size[1]} does not fit into --src_resize "
                 f"{self.src_resize[0]} {self.src_resize[1]}"
@@ -150,6 +152,7 @@ class SourceTrainer:
         self.run_folder = run_folder
         self.optimizer = segmentation_optimizer(net, config.sgd)
         self.step = 0
+        self.validated_step = 0
         self.best_miou: float | None = None
         self.steps_per_epoch = len(train) // config.batch_size
 
@@ -169,6 +172,7 @@ class SourceTrainer:
         training = {
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "validated_step": self.validated_step,
             "best_miou": self.best_miou,
             "config": self.config.to_json(),
             "inputs": self.inputs(),
@@ -188,6 +192,7 @@ class SourceTrainer:
         try:
             self.optimizer.load_state_dict(state.training["optimizer"])
             self.step, self.best_miou = int(state.training["step"]), state.training["best_miou"]
+            self.validated_step = int(state.training["validated_step"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{origin}: the optimiser's state is incomplete ({error})") from None
 
@@ -211,13 +216,18 @@ class SourceTrainer:
         """
         config = self.config
         atomic_write_json(self.run_folder / CONFIG, config.to_json())
-        writer = SummaryWriter(str(Path(config.tb_logs_dir) / self.run_folder.name), purge_step=self.step or None)
+        # purge_step drops what an interrupted run logged after the checkpoint this one continues from.
+        purge_step = self.step + 1 if self.step else None
+        writer = SummaryWriter(str(Path(config.tb_logs_dir) / self.run_folder.name), purge_step=purge_step)
         bar = tqdm(total=config.num_steps, initial=self.step, disable=quiet, unit="step", dynamic_ncols=True)
-        rate = config.validation_rate or self.steps_per_epoch
         self.net.train()
         losses = torch.zeros((), device=self.device)
         count = 0
         try:
+            if self.best_miou is not None:
+                self._publish()
+            if self._is_validation_step() and self.validated_step != self.step:
+                self._validate(bar, writer, quiet)  # the run was stopped in it
             for batch in self._stream():
                 losses += self._one_step(batch)
                 count += 1
@@ -227,11 +237,10 @@ class SourceTrainer:
                 if count == config.print_rate or last:
                     self._log_loss(float(losses) / count, bar, writer)
                     losses, count = torch.zeros_like(losses), 0
-                validated = self.step % rate == 0 or last
-                if validated:
-                    self._validate(bar, writer, quiet)
-                if validated or self.step % config.save_checkpoint_rate == 0:
+                if self._is_validation_step() or self.step % config.save_checkpoint_rate == 0:
                     self.save_latest()
+                if self._is_validation_step():
+                    self._validate(bar, writer, quiet)
         finally:
             bar.close()
             writer.close()
@@ -277,6 +286,10 @@ class SourceTrainer:
         writer.add_scalar("Semseg/LearningRate", rate, self.step)
         bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.3g}")
 
+    def _is_validation_step(self) -> bool:
+        rate = self.config.validation_rate or self.steps_per_epoch
+        return self.step > 0 and (self.step % rate == 0 or self.step == self.config.num_steps)
+
     def _validate(self, bar: tqdm, writer: SummaryWriter, quiet: bool) -> None:
         self._require_finite()
         validation = self.validator(self.net)
@@ -292,8 +305,26 @@ class SourceTrainer:
         if self.best_miou is None or miou > self.best_miou:
             self.best_miou = miou
             best = SegmentationFile(self.config.shape, self.net.state_dict(), self._info(miou))
-            for path in (self.run_folder / BEST, *((Path(self.config.output),) if self.config.output else ())):
-                best.save(path)
+            best.save(self.run_folder / BEST)
+            self._publish()
+        self.validated_step = self.step
+        self.save_latest()
+
+    def best_file(self) -> Path:
+        """Where the best net is: the configured output, or the run folder if that belongs to another run."""
+        output = Path(self.config.output)
+        ours = bool(self.config.output) and run_of(output) == self.run_folder.name
+        return output if ours else self.run_folder / BEST
+
+    def _publish(self) -> None:
+        """Copy the best net to the configured output, unless a file of another run has come to stand there."""
+        output = Path(self.config.output)
+        if not self.config.output or not (self.run_folder / BEST).exists():
+            return
+        if output.exists() and run_of(output) != self.run_folder.name:
+            tqdm.write(f"{output} is now a file of another run and stays; the best net is {self.run_folder / BEST}")
+            return
+        read_segmentation_file(self.run_folder / BEST).save(output)
 
 
 def _one_level(image: Image.Image) -> list[np.ndarray]:

@@ -161,9 +161,15 @@ class Trainer:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{origin}: the optimiser of {name} does not fit its network ({error})") from None
         if checkpoint.segmentation and self.labels is not None:
-            load_network(self.labels.target_net, checkpoint.segmentation["target_net"], f"{origin}, segmentation net,")
-            self.labels.target_optimizer.load_state_dict(dict(checkpoint.segmentation["optimizer"]))
+            self._restore_segmentation(checkpoint.segmentation, origin)
         self.validations = list(checkpoint.validations)
+
+    def _restore_segmentation(self, segmentation: Mapping[str, Any], origin: Path) -> None:
+        load_network(self.labels.target_net, segmentation.get("target_net"), f"{origin}, segmentation net,")
+        try:
+            self.labels.target_optimizer.load_state_dict(dict(segmentation["optimizer"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{origin}: the segmentation net's optimiser does not fit it ({error})") from None
 
     def _is_last_scale(self) -> bool:
         return self.scale == self.config.network.num_scales
@@ -250,26 +256,30 @@ class Trainer:
         per_epoch = self.config.schedule.steps_per_epoch(self.scale, self.epoch_length)
         picture_rate = max(1, per_epoch // run.pics_per_epoch) if run.pics_per_epoch else 0
         nets, optimizers = self._scale_networks(), ScaleOptimizers(**self.optimizers)
+        if self._is_validation_step(per_epoch, steps) and all(v["step"] != self.step for v in self.validations):
+            self._validate(progress)  # the run was stopped in it
         for source, target in self._streams(range(self.step, steps)):
             result = self._one_step(nets, optimizers, source, target, self.step // per_epoch)
             self.step += 1
             progress.step(self.scale, self.step, result.losses)
             if picture_rate and (self.step % picture_rate == 0):
                 progress.pictures(self.scale, self.step, result.images)
-            validated = self._is_validation_step(per_epoch, steps)
-            if validated:
-                self._validate(progress)
-            if (validated or self.step % run.save_checkpoint_rate == 0) and self.step < steps:
+            validates = self._is_validation_step(per_epoch, steps)
+            if validates or (self.step % run.save_checkpoint_rate == 0 and self.step < steps):
                 self._save(LATEST)
+            if validates:
+                self._validate(progress)
 
     def _is_validation_step(self, per_epoch: int, steps: int) -> bool:
         if self.validator is None or self.labels is None or not self._is_last_scale():
             return False
-        return self.step % (self.config.semseg.validation_rate or per_epoch) == 0 or self.step == steps
+        due = self.step % (self.config.semseg.validation_rate or per_epoch) == 0 or self.step == steps
+        return self.step > 0 and due
 
     def _validate(self, progress: RunProgress) -> None:
         """Validate the net trained on SiT; keep this state beside the others if it is the best so far."""
-        validation = self.validator(self.labels.target_net)
+        with progress.untimed():
+            validation = self.validator(self.labels.target_net)
         score = validation.mean_iou if self.config.semseg.select_by == "miou" else validation.label_free
         before = [earlier["score"] for earlier in self.validations if earlier["score"] is not None]
         best = score is not None and all(score > earlier for earlier in before)
@@ -277,9 +287,9 @@ class Trainer:
         found = report(validation, self.target.data_set.class_names)
         self.validations.append({"step": self.step, "score": score, "best": best, **found})
         atomic_write_json(self.run_folder / VALIDATIONS, self.validations)
-        if best:
-            name = best_name(self.step, validation)
-            self._save(name)
+        names = [best_name(self.step, validation)] if best else []
+        self._save(*names, LATEST)
+        for name in names:
             for other in self.run_folder.glob(BEST_PATTERN):
                 if other.name != name:
                     other.unlink()

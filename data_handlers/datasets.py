@@ -10,6 +10,9 @@ For example, frames `left/*.png` with labels `mask/*_mask.png` that use Cityscap
         resize=(1024, 512),
         crop=(1024, 512),
     )
+
+Classes of its own it declares with `class_names`, one name for each trainId, and `classes=tuple(range(n))`; nets are
+then trained with `--num_classes n`.
 """
 
 from __future__ import annotations
@@ -54,6 +57,9 @@ class DataSet:
             when a segmentation net is trained on it.
         never_used: file stems left out everywhere: the file itself is damaged.
         not_for_training: file stems left out of training only: the image is sound but its label does not fit.
+
+    Raises:
+        ValueError: `id_map` or `classes` name a trainId that `class_names` does not.
     """
 
     name: str
@@ -69,6 +75,11 @@ class DataSet:
     held_out: int = 0
     never_used: frozenset[str] = field(default=frozenset())
     not_for_training: frozenset[str] = field(default=frozenset())
+
+    def __post_init__(self) -> None:
+        largest = max((*self.id_map.values(), *self.classes), default=0)
+        if largest >= len(self.class_names):
+            raise ValueError(f"{self.name}: trainId {largest} has no name; class_names has {len(self.class_names)}")
 
 
 DATA_SETS = {

@@ -56,6 +56,21 @@ def _as_it_is(sample: object) -> object:
     return sample
 
 
+def check_samples(files: FileList, with_labels: bool = True, count: int = 5) -> None:
+    """Decode a few images spread evenly over a list, with their labels.
+
+    Labels of a wrong kind are a mistake about the whole data set; this finds it before hours of training do.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
+    chosen = sorted({k * (len(files) - 1) // max(1, count - 1) for k in range(count)})
+    for index in chosen:
+        sample = _Files(files, with_labels)[index]
+        if isinstance(sample, UserError):
+            raise sample
+
+
 def open_labelled(
     files: FileList, num_workers: int, device: torch.device, with_labels: bool = True
 ) -> Iterator[LabelledImage]:

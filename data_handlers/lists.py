@@ -39,10 +39,6 @@ class FileList:
         """Path of the image's label."""
         return (self.label_root or self.root) / self.label_of(image)
 
-    def has_labels(self) -> bool:
-        """Whether the first image has a label file; `require_labels` tells about all."""
-        return bool(self.data_set.label_path) and self.label_file(self.images[0]).is_file()
-
     def fingerprint(self) -> str:
         """SHA-256 over the names in order: what decides which image a step sees."""
         return hashlib.sha256("\n".join((self.data_set.name, *self.images)).encode()).hexdigest()
@@ -137,8 +133,19 @@ def require_labels(files: FileList, flag: str) -> None:
     Raises:
         UserError: names the first image without one and how many there are.
     """
+    missing = missing_labels(files)
+    if missing:
+        image, label = missing[0]
+        raise UserError(
+            f"{flag} {files.label_root or files.root}: {len(missing)} of {len(files)} images have no label; the first "
+            f"is {image}, whose label should be {label}: complete the labels, or list the images to use in a file"
+        )
+
+
+def missing_labels(files: FileList) -> list[tuple[str, str]]:
+    """(image, label) relative paths where the label file is missing; none for a data set that declares no labels."""
     if not files.data_set.label_path:
-        return
+        return []
     present: dict[str, set[str]] = {}
     missing = []
     for image in files.images:
@@ -149,12 +156,7 @@ def require_labels(files: FileList, flag: str) -> None:
             present[folder] = {entry.name for entry in os.scandir(path)} if path.is_dir() else set()
         if label.name not in present[folder]:
             missing.append((image, str(label)))
-    if missing:
-        image, label = missing[0]
-        raise UserError(
-            f"{flag} {files.label_root or files.root}: {len(missing)} of {len(files)} images have no label; the first "
-            f"is {image}, whose label should be {label}: complete the labels, or list the images to use in a file"
-        )
+    return missing
 
 
 def _fixed_part(pattern: str) -> list[str]:

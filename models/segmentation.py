@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.tensor_files import load_network, read_state_dict
 
 HEAD_RATE = 10.0
+SMALLEST_CROP = 16  # below this nothing is left to train on at output stride 8
 
 
 def _deeplab_v2(backbone: str, num_classes: int) -> nn.Module:
@@ -81,6 +82,13 @@ class SegmentationShape:
         if not isinstance(self.num_classes, int) or not 2 <= self.num_classes <= 255:
             raise UserError(f"--num_classes is {self.num_classes}; it must be 2 to 255")
 
+    def flags(self) -> list[str]:
+        """The command line flags that ask for this shape; those at their defaults are left out."""
+        words = ["--model", self.model]
+        if self.backbone != default_backbone(self.model):
+            words += ["--backbone", self.backbone]
+        return words if self.num_classes == 19 else [*words, "--num_classes", str(self.num_classes)]
+
     def __str__(self) -> str:
         backbone = "" if self.backbone == "none" else f" on {self.backbone}"
         return f"{self.model}{backbone} with {self.num_classes} classes"
@@ -121,7 +129,10 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> None:
         origin = f"--backbone_weights {weights}"
         state = read_state_dict(Path(weights), "--backbone_weights", "or imagenet")
     state = _convolutional_vgg16(state, origin) if backbone == "vgg16" else _without_classifier(state)
-    load_network(net.backbone, state, origin)
+    # Older files of torchvision do not hold the counters of batch norm, which nothing reads.
+    own = net.backbone.state_dict()
+    counters = {name: value for name, value in own.items() if name.endswith(".num_batches_tracked")}
+    load_network(net.backbone, counters | state, origin)
 
 
 def _download_imagenet_weights(backbone: str) -> Mapping[str, Tensor]:

@@ -12,10 +12,12 @@ from PIL import Image
 import train_procst
 import train_semseg_on_source
 from core.segmentation_files import SegmentationFile
+from data_handlers.datasets import DataSet
 from models.segmentation import SegmentationShape, build_segmentation_net
 from test_bad_input import check_refusal, tree
 from test_label_training import label_flags, source_flags
 from test_train_cli import only_run, training_flags
+from utils.errors import run_cli
 from worlds import write_cityscapes, write_gta5
 
 
@@ -90,7 +92,15 @@ def test_selection_by_miou_needs_target_labels(run_script, world):
 
 def test_some_target_labels_missing(run_script, world):
     next((world / "cityscapes/gtFine/val").rglob("*1_000019_gtFine_labelIds.png")).unlink()
-    check_training_refused(run_script, world, "--trg_data_dir", "1 of 2 images have no label")
+    check_training_refused(run_script, world, "--trg_data_dir", "1 of the 2 val images have no label")
+    for changes in ({"select_by": "none", "validation_rate": None}, {"select_by": "label_free"}):
+        flags = label_flags(world, world / changes["select_by"], world / "net.pth", **changes)
+        assert run_script(train_procst, *flags).code == 0
+
+
+def test_validation_rate_without_validation(run_script, world):
+    shutil.rmtree(world / "cityscapes/gtFine")
+    check_training_refused(run_script, world, "--validation_rate", "no labelled val split", "label_free")
 
 
 @pytest.mark.parametrize(
@@ -131,6 +141,66 @@ def test_continuing_with_another_source_net(run_script, world):
     check_refusal(run_script(train_procst, *flags), "segmentation net", "not the one")
 
 
+def test_continuing_with_other_backbone_weights(run_script, world, monkeypatch):
+    """The file may have moved, but it must be the same one until the net that starts from it is in the checkpoint."""
+    shape = SegmentationShape("DeepLabV2", "resnet18", 19)
+    save_net(world / "resnet.pth", "DeepLabV2", "resnet18")
+    for name in ("start.pth", "other.pth"):
+        torch.save(build_segmentation_net(shape).backbone.state_dict(), world / name)
+    changes = {"model": "DeepLabV2", "backbone": "resnet18", "backbone_weights": world / "start.pth"}
+    flags = label_flags(world, world / "out", world / "resnet.pth", **changes)
+    monkeypatch.setattr(train_procst.Trainer, "_one_step", interrupt)
+    assert run_script(train_procst, *flags).code == 130
+    monkeypatch.undo()
+    (world / "start.pth").rename(world / "moved.pth")
+    again = ("--continue_train_from_path", only_run(world / "out"))
+    check_refusal(run_script(train_procst, *again), "start.pth", "no such file")
+    refused = run_script(train_procst, *again, "--backbone_weights", world / "other.pth")
+    check_refusal(refused, "--backbone_weights", "not the one")
+    assert run_script(train_procst, *again, "--backbone_weights", world / "moved.pth").code == 0
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.cuda.OutOfMemoryError("out of memory")]
+)
+def test_memory_that_does_not_suffice(run_script, world, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train_procst.Trainer, "_one_step", fail)
+    monkeypatch.setattr(train_semseg_on_source.SourceTrainer, "_one_step", fail)
+    result = run_script(train_procst, *label_flags(world, world / "out", world / "net.pth"))
+    check_refusal(result, "memory", "batch 2 at scale 0", "--crop_size")
+    result = run_script(train_semseg_on_source, *source_flags(world, world / "source"))
+    check_refusal(result, "memory", "--batch_size", "--crop_size")
+
+
+def test_other_errors_keep_their_traceback(world, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(train_procst.Trainer, "_one_step", fail)
+    with pytest.raises(RuntimeError, match="mistake of ours"):
+        train_procst_in_process(monkeypatch, label_flags(world, world / "out", world / "net.pth"))
+
+
+def train_procst_in_process(monkeypatch, flags):
+    monkeypatch.setattr("sys.argv", ["train_procst.py", *map(str, flags)])
+    run_cli(train_procst.main)
+
+
+def test_a_data_set_must_name_its_classes():
+    shared = {"images": {"train": ("*.png",)}, "label_path": (), "resize": (64, 32), "crop": (64, 32)}
+    with pytest.raises(ValueError, match=r"mine: trainId 2 has no name"):
+        DataSet(name="mine", id_map={7: 2}, classes=(0, 1), class_names=("a", "b"), **shared)
+    with pytest.raises(ValueError, match=r"mine: trainId 18 has no name"):
+        DataSet(name="mine", id_map={7: 1}, class_names=("a", "b"), **shared)
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -146,6 +216,7 @@ def test_continuing_with_another_source_net(run_script, world):
         ({"batch_size": 9}, ("--batch_size 9",)),
         ({"power": -1}, ("--power",)),
         ({"crop_size": (60, 36)}, ("--crop_size 60 36", "--src_resize 52 40")),
+        ({"crop_size": (48, 15)}, ("--crop_size 48 15", "at least 16")),
         ({"src_label_dir": "nowhere"}, ("--src_label_dir", "nowhere")),
         ({"output": "gta"}, ("--output", "folder")),
         ({"source": "folder"}, ("--source", "folder")),
@@ -167,8 +238,14 @@ def test_label_ids_out_of_range(run_script, world, bad_id):
     label[0, 0] = bad_id
     for k in range(1, 5):
         Image.fromarray(label).save(world / f"gta/labels/{k:05d}.png")
-    result = run_script(train_semseg_on_source, *source_flags(world, world / "out"))
-    check_refusal(result, "gta/labels/0000", f"id {bad_id}", "gta5")
+    check_source_training_refused(run_script, world, "gta/labels/0000", f"id {bad_id}", "gta5")
+    check_training_refused(run_script, world, "gta/labels/0000", f"id {bad_id}", "gta5")
+
+
+def test_target_labels_of_another_kind(run_script, world):
+    for path in (world / "cityscapes/gtFine/val").rglob("*.png"):
+        Image.new("RGB", (64, 40)).save(path)
+    check_training_refused(run_script, world, "gtFine/val", "8-bit grey or palette")
 
 
 def test_validation_labels_without_a_scored_class(run_script, world):

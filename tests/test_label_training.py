@@ -14,12 +14,14 @@ import create_sit_dataset
 import train_procst
 import train_semseg_on_source
 from core.checkpoint import load_checkpoint
-from core.segmentation_files import load_segmentation_net, read_segmentation_file
+from core.segmentation_files import SegmentationFile, load_segmentation_net, read_segmentation_file
 from core.source_training import SourceTrainer, poly_rate
 from core.trainer import Trainer
+from core.validation import Validator
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images
 from data_handlers.stream import StreamConfig, StreamSamples
+from models.segmentation import SegmentationShape, build_segmentation_net
 from test_train_cli import all_tensors, only_run, training_flags
 from worlds import write_cityscapes, write_gta5
 
@@ -93,7 +95,6 @@ def test_source_training_keeps_the_best_and_the_latest(world, tmp_path, run_scri
 
 
 def test_a_continued_source_training_equals_an_uninterrupted_one(world, tmp_path, run_script, monkeypatch):
-    assert run_script(train_semseg_on_source, *source_flags(world, tmp_path / "whole")).code == 0
     flags = source_flags(world, tmp_path / "cut", save_checkpoint_rate=1, validation_rate=4)
     whole_flags = source_flags(world, tmp_path / "whole2", validation_rate=4)
     assert run_script(train_semseg_on_source, *whole_flags).code == 0
@@ -117,6 +118,57 @@ def test_a_continued_source_training_equals_an_uninterrupted_one(world, tmp_path
     refused = run_script(train_semseg_on_source, "--continue_train_from_path", run, "--lr_semseg", "0.5")
     assert refused.code == 2
     assert "--lr_semseg" in refused.err
+
+
+def test_a_source_training_stopped_in_its_validation(world, tmp_path, run_script, monkeypatch):
+    """What was learnt is kept, the validation is made up for, and the curves go on where they stopped."""
+    assert run_script(train_semseg_on_source, *source_flags(world, tmp_path / "whole")).code == 0
+    real_call = Validator.__call__
+    calls = []
+
+    def stop(self, net):
+        calls.append(net)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real_call(self, net)
+
+    monkeypatch.setattr(Validator, "__call__", stop)
+    assert run_script(train_semseg_on_source, *source_flags(world, tmp_path / "cut")).code == 130
+    run = only_run(tmp_path / "cut")
+    assert read_segmentation_file(run / "latest.pth").training["step"] == 4
+    (tmp_path / "cut/source.pth").unlink()
+    monkeypatch.chdir(run)
+    result = run_script(train_semseg_on_source, "--continue_train_from_path", ".")
+    assert result.code == 0, result.err
+    ours, whole = (read_segmentation_file(path / "latest.pth") for path in (run, only_run(tmp_path / "whole")))
+    assert ours.training["best_miou"] == whole.training["best_miou"]
+    assert all(torch.equal(value, ours.weights[name]) for name, value in whole.weights.items())
+    assert (tmp_path / "cut/source.pth").read_bytes() == (run / "best.pth").read_bytes()
+    logged = []
+    for out in ("whole", "cut"):
+        (log,) = (tmp_path / out / "runs").iterdir()
+        events = EventAccumulator(str(log))
+        events.Reload()
+        tags = ("Validation/mIoU", "Semseg/SemsegLoss")
+        logged.append([[(event.step, event.value) for event in events.Scalars(tag)] for tag in tags])
+    assert logged[0] == logged[1]
+
+
+def test_output_that_another_run_takes_meanwhile(world, tmp_path, run_script, monkeypatch):
+    real_step = SourceTrainer._one_step
+
+    def take(self, batch):
+        if self.step == 2:
+            (tmp_path / "source.pth").write_text("another run's net")
+        return real_step(self, batch)
+
+    monkeypatch.setattr(SourceTrainer, "_one_step", take)
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
+    assert result.code == 0, result.err
+    assert (tmp_path / "source.pth").read_text() == "another run's net"
+    run = only_run(tmp_path)
+    assert f"--semseg_weights {run / 'best.pth'}" in result.out
+    read_segmentation_file(run / "best.pth")
 
 
 def test_the_output_of_another_run_is_not_overwritten(world, tmp_path, run_script):
@@ -205,35 +257,82 @@ def test_the_best_checkpoint_can_be_exported(labelled_run, world, tmp_path, run_
     assert len(list((tmp_path / "sit/images").iterdir())) == 6
 
 
-def test_the_source_net_is_bit_identical_after_training(world, tmp_path, run_script, source_net, monkeypatch):
+@pytest.fixture(scope="module")
+def resnet_file(tmp_path_factory):
+    """A net with batch norm and dropout, whose running statistics and random draws could go wrong."""
+    path = tmp_path_factory.mktemp("resnet") / "resnet18.pth"
+    shape = SegmentationShape("DeepLabV2", "resnet18", 19)
+    torch.manual_seed(0)
+    SegmentationFile(shape, build_segmentation_net(shape).state_dict()).save(path)
+    return path
+
+
+RESNET = {
+    "model": "DeepLabV2", "backbone": "resnet18", "no_pretrained_backbone": (), "lr_semseg": 1e-3,
+    "steps_per_scale": (1, 1, 3),
+}  # fmt: skip
+
+
+def test_the_source_net_is_bit_identical_after_training(world, tmp_path, run_script, resnet_file, monkeypatch):
     trainers = []
     real_fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self, progress: (trainers.append(self), real_fit(self, progress)))
-    assert run_script(train_procst, *label_flags(world, tmp_path, source_net)).code == 0
-    _, before = load_segmentation_net(source_net, "--weights")
+    assert run_script(train_procst, *label_flags(world, tmp_path, resnet_file, **RESNET)).code == 0
+    _, before = load_segmentation_net(resnet_file, "--weights")
     after = trainers[0].labels.source_net
     assert not after.training
     for name, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]), name
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in after.parameters())
+    trained = trainers[0].labels.target_net
+    assert not torch.equal(trained.backbone.bn1.running_mean, torch.zeros(64))
 
 
-@pytest.mark.parametrize("stop_at", [1, 2])
-def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
-    world, labelled_run, tmp_path, run_script, source_net, monkeypatch, stop_at
-):
-    whole, _ = labelled_run
-    out = tmp_path / "cut"
-    real_step = Trainer._one_step
+@pytest.fixture(scope="module")
+def whole_resnet_run(world, resnet_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train_procst.py", *map(str, label_flags(world, out, resnet_file, **RESNET))])
+        train_procst.main()
+    return only_run(out)
+
+
+def stop_in_step(scale, step):
+    real = Trainer._one_step
 
     def stop(self, *arguments):
-        if self.scale == 2 and self.step == stop_at:
+        if (self.scale, self.step) == (scale, step):
             raise KeyboardInterrupt
-        return real_step(self, *arguments)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_one_step", stop)
-    assert run_script(train_procst, *label_flags(world, out, source_net, save_checkpoint_rate=1)).code == 130
-    monkeypatch.setattr(Trainer, "_one_step", real_step)
+    return Trainer, "_one_step", stop
+
+
+def stop_in_validation(number):
+    real, calls = Validator.__call__, []
+
+    def stop(self, net):
+        calls.append(net)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(self, net)
+
+    return Validator, "__call__", stop
+
+
+@pytest.mark.parametrize(
+    ("stop", "where"),
+    [(stop_in_step, (0, 0)), (stop_in_step, (2, 1)), (stop_in_validation, (1,)), (stop_in_validation, (2,))],
+    ids=["at the start", "at the last scale", "in a validation", "in the last validation"],
+)
+def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
+    world, whole_resnet_run, tmp_path, run_script, resnet_file, stop, where
+):
+    whole, out = whole_resnet_run, tmp_path / "cut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*stop(*where))
+        flags = label_flags(world, out, resnet_file, save_checkpoint_rate=1, **RESNET)
+        assert run_script(train_procst, *flags).code == 130
     run = only_run(out)
     result = run_script(train_procst, "--continue_train_from_path", run)
     assert result.code == 0, result.err
@@ -242,6 +341,12 @@ def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
         assert torch.equal(value, expected), name
     for name, value in theirs.segmentation["target_net"].items():
         assert torch.equal(value, ours.segmentation["target_net"][name]), name
+    momenta = [
+        [state["momentum_buffer"] for state in checkpoint.segmentation["optimizer"]["state"].values()]
+        for checkpoint in (ours, theirs)
+    ]
+    assert momenta[0]
+    assert all(torch.equal(value, expected) for value, expected in zip(*momenta, strict=True))
     assert ours.validations == theirs.validations
     assert [path.name for path in run.glob("best_*.pth")] == [path.name for path in whole.glob("best_*.pth")]
 

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
 class UserError(Exception):
     """Bad input from outside: the message is one line that says what, which file or flag, and what to do."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on the CPU or on a GPU."""
+    # PyTorch raises a class of its own for GPUs and a plain RuntimeError for the CPU.
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    )
+
+
+@contextmanager
+def out_of_memory_means(what_to_do: Callable[[], str]) -> Iterator[None]:
+    """Turn running out of memory inside the block into a `UserError` that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"memory does not suffice{what_to_do()}") from None
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
@@ -18,7 +39,9 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         print("error: out of memory; lower the sizes or the batch size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

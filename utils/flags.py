@@ -17,6 +17,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def flag_of(name: str) -> str:
+    """The flag behind a destination, as a person types it."""
+    return "--weight-decay" if name == "weight_decay" else f"--{name}"
+
+
 class _NotGiven:
     """Stands for the value of a flag that is not on the command line."""
 
