@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks.literal_step import collect_gradients, literal_step
 from conftest import GOLDEN_DIR
 from core.config import LossConfig, SGDConfig
 from core.label_networks import segmentation_optimizer
@@ -72,7 +73,8 @@ class StandInSegmentation(nn.Module):
 class GoldenStep:
     """One file at one scale, and our step run on it once."""
 
-    def __init__(self, path, scale):
+    def __init__(self, path, scale, mode):
+        self.mode = mode
         self.data = np.load(path)
         self.meta = json.loads(str(self.data["meta"]))
         self.scale = scale
@@ -155,7 +157,11 @@ class GoldenStep:
         )
         self.batch = batch
         self.scale_networks = ScaleNetworks(**self.nets, lower_Gst=lower["Gst"], lower_Gts=lower["Gts"])
-        self.result = training_step(
+        step = training_step
+        if self.mode == "literal":
+            step = literal_step
+            collect_gradients(self.perceptual, *([self.labels.source_net] if self.labels else []))
+        self.result = step(
             self.scale_networks,
             ScaleOptimizers(**optimizers),
             self.perceptual,
@@ -177,14 +183,20 @@ class GoldenStep:
 
 
 @cache
-def golden_step(path, scale):
-    return GoldenStep(path, scale)
+def golden_step(path, scale, mode):
+    return GoldenStep(path, scale, mode)
 
 
-CASES = [(path, scale) for path in FILES for scale in json.loads(str(np.load(path)["meta"]))["scales"]]
+MODES = ("plain", "literal")
+CASES = [
+    (path, scale, mode)
+    for mode in MODES
+    for path in FILES
+    for scale in json.loads(str(np.load(path)["meta"]))["scales"]
+]
 
 
-@pytest.fixture(params=CASES, ids=[f"{path.stem}-scale{scale}" for path, scale in CASES])
+@pytest.fixture(params=CASES, ids=[f"{path.stem}-scale{scale}-{mode}" for path, scale, mode in CASES])
 def golden(request):
     return golden_step(*request.param)
 
@@ -298,6 +310,8 @@ def test_translation_in_eval_mode(golden):
 
 
 def test_frozen_networks_take_no_gradients_and_do_not_change(golden):
+    if golden.mode == "literal":
+        pytest.skip("the yardstick lets them collect gradients")
     frozen = {"perceptual": golden.perceptual}
     for name in ("Gst", "Gts"):
         for k, net in enumerate(getattr(golden.scale_networks, f"lower_{name}")):

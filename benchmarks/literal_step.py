@@ -1,0 +1,130 @@
+"""The yardstick: one training step transcribed from the text, in eager float32, with nothing shared or left out.
+
+Every term computes the translated images it speaks of anew, has a backward of its own, and its gradients reach every
+network on the way, the perceptual net and the frozen segmentation net included. It passes the same golden tests as
+`core.step.training_step` and takes the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.config import LossConfig
+from core.losses import content_loss, gradient_penalty, label_loss, style_loss, total_variation
+from core.networks import Generator
+from core.pyramid import cascade, generated_pyramid
+from core.step import Batch, LabelNetworks, PerceptualNet, ScaleNetworks, ScaleOptimizers, StepResult
+
+
+def literal_step(
+    nets: ScaleNetworks,
+    optimizers: ScaleOptimizers,
+    perceptual: PerceptualNet,
+    batch: Batch,
+    config: LossConfig,
+    scale_factor: float,
+    labels: LabelNetworks | None = None,
+    warmup: bool = False,
+) -> StepResult:
+    """See `core.step.training_step`. `lambda_adversarial` must be 1, as published: the logged parts contain it here."""
+    source, target = batch.source[-1], batch.target[-1]
+    losses: dict[str, Tensor] = {}
+
+    def translate(generator: Generator, lower: Sequence[Generator], levels: Sequence[Tensor]) -> Tensor:
+        return generator(levels[-1], cascade(lower, levels, scale_factor))
+
+    def to_target() -> Tensor:
+        return translate(nets.Gst, nets.lower_Gst, batch.source)
+
+    def to_source() -> Tensor:
+        return translate(nets.Gts, nets.lower_Gts, batch.target)
+
+    # (1) discriminators, one after the other
+    directions = (
+        ("ST", nets.Dst, optimizers.Dst, target, to_target, batch.alphas[0]),
+        ("TS", nets.Dts, optimizers.Dts, source, to_source, batch.alphas[1]),
+    )
+    for name, discriminator, optimizer, real, fake_of, alpha in directions:
+        optimizer.zero_grad()
+        fake = fake_of().detach()
+        real_loss = config.lambda_adversarial * -discriminator(real).mean()
+        real_loss.backward()
+        fake_loss = config.lambda_adversarial * discriminator(fake).mean()
+        fake_loss.backward()
+        penalty = config.lambda_adversarial * config.lambda_grad * gradient_penalty(discriminator, real, fake, alpha)
+        penalty.backward()
+        optimizer.step()
+        parts = {"RealImagesLoss": real_loss, "FakeImagesLoss": fake_loss, "LossGP": penalty}
+        parts["LossAdversarial"] = real_loss + fake_loss + penalty
+        losses |= {f"{name}/Discriminator/{key}": value for key, value in parts.items()}
+
+    # (2) generators
+    optimizers.Gst.zero_grad()
+    optimizers.Gts.zero_grad()
+    pairs = (
+        ("ST", nets.Dst, to_target, source, target),
+        ("TS", nets.Dts, to_source, target, source),
+    )
+    for name, discriminator, fake_of, own, other in pairs:
+        fake = fake_of()
+        adversarial = config.lambda_adversarial * -discriminator(fake).mean()
+        adversarial.backward()
+        fake = fake_of()
+        features, own_features, other_features = perceptual(fake), perceptual(own), perceptual(other)
+        content = content_loss(features, own_features, config.content_layers)
+        style = style_loss(features, other_features, config.style_layers)
+        tv = total_variation(fake)
+        total_style = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
+        (config.lambda_style * total_style).backward()
+        parts = {
+            "LossAdversarial": adversarial, "ContentLoss": content, "StyleLoss": style, "TVLoss": tv,
+            "TotalStyleLoss": total_style,
+        }  # fmt: skip
+        losses |= {f"{name}/Generator/{key}": value for key, value in parts.items()}
+
+    sit = to_target()
+    sitis = _back(sit, nets.Gts, nets.lower_Gts, scale_factor)
+    cycle_source = config.lambda_cyclic * F.l1_loss(sitis, source)
+    losses["Cyclic/LossSTS"] = total = cycle_source
+    if labels is not None and not warmup:
+        cyclic_label = config.lambda_labels * label_loss(labels.source_net(sitis), batch.label)
+        losses["Cyclic/SourceLabelLoss"] = cyclic_label
+        total = cycle_source + cyclic_label  # both look at the same image that came back, so they go back together
+    total.backward()
+    tis = to_source()
+    tisit = _back(tis, nets.Gst, nets.lower_Gst, scale_factor)
+    cycle_target = config.lambda_cyclic * F.l1_loss(tisit, target)
+    cycle_target.backward()
+    losses["Cyclic/LossTST"] = cycle_target
+    optimizers.Gst.step()
+    optimizers.Gts.step()
+
+    # (3) segmentation
+    if labels is not None:
+        labels.target_optimizer.zero_grad()
+        optimizers.Gst.zero_grad()
+        segmentation = label_loss(labels.target_net(to_target()), batch.label)
+        segmentation.backward()
+        labels.target_optimizer.step()
+        if not warmup:
+            optimizers.Gst.step()
+        losses["Semseg/SemsegLoss"] = segmentation
+
+    images = {"source": source, "sit": sit, "sitis": sitis, "target": target, "tis": tis, "tisit": tisit}
+    return StepResult(
+        losses={name: value.detach() for name, value in losses.items()},
+        images={name: value.detach() for name, value in images.items()},
+    )
+
+
+def _back(fake: Tensor, back: Generator, lower: Sequence[Generator], scale_factor: float) -> Tensor:
+    return back(fake, cascade(lower, generated_pyramid(fake.detach(), back.shape.scale, scale_factor), scale_factor))
+
+
+def collect_gradients(*networks: nn.Module) -> None:
+    """Let frozen networks collect gradients that nobody uses, as the text does not forbid."""
+    for network in networks:
+        network.requires_grad_(True)
