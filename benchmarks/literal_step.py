@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import LossConfig
-from core.losses import content_loss, gradient_penalty, label_loss, style_loss, total_variation
+from core.losses import content_loss, gradient_penalty, gram_matrix, label_loss, style_loss, total_variation
 from core.networks import Generator
 from core.pyramid import cascade, generated_pyramid
 from core.step import Batch, LabelNetworks, PerceptualNet, ScaleNetworks, ScaleOptimizers, StepResult
@@ -75,7 +75,8 @@ def literal_step(
         fake = fake_of()
         features, own_features, other_features = perceptual(fake), perceptual(own), perceptual(other)
         content = content_loss(features, own_features, config.content_layers)
-        style = style_loss(features, other_features, config.style_layers)
+        grams = {layer: gram_matrix(other_features[layer]) for layer in config.style_layers}
+        style = style_loss(features, grams, config.style_layers)
         tv = total_variation(fake)
         total_style = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
         (config.lambda_style * total_style).backward()

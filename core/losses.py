@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORE_LABEL = 255
 Features = Mapping[int, Tensor]
 
 
-def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """Mean over pixels of (||dD(x)/dx||_2 over channels - 1)^2 at x = alpha * real + (1 - alpha) * fake.
 
     Args:
-        real, fake: (B,3,h,w) in [-1,1], without gradient.
+        discriminator: image (B,3,h,w) -> score map.
+        real, fake: (B,3,h,w) in [-1,1], float32, without gradient.
         alpha: one interpolation factor in [0,1] for the whole batch, a scalar tensor.
 
     Returns:
@@ -24,24 +25,24 @@ def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, alpha
     """
     x = (alpha * real + (1.0 - alpha) * fake).requires_grad_(True)
     score = discriminator(x)
-    (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(score.float().sum(), x, create_graph=True)
     return ((gradient.norm(2, dim=1) - 1.0) ** 2).mean()
 
 
 def gram_matrix(features: Tensor) -> Tensor:
-    """F F^T / (h w) of each image: (B,C,h,w) -> (B,C,C)."""
-    flat = features.flatten(2)
+    """F F^T / (h w) of each image: (B,C,h,w) -> float32 (B,C,C). The sums go over up to half a million positions."""
+    flat = features.flatten(2).float()
     return flat @ flat.transpose(1, 2) / flat.shape[2]
 
 
 def content_loss(fake: Features, own_input: Features, layers: Sequence[int]) -> Tensor:
     """Mean over the content layers of the squared feature difference to the image that was translated."""
-    return torch.stack([F.mse_loss(fake[i], own_input[i]) for i in layers]).mean()
+    return torch.stack([F.mse_loss(fake[i].float(), own_input[i].float()) for i in layers]).mean()
 
 
-def style_loss(fake: Features, style: Features, layers: Sequence[int]) -> Tensor:
-    """Mean over the style layers of the squared Gram difference to the image of the other domain."""
-    return torch.stack([F.mse_loss(gram_matrix(fake[i]), gram_matrix(style[i])) for i in layers]).mean()
+def style_loss(fake: Features, style: Mapping[int, Tensor], layers: Sequence[int]) -> Tensor:
+    """Mean over the style layers of the squared difference to the Gram matrices of the image of the other domain."""
+    return torch.stack([F.mse_loss(gram_matrix(fake[i]), style[i]) for i in layers]).mean()
 
 
 def total_variation(x: Tensor) -> Tensor:
@@ -57,5 +58,5 @@ def label_loss(logits: Tensor, label: Tensor) -> Tensor:
     0, with zero gradients, where every pixel is ignored: a small crop of void must not end a run.
     """
     target = label.long()
-    total = F.cross_entropy(logits, target, ignore_index=IGNORE_LABEL, reduction="sum")
+    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE_LABEL, reduction="sum")
     return total / (target != IGNORE_LABEL).sum().clamp(min=1)

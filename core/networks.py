@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Literal["batch", "group"]
@@ -63,13 +64,25 @@ class ConvBlock(nn.Module):
             self.norm = nn.GroupNorm(groups, in_channels)
         else:
             self.norm = None
-        self.actvn = nn.LeakyReLU(LEAKY_SLOPE)
+        # In place: no backward needs what the norm or the convolution before it put out.
+        self.actvn = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is None:
             return self.actvn(self.conv(x))
-        return self.conv(self.actvn(self.norm(x)))
+        return self.conv(self.actvn(_normalised(self.norm, x)))
+
+
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """The norm of `x` in the precision of `x`; statistics are summed in float32 by the kernels themselves.
+
+    Autocast would lift a group norm on a GPU to float32 and with it every feature map between two convolutions.
+    """
+    if x.dtype == torch.float32 or not isinstance(norm, nn.GroupNorm):
+        return norm(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 def _build_trunk(module: nn.Module, shape: NetworkShape, in_channels: int, out_channels: int, last: nn.Module) -> None:
@@ -109,7 +122,9 @@ class Generator(nn.Module):
         return image if coarser is None else torch.cat([image, coarser], dim=1)
 
     def forward(self, image: Tensor, coarser: Tensor | None) -> Tensor:
-        return self.tail(self.body(self.head(self.join_inputs(image, coarser))))
+        features = self.body(self.head(self.join_inputs(image, coarser)))
+        tail, tanh = self.tail
+        return tanh(tail(features).float())
 
 
 class Discriminator(nn.Module):

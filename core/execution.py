@@ -1,0 +1,87 @@
+"""How networks are run: the precision of their arithmetic, and whether they are compiled. One object for a whole run.
+
+Weights, optimiser state and losses stay in float32 always. With bf16, convolutions and matrix products of a network
+see their inputs and weights rounded to bfloat16 (8 significant bits, the exponent range of float32, so nothing has to
+be scaled); what comes out is used in float32 by every loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from core.networks import Discriminator
+from utils.errors import UserError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+
+# (network, *inputs) -> its output
+Forward = Callable[..., Any]
+
+
+def run_plainly(network: nn.Module, *inputs: Any) -> Any:
+    """Float32, not compiled."""
+    return network(*inputs)
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has arithmetic for bfloat16, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(wanted: str, device: torch.device) -> Precision:
+    """`auto` becomes bf16 on hardware that computes in it, else fp32.
+
+    Raises:
+        UserError: the device cannot do what is asked for.
+    """
+    if wanted == "auto":
+        return "bf16" if computes_in_bf16(device) else "fp32"
+    if wanted == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32: a mode of NVIDIA GPUs from Ampere on; use bf16 or fp32 on the CPU")
+    if wanted == "bf16" and not computes_in_bf16(device):
+        raise UserError(f"--precision bf16: {device} does not compute in bfloat16; use fp32")
+    return wanted
+
+
+def set_matmul_precision(precision: Precision) -> None:
+    """Float32 products of this process: exact, or on tensor cores with 10 bits of mantissa (TF32)."""
+    allowed = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+class Execution:
+    """Runs networks in a precision, compiled or not; call it with a network and its inputs.
+
+    Args:
+        compiled: compile every network but the discriminators. Compiled code has no double backward, which the
+            gradient penalty needs; older PyTorch versions dropped its graph without a word.
+    """
+
+    def __init__(self, precision: Precision = "fp32", compiled: bool = False) -> None:
+        self.precision = precision
+        self.compiled = compiled
+        self._programs: dict[int, tuple[nn.Module, Forward]] = {}
+
+    def __call__(self, network: nn.Module, *inputs: Any) -> Any:
+        program = self._program(network)
+        if self.precision != "bf16":
+            return program(*inputs)
+        device = next(x.device for x in inputs if x is not None)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return program(*inputs)
+
+    def _program(self, network: nn.Module) -> Forward:
+        if not self.compiled or isinstance(network, Discriminator):
+            return network
+        if id(network) not in self._programs:
+            # The network is kept with its program, so that its id stays its own.
+            self._programs[id(network)] = (network, torch.compile(network, dynamic=False))
+        return self._programs[id(network)][1]
