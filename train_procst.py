@@ -13,6 +13,7 @@ import torch
 from core.checkpoint import LATEST, Checkpoint, load_checkpoint
 from core.command_line import build_parser, config_from_flags, continued_config
 from core.config import ProCSTConfig
+from core.execution import channels_last, resolve_precision, set_convolution_precision
 from core.label_networks import build_label_networks, load_source_net
 from core.progress import RunProgress, scale_plans
 from core.trainer import Trainer
@@ -143,6 +144,9 @@ def main() -> None:
 
     device = resolve_device(config.run.gpus.split())
     torch.backends.cudnn.benchmark = True  # every scale has one input size
+    precision = resolve_precision(config.compute.precision, device)
+    config = replace(config, compute=replace(config.compute, precision=precision))
+    set_convolution_precision(precision)
     source, target = _file_lists(config)
     plans = scale_plans(config, max(len(source), len(target)))
     labels, validator, validation_line = None, None, ""
@@ -156,8 +160,11 @@ def main() -> None:
         labels = build_label_networks(config.semseg, source_net, config.run.manual_seed, pretrained=fresh)
         if fresh:
             inputs["start of the net trained on SiT (--backbone_weights)"] = weights_fingerprint(labels.target_net)
+        channels_last(labels.source_net)
+        channels_last(labels.target_net)
         check_samples(source)
     perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
+    channels_last(perceptual)
     inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)
     for flag in ("checkpoints_dir", "tb_logs_dir"):
         check_folder(Path(getattr(config.run, flag)), f"--{flag}")
@@ -180,6 +187,7 @@ def main() -> None:
         last, length = config.network.num_scales, max(len(source), len(target))
         if config.schedule.warmup_epochs * config.schedule.steps_per_epoch(last, length) >= plans[-1].steps:
             print("WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators")
+    print(f"precision {precision}{', compiled' if config.compute.compile else ''}")
     print(f"norm at scales 0..{config.network.num_scales}: {', '.join(config.network.norms)}")
     print(f"steps at scales 0..{config.network.num_scales}: {', '.join(str(plan.steps) for plan in plans)}")
     if config.run.vgg_weights == "random":

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from core.config import LossConfig
 from core.losses import content_loss, gradient_penalty, gram_matrix, label_loss, style_loss, total_variation
 from core.networks import Generator
+from core.objectives import PerceptualNet
 from core.pyramid import cascade, generated_pyramid
-from core.step import Batch, LabelNetworks, PerceptualNet, ScaleNetworks, ScaleOptimizers, StepResult
+from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, StepResult
 
 
 def literal_step(

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 
 from core.config import (
+    ComputeConfig,
     DataConfig,
     LossConfig,
     NetworkConfig,
@@ -18,6 +19,7 @@ from core.config import (
     require_one_per_scale,
     resolve_norms,
 )
+from core.execution import PRECISIONS
 from data_handlers.datasets import DATA_SETS
 from models.segmentation import BACKBONES, MODELS, default_backbone
 from utils.devices import default_workers
@@ -29,12 +31,13 @@ SEGMENTATION_FLAGS = (
     "semseg_weights", "warmup_epochs", "lambda_labels", "model", "backbone", "num_classes", "backbone_weights",
     "no_pretrained_backbone", "lr_semseg", "weight_decay", "momentum", "select_by", "validation_rate",
 )  # fmt: skip
-# Flags that may differ when a run is continued: where things are and how they are reported, never what is computed.
+# Flags that may differ when a run is continued: where things are, how they are reported and, since another machine may
+# lack a precision, how they are computed; never what is computed.
 CONTINUE_FLAGS = frozenset(
     {
         "continue_train_from_path", "resume_to_epoch", "gpus", "num_workers", "src_data_dir", "trg_data_dir",
         "vgg_weights", "semseg_weights", "backbone_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate",
-        "pics_per_epoch",
+        "pics_per_epoch", "precision", "compile",
     }
 )  # fmt: skip
 
@@ -47,6 +50,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     _add_network_flags(parser.add_argument_group("networks"))
     _add_loss_flags(parser.add_argument_group("losses"))
     _add_schedule_flags(parser.add_argument_group("training"))
+    _add_compute_flags(parser.add_argument_group("speed"))
     _add_segmentation_flags(parser.add_argument_group("segmentation nets of the last scale"))
     return parser
 
@@ -133,6 +137,15 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
     add("--lr_g", type=float, default=1e-4, help="learning rate of the generators (default: %(default)s)")
     add("--lr_d", type=float, default=1e-4, help="learning rate of the discriminators (default: %(default)s)")
     add("--beta1", type=float, default=0.9, help="beta1 of Adam (default: %(default)s)")
+
+
+def _add_compute_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="arithmetic of the networks; weights, losses, Gram matrices and the gradient penalty's norm are float32 "
+        "in each (default: bf16 on hardware that computes in it, else fp32)")  # fmt: skip
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="compile all networks but the discriminators, which takes minutes at the start (default: no)")  # fmt: skip
 
 
 def _add_segmentation_flags(group: argparse._ArgumentGroup) -> None:
@@ -292,6 +305,7 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCS
             pics_per_epoch=flags.pics_per_epoch,
         ),
         semseg=_semseg_config(flags, given),
+        compute=ComputeConfig(flags.precision, flags.compile),
     )
 
 
@@ -332,4 +346,5 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
         data=replace(stored.data, **data),
         run=replace(stored.run, **run),
         semseg=replace(stored.semseg, **semseg),
+        compute=replace(stored.compute, **{n: getattr(flags, n) for n in ("precision", "compile") if n in given}),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.execution import PRECISIONS
 from core.networks import NetworkShape, Norm, layers_at_scale, published_norm
 from core.pyramid import level_size
 from data_handlers.datasets import DATA_SETS
@@ -267,6 +268,24 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class ComputeConfig:
+    """How the networks are run.
+
+    Attributes:
+        precision: `fp32`, `tf32` or `bf16`; `auto` is resolved when a run starts.
+        compile: compile all networks but the discriminators.
+    """
+
+    precision: str = "fp32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self.precision in PRECISIONS, f"--precision {self.precision}: must be one of {', '.join(PRECISIONS)}"
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Machine, seed, outputs and reporting of a run; changing these never changes what is computed, but the seed.
 
@@ -301,6 +320,7 @@ class ProCSTConfig:
     schedule: ScheduleConfig
     run: RunConfig
     semseg: SemsegConfig = field(default_factory=SemsegConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         scales = self.network.num_scales
@@ -337,8 +357,8 @@ class ProCSTConfig:
         try:
             sections = {}
             for name, section in SECTIONS.items():
-                if name == "semseg" and name not in content:
-                    continue  # a run of the time before the segmentation nets
+                if name in ("semseg", "compute") and name not in content:
+                    continue  # a run of the time before these settings
                 values = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in content[name].items()}
                 sections[name] = section(**values)
             return cls(**sections)
@@ -356,6 +376,7 @@ SECTIONS = {
     "schedule": ScheduleConfig,
     "run": RunConfig,
     "semseg": SemsegConfig,
+    "compute": ComputeConfig,
 }
 
 

@@ -20,7 +20,7 @@ from utils.seeds import seed_for
 def segmentation_optimizer(net: nn.Module, config: SGDConfig) -> SGD:
     """SGD with the backbone at `lr_semseg` and the head at ten times that."""
     groups = parameter_groups(net, config.lr_semseg)
-    return SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+    return SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
 
 
 def _training_command(config: ProCSTConfig) -> str:

@@ -6,25 +6,29 @@ updated take no gradients. Nothing in here reads a device value back to the host
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.optim import Optimizer
 
 from core.config import LossConfig
 from core.execution import Forward, run_plainly
-from core.losses import content_loss, gradient_penalty, gram_matrix, label_loss, style_loss, total_variation
+from core.losses import label_loss
 from core.networks import Discriminator, Generator
-from core.pyramid import cascade, generated_pyramid
-
-# Image (B,3,h,w) in [-1,1] -> features by position in VGG16's `features`, holding at least the layers asked for.
-PerceptualNet = Callable[[Tensor], Mapping[int, Tensor]]
+from core.objectives import (
+    PerceptualNet,
+    PerceptualTargets,
+    adversarial_and_style_loss,
+    at_once,
+    cycle_back,
+    discriminator_loss,
+    perceptual_targets,
+)
+from core.pyramid import cascade
 
 
 @dataclass(frozen=True)
@@ -100,107 +104,126 @@ def without_gradients(*networks: nn.Module) -> Iterator[None]:
             network.requires_grad_(True)
 
 
-def discriminator_loss(
-    discriminator: Discriminator, real: Tensor, fake: Tensor, alpha: Tensor, config: LossConfig, forward: Forward
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """lambda_adversarial * (-mean D(real) + mean D(fake) + lambda_grad * penalty) and its logged parts."""
-    discriminator = partial(forward, discriminator)
-    real_loss = -discriminator(real).float().mean()
-    fake_loss = discriminator(fake).float().mean()
-    penalty = config.lambda_grad * gradient_penalty(discriminator, real, fake, alpha)
-    total = config.lambda_adversarial * (real_loss + fake_loss + penalty)
-    parts = {"RealImagesLoss": real_loss, "FakeImagesLoss": fake_loss, "LossGP": penalty, "LossAdversarial": total}
-    return total, {f"Discriminator/{name}": value for name, value in parts.items()}
-
-
 @dataclass(frozen=True)
-class PerceptualTargets:
-    """What the perceptual terms compare with: features at the content layers, Gram matrices at the style layers."""
+class Direction:
+    """One of the two ways images are translated in a step.
 
-    features: Mapping[int, Tensor]
-    gram_matrices: Mapping[int, Tensor]
+    Attributes:
+        name: `ST` or `TS`, as losses are logged.
+        image, coarser: inputs of `generator`: the finest level and the output of the cascade below, None at scale 0.
+        real: image of the domain that is translated to.
+        back, lower_back: the generators of the other direction, which bring images back.
+        alpha: interpolation factor of the gradient penalty.
+    """
+
+    name: str
+    image: Tensor
+    coarser: Tensor | None
+    real: Tensor
+    generator: Generator
+    discriminator: Discriminator
+    discriminator_optimizer: Optimizer
+    back: Generator
+    lower_back: Sequence[Generator]
+    alpha: Tensor
+
+    def translate(self, forward: Forward) -> Tensor:
+        """The translated image, (B,3,h,w)."""
+        return forward(self.generator, self.image, self.coarser)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """All that its generator loss has gradients to."""
+        return (*self.generator.parameters(), *self.back.parameters())
 
 
-@torch.no_grad()
-def perceptual_targets(
-    image: Tensor, perceptual: PerceptualNet, config: LossConfig, forward: Forward
-) -> PerceptualTargets:
-    """Look at an image (B,3,h,w) once, as content of one direction and as style of the other."""
-    features = forward(perceptual, image)
-    return PerceptualTargets(
-        {layer: features[layer] for layer in config.content_layers},
-        {layer: gram_matrix(features[layer]) for layer in config.style_layers},
+def _directions(
+    nets: ScaleNetworks, optimizers: ScaleOptimizers, batch: Batch, scale_factor: float, forward: Forward
+) -> tuple[Direction, Direction]:
+    def direction(name: str, levels: Sequence[Tensor], real: Tensor, to: str, back: str, alpha: Tensor) -> Direction:
+        lower = getattr(nets, f"lower_G{to}")
+        return Direction(
+            name=name,
+            image=levels[-1],
+            coarser=cascade(lower, levels, scale_factor, forward),
+            real=real,
+            generator=getattr(nets, f"G{to}"),
+            discriminator=getattr(nets, f"D{to}"),
+            discriminator_optimizer=getattr(optimizers, f"D{to}"),
+            back=getattr(nets, f"G{back}"),
+            lower_back=getattr(nets, f"lower_G{back}"),
+            alpha=alpha,
+        )
+
+    return (
+        direction("ST", batch.source, batch.target[-1], "st", "ts", batch.alphas[0]),
+        direction("TS", batch.target, batch.source[-1], "ts", "st", batch.alphas[1]),
     )
 
 
-class _ThroughFrozen(torch.autograd.Function):
-    """See `through_frozen`."""
+class GeneratorTerms:
+    """Everything the generators' update minimises in one direction: adversarial, style, cycle and label terms.
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, image: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
-        with torch.enable_grad():
-            leaf = image.detach().requires_grad_(True)
-            loss = term(leaf)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        ctx.save_for_backward(gradient)
-        return loss.detach()
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return upstream * gradient, None
-
-
-def through_frozen(term: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """`term(image)`, a scalar that depends on nothing else that takes gradients.
-
-    Its gradient to the image is computed along with it, so the activations of the frozen networks inside are freed at
-    once instead of being kept for the backward of the whole step: at full resolution they are most of the memory.
+    After `total`, `logged` holds the terms by their logged names and `returned` the image that came back, all without
+    gradient. The weights of discriminator, perceptual and segmentation net must not take gradients.
     """
-    return _ThroughFrozen.apply(image, term)
 
+    def __init__(
+        self,
+        direction: Direction,
+        perceptual: PerceptualNet,
+        own: PerceptualTargets,
+        other: PerceptualTargets,
+        config: LossConfig,
+        scale_factor: float,
+        forward: Forward,
+    ) -> None:
+        self.direction = direction
+        self.perceptual = perceptual
+        self.own = own
+        self.other = other
+        self.config = config
+        self.scale_factor = scale_factor
+        self.forward = forward
+        self.source_net: nn.Module | None = None
+        self.label: Tensor | None = None
+        self.logged: dict[str, Tensor] = {}
+        self.returned: Tensor | None = None
 
-def generator_loss(
-    fake: Tensor,
-    discriminator: Discriminator,
-    perceptual: PerceptualNet,
-    own: PerceptualTargets,
-    other: PerceptualTargets,
-    config: LossConfig,
-    forward: Forward,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Adversarial plus style terms of one direction and their logged parts.
+    def watch_labels(self, source_net: nn.Module, label: Tensor) -> None:
+        """Add the cyclic label loss: P on the image that came back, against the label (B,h,w) of the original."""
+        self.source_net, self.label = source_net, label
 
-    `own` belongs to the image that was translated, `other` to the image of the other domain. The weights of the
-    discriminator and the perceptual net must not take gradients.
-    """
-    parts: dict[str, Tensor] = {}
+    def total(self, fake: Tensor | None) -> Tensor:
+        """The sum, with gradients to both generators; None translates here and gives all memory back at the end."""
+        if fake is None:
+            return at_once(lambda *_: self._sum(self.direction.translate(self.forward)), *self.direction.weights())
+        return self._sum(fake)
 
-    def adversarial_term(image: Tensor) -> Tensor:
-        return config.lambda_adversarial * -forward(discriminator, image).float().mean()
+    def _sum(self, fake: Tensor) -> Tensor:
+        direction = self.direction
+        total, logged = adversarial_and_style_loss(
+            fake, direction.discriminator, self.perceptual, self.own, self.other, self.config, self.forward
+        )
+        self._log(logged, direction.name)
+        return total + at_once(self._cycle, fake, *direction.back.parameters())
 
-    def perceptual_term(image: Tensor) -> Tensor:
-        features = forward(perceptual, image)
-        content = content_loss(features, own.features, config.content_layers)
-        style = style_loss(features, other.gram_matrices, config.style_layers)
-        parts.update(ContentLoss=content.detach(), StyleLoss=style.detach())
-        return config.content_weight * content + config.style_weight * style
+    def _cycle(self, fake: Tensor, *_: Tensor) -> Tensor:
+        direction = self.direction
+        returned = cycle_back(fake, direction.back, direction.lower_back, self.scale_factor, self.forward)
+        total = cycle = self.config.lambda_cyclic * F.l1_loss(returned, direction.image)
+        self._log({f"Loss{direction.name}{direction.name[0]}": cycle}, "Cyclic")
+        if self.source_net is not None:
+            label = at_once(self._label_loss, returned)
+            self._log({"SourceLabelLoss": label}, "Cyclic")
+            total = cycle + label
+        self.returned = returned.detach()
+        return total
 
-    adversarial = through_frozen(adversarial_term, fake)
-    perceptual_loss = through_frozen(perceptual_term, fake)
-    tv = total_variation(fake)
-    total_style = perceptual_loss + config.tv_weight * tv
-    parts |= {"LossAdversarial": adversarial, "TVLoss": tv, "TotalStyleLoss": total_style}
-    total = adversarial + config.lambda_style * total_style
-    return total, {f"Generator/{name}": value for name, value in parts.items()}
+    def _label_loss(self, image: Tensor) -> Tensor:
+        return self.config.lambda_labels * label_loss(self.forward(self.source_net, image), self.label)
 
-
-def cycle_back(
-    fake: Tensor, back: Generator, lower_back: Sequence[Generator], scale_factor: float, forward: Forward
-) -> Tensor:
-    """Bring a translated image (B,3,h,w) back; the lower cascade of its own pyramid carries no gradient."""
-    levels = generated_pyramid(fake.detach(), back.shape.scale, scale_factor)
-    return forward(back, fake, cascade(lower_back, levels, scale_factor, forward))
+    def _log(self, losses: Mapping[str, Tensor], prefix: str) -> None:
+        self.logged |= {name: value.detach() for name, value in _with_direction(prefix, losses).items()}
 
 
 def _backward_and_step(loss: Tensor, *optimizers: Optimizer) -> None:
@@ -225,6 +248,7 @@ def training_step(
     labels: LabelNetworks | None = None,
     warmup: bool = False,
     forward: Forward = run_plainly,
+    recompute: bool = False,
 ) -> StepResult:
     """Update the four networks of a scale once, and at the last scale Q and Gst again.
 
@@ -233,53 +257,49 @@ def training_step(
         labels: the segmentation networks of the last scale, None elsewhere and with `no_semseg`.
         warmup: leave the label loss out and do not step Gst in the segmentation phase.
         forward: how networks are run.
+        recompute: translate once more for the generators' update instead of keeping both translations' activations
+            through the discriminators': two of some fifty forwards more, for the least memory. The sums are the same.
 
     Returns:
         Losses under `ST|TS/Discriminator|Generator/...`, `Cyclic/...`, `Semseg/...`, and the images `source`, `sit`,
         `sitis`, `target`, `tis`, `tisit`.
     """
-    source, target = batch.source[-1], batch.target[-1]
-    source_coarser = cascade(nets.lower_Gst, batch.source, scale_factor, forward)
-    sit = forward(nets.Gst, source, source_coarser)
-    tis = forward(nets.Gts, target, cascade(nets.lower_Gts, batch.target, scale_factor, forward))
+    directions = _directions(nets, optimizers, batch, scale_factor, forward)
     losses: dict[str, Tensor] = {}
+    with torch.set_grad_enabled(not recompute):
+        fakes = [direction.translate(forward) for direction in directions]
 
     # (1) Discriminators, one after the other: together they would need twice the memory.
-    loss, logged = discriminator_loss(nets.Dst, target, sit.detach(), batch.alphas[0], config, forward)
-    _backward_and_step(loss, optimizers.Dst)
-    losses |= _with_direction("ST", logged)
-    loss, logged = discriminator_loss(nets.Dts, source, tis.detach(), batch.alphas[1], config, forward)
-    _backward_and_step(loss, optimizers.Dts)
-    losses |= _with_direction("TS", logged)
+    for direction, fake in zip(directions, fakes, strict=True):
+        loss, logged = discriminator_loss(
+            direction.discriminator, direction.real, fake.detach(), direction.alpha, config, forward
+        )
+        _backward_and_step(loss, direction.discriminator_optimizer)
+        losses |= _with_direction(direction.name, logged)
 
     # (2) Generators, against the discriminators just updated.
     with without_gradients(nets.Dst, nets.Dts):
-        of_source = perceptual_targets(source, perceptual, config, forward)
-        of_target = perceptual_targets(target, perceptual, config, forward)
-        loss_st, logged_st = generator_loss(sit, nets.Dst, perceptual, of_source, of_target, config, forward)
-        loss_ts, logged_ts = generator_loss(tis, nets.Dts, perceptual, of_target, of_source, config, forward)
-        losses |= _with_direction("ST", logged_st) | _with_direction("TS", logged_ts)
-        sitis = cycle_back(sit, nets.Gts, nets.lower_Gts, scale_factor, forward)
-        tisit = cycle_back(tis, nets.Gst, nets.lower_Gst, scale_factor, forward)
-        cycle_source = config.lambda_cyclic * F.l1_loss(sitis, source)
-        cycle_target = config.lambda_cyclic * F.l1_loss(tisit, target)
-        losses |= {"Cyclic/LossSTS": cycle_source, "Cyclic/LossTST": cycle_target}
-        total = loss_st + loss_ts + cycle_source + cycle_target
+        looks = [perceptual_targets(direction.image, perceptual, config, forward) for direction in directions]
+        terms = [
+            GeneratorTerms(direction, perceptual, own, other, config, scale_factor, forward)
+            for direction, own, other in zip(directions, looks, reversed(looks), strict=True)
+        ]
         if labels is not None and not warmup:
-            cyclic_label = config.lambda_labels * through_frozen(
-                lambda image: label_loss(forward(labels.source_net, image), batch.label), sitis
-            )
-            losses["Cyclic/SourceLabelLoss"] = cyclic_label
-            total = total + cyclic_label
+            terms[0].watch_labels(labels.source_net, batch.label)
+        total = terms[0].total(None if recompute else fakes[0]) + terms[1].total(None if recompute else fakes[1])
         _backward_and_step(total, optimizers.Gst, optimizers.Gts)
+    for term in terms:
+        losses |= term.logged
 
     # (3) Segmentation of the images that the updated Gst makes.
     if labels is not None:
         losses["Semseg/SemsegLoss"] = _segmentation_phase(
-            nets.Gst, optimizers.Gst, labels, source, source_coarser, batch.label, warmup, forward
+            directions[0], optimizers.Gst, labels, batch.label, warmup, forward
         )
-
-    images = {"source": source, "sit": sit, "sitis": sitis, "target": target, "tis": tis, "tisit": tisit}
+    images = {
+        "source": directions[0].image, "sit": fakes[0], "sitis": terms[0].returned,
+        "target": directions[1].image, "tis": fakes[1], "tisit": terms[1].returned,
+    }  # fmt: skip
     return StepResult(
         losses={name: value.detach() for name, value in losses.items()},
         images={name: value.detach() for name, value in images.items()},
@@ -287,18 +307,16 @@ def training_step(
 
 
 def _segmentation_phase(
-    generator: Generator,
+    direction: Direction,
     generator_optimizer: Optimizer,
     labels: LabelNetworks,
-    source: Tensor,
-    source_coarser: Tensor | None,
     label: Tensor,
     warmup: bool,
     forward: Forward,
 ) -> Tensor:
     """Step Q on the freshly translated source and, after warm-up, Gst again on this gradient alone."""
     with torch.set_grad_enabled(not warmup):
-        sit = forward(generator, source, source_coarser)
+        sit = direction.translate(forward)
     loss = label_loss(forward(labels.target_net, sit), label)
     if warmup:
         _backward_and_step(loss, labels.target_optimizer)

@@ -15,6 +15,7 @@ from torch.optim import Adam
 from core.checkpoint import CONFIG, LATEST, NETWORK_NAMES, Checkpoint
 from core.config import ProCSTConfig, Size
 from core.contact_sheet import contact_sheet_path, save_contact_sheet
+from core.execution import Execution
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import RunProgress
 from core.pyramid import image_pyramid
@@ -78,6 +79,7 @@ class Trainer:
         self.inputs = dict(inputs or {})
         self.validator = validator
         self.validations: list[Mapping[str, Any]] = []
+        self.execution = Execution(config.compute.precision, config.compute.compile)
         self.epoch_length = max(len(source), len(target))
         self.scale = 0
         self.step = 0
@@ -98,7 +100,7 @@ class Trainer:
             network.to(self.device).train()
             self.networks[name].append(network)
             rate = optim.lr_d if name.startswith("D") else optim.lr_g
-            self.optimizers[name] = Adam(network.parameters(), lr=rate, betas=(optim.beta1, 0.999))
+            self.optimizers[name] = Adam(network.parameters(), lr=rate, betas=(optim.beta1, 0.999), fused=True)
         if self.labels is not None and self._is_last_scale():
             self.labels.source_net.to(self.device)
             self.labels.target_net.to(self.device)
@@ -321,6 +323,8 @@ class Trainer:
             self.config.network.scale_factor,
             labels,
             warmup,
+            self.execution,
+            recompute=self.device.type == "cuda",
         )
 
     def _to_device(self, levels: list[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ segmentation phase), pyramids exact.
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -158,7 +158,7 @@ class GoldenStep:
         )
         self.batch = batch
         self.scale_networks = ScaleNetworks(**self.nets, lower_Gst=lower["Gst"], lower_Gts=lower["Gts"])
-        step = training_step
+        step = partial(training_step, recompute=self.mode == "recompute")
         if self.mode == "literal":
             step = literal_step
             collect_gradients(self.perceptual, *([self.labels.source_net] if self.labels else []))
@@ -204,7 +204,7 @@ def golden_step(path, scale, mode):
     return GoldenStep(path, scale, mode)
 
 
-MODES = ("plain", "literal")
+MODES = ("plain", "recompute", "literal")
 CASES = [
     (path, scale, mode)
     for mode in MODES

@@ -1,0 +1,96 @@
+"""Counting what a piece of PyTorch code does: arithmetic, bytes, memory alive at once, and what the device could do."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Peak of the bytes alive that were allocated inside, and the bytes that operators read and wrote.
+
+    Exact for tensors; what a library allocates inside an operator (convolution workspaces) is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = self.moved = 0
+        self._known: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        written = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+        fresh = [x.untyped_storage() for x in written]
+        read = {x.untyped_storage()._cdata for x in tensors}
+        in_place = func.__name__.split(".")[0].endswith("_")
+        if in_place or any(storage._cdata not in read for storage in fresh):  # a view moves nothing
+            self.moved += sum(x.nbytes for x in (*tensors, *written))
+        for storage in fresh:
+            if storage not in self._known and storage._cdata not in read:
+                self._add(storage)
+        return outputs
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._known.add(storage)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.alive -= size
+
+
+def count_flops(run: Callable[[], Any]) -> float:
+    """Floating point operations of the convolutions and matrix products in `run`, backward included."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of `run`, the device's work included."""
+    synchronise(device)
+    started = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> float:
+    """Best measured operations per second of a large square matrix product."""
+    side = MATMUL_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    best = min(seconds_of(lambda: a @ b, device) for _ in range(6))
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2.0 * side**3 / best
+
+
+def copy_ceiling(device: torch.device) -> float:
+    """Best measured bytes per second, read and written, of a large copy."""
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    best = min(seconds_of(lambda: target.copy_(source), device) for _ in range(6))
+    return 2.0 * source.nbytes / best

@@ -1,0 +1,96 @@
+"""What the benchmarks of the training step run on: networks of a configuration, and batches of random images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from core.config import ProCSTConfig
+from core.execution import channels_last
+from core.label_networks import build_label_networks
+from core.networks import Discriminator, Generator, freeze, init_weights
+from core.pyramid import level_size
+from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers
+from models.segmentation import build_segmentation_net
+from models.vgg import VGGFeatures, build_vgg
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything a step of one scale needs."""
+
+    networks: ScaleNetworks
+    optimizers: ScaleOptimizers
+    perceptual: VGGFeatures
+    labels: LabelNetworks | None
+    batch: Batch
+
+
+def build_setting(config: ProCSTConfig, scale: int, device: torch.device, fused: bool) -> Setting:
+    """Networks with seeded random weights in training at `scale`, on `device`, and one batch.
+
+    Args:
+        fused: make the optimisers and lay out the frozen nets as the trainer does; the yardstick has neither.
+    """
+
+    def network(kind: type, at: int) -> Generator | Discriminator:
+        built = kind(config.network.shape(at))
+        init_weights(built, torch.Generator().manual_seed(at))
+        return _placed(built.train(), device)
+
+    kinds = {"Dst": Discriminator, "Gst": Generator, "Dts": Discriminator, "Gts": Generator}
+    trained = {name: network(kind, scale) for name, kind in kinds.items()}
+    lower = {f"lower_{name}": [freeze(network(Generator, k)) for k in range(scale)] for name in ("Gst", "Gts")}
+    optim = config.optim
+    optimizers = {
+        name: Adam(net.parameters(), lr=optim.lr_g, betas=(optim.beta1, 0.999), fused=fused or None)
+        for name, net in trained.items()
+    }
+    perceptual = _placed(build_vgg(config.run.vgg_weights, config.loss.perceptual_layers), device)
+    labels = None
+    if not config.run.no_semseg and scale == config.network.num_scales:
+        labels = build_label_networks(
+            config.semseg, freeze(build_segmentation_net(config.semseg.shape())), seed=0, pretrained=False
+        )
+        _placed(labels.source_net, device)
+        _placed(labels.target_net, device)
+    if fused:
+        for network in (perceptual, *([labels.source_net, labels.target_net] if labels else [])):
+            channels_last(network)
+    return Setting(
+        ScaleNetworks(**trained, **lower), ScaleOptimizers(**optimizers), perceptual, labels,
+        random_batch(config, scale, device, labels is not None),
+    )  # fmt: skip
+
+
+def _placed(network: nn.Module, device: torch.device) -> nn.Module:
+    # Networks of fake tensors, which only follow shapes, cannot be moved and need not be.
+    return network if device.type == "cpu" else network.to(device)
+
+
+def random_batch(config: ProCSTConfig, scale: int, device: torch.device, with_label: bool) -> Batch:
+    """Smooth random pyramids in [-1,1], the same for every caller, and a label of all classes."""
+    generator = torch.Generator().manual_seed(scale)
+    size = config.schedule.batch_size_list[scale]
+    last = config.network.num_scales
+
+    def level(k: int) -> Tensor:
+        width, height = level_size(config.data.crop_size, last - k, config.network.scale_factor)
+        coarse = torch.rand(size, 3, max(height // 4, 1), max(width // 4, 1), generator=generator)
+        image = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+        return (2.0 * image - 1.0).to(device)
+
+    width, height = config.data.crop_size
+    label = None
+    if with_label:
+        shape = (size, height, width)
+        label = torch.randint(0, config.semseg.num_classes, shape, generator=generator, dtype=torch.uint8).to(device)
+    return Batch(
+        source=[level(k) for k in range(scale + 1)],
+        target=[level(k) for k in range(scale + 1)],
+        alphas=torch.rand(2, generator=generator).to(device),
+        label=label,
+    )

@@ -1,0 +1,184 @@
+"""Time one training step at every scale, side by side with the literal step.
+
+    python benchmarks/training_step.py --gpus 0 --batch_size_list 32 16 3
+    python benchmarks/training_step.py --gpus cpu --crop_size 160 80 --batch_size_list 16 8 4 --model UNet
+
+Takes the flags of train_procst.py; images, labels and weights are random, so nothing is downloaded. The variants are
+timed in turns, so that a machine that slows down slows all of them. `--memory` computes nothing and runs anywhere: it
+follows the tensors of one step at the given sizes and prints how many bytes are alive at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# The scripts of this folder are run by path, and then their own folder is where Python looks.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.literal_step import collect_gradients, literal_step
+from benchmarks.meters import MemoryMeter, copy_ceiling, count_flops, matmul_ceiling, seconds_of, synchronise
+from benchmarks.setting import Setting, build_setting
+from core.command_line import build_parser, config_from_flags
+from core.config import ProCSTConfig
+from core.execution import Execution, computes_in_bf16, set_convolution_precision
+from core.step import training_step
+from utils.devices import resolve_device
+from utils.errors import run_cli
+from utils.flags import parse_flags
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to make a step: `literal`, or ours in a precision."""
+
+    name: str
+    precision: str
+    compiled: bool = False
+
+    @property
+    def literal(self) -> bool:
+        return self.name == "literal"
+
+    def step_of(self, setting: Setting, config: ProCSTConfig, recompute: bool) -> Callable[[], object]:
+        """A function that makes one step in `setting`; the literal step knows no `recompute`."""
+        arguments = (
+            setting.networks, setting.optimizers, setting.perceptual, setting.batch, config.loss,
+            config.network.scale_factor, setting.labels,
+        )  # fmt: skip
+        if self.literal:
+            collect_gradients(setting.perceptual, *([setting.labels.source_net] if setting.labels else []))
+            return partial(literal_step, *arguments)
+        return partial(training_step, *arguments, forward=Execution(self.precision, self.compiled), recompute=recompute)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that the training script does not have."""
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--rounds", type=int, default=5, help="timed steps of each variant (default: %(default)s)")
+    group.add_argument("--scales", type=int, nargs="+", default=None, help="scales to time (default: all)")
+    group.add_argument("--memory", action="store_true", help="no timing: bytes alive at once, on any machine")
+
+
+def variants(device: torch.device, compiled: bool) -> list[Variant]:
+    """The literal step first, then ours in every precision of the device."""
+    precisions = ["fp32", *(["tf32"] if device.type == "cuda" else []), *(["bf16"] if computes_in_bf16(device) else [])]
+    found = [Variant("literal", "fp32"), *(Variant(precision, precision) for precision in precisions)]
+    return found + [Variant(f"{p} compiled", p, True) for p in precisions if compiled]
+
+
+def peak_memory(config: ProCSTConfig, scale: int, variant: Variant) -> tuple[int, int]:
+    """Most bytes alive at once in a second step as a GPU makes it, beyond networks and batch, and bytes moved."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        setting = build_setting(config, scale, torch.device("cpu"), fused=False)
+        step = variant.step_of(setting, config, recompute=True)
+        step()  # gradients and optimiser states are allocated
+        with MemoryMeter() as meter:
+            step()
+    return meter.peak, meter.moved
+
+
+def print_memory(config: ProCSTConfig, scales: list[int]) -> None:
+    """A table of `peak_memory` for every scale."""
+    print("| scale | step | most alive, GB | of literal | read and written, GB |\n| --- | --- | --- | --- | --- |")
+    for scale in scales:
+        found = {}
+        for variant in (Variant("literal", "fp32"), Variant("fp32", "fp32"), Variant("bf16", "bf16")):
+            found[variant.name] = peak, moved = peak_memory(config, scale, variant)
+            share = peak / found["literal"][0]
+            print(f"| {scale} | {variant.name} | {peak / 1e9:.2f} | {share:.0%} | {moved / 1e9:.0f} |", flush=True)
+
+
+def time_scale(
+    config: ProCSTConfig, scale: int, device: torch.device, compared: list[Variant], rounds: int
+) -> dict[str, tuple[float, int | None]]:
+    """Seconds of the fastest step and, on a GPU, its peak memory in bytes, for every variant."""
+    # On a GPU one variant at a time holds memory, so that each peak is its own.
+    settings = {v.name: build_setting(config, scale, device, fused=not v.literal) for v in compared}
+    steps = {v.name: v.step_of(settings[v.name], config, device.type == "cuda") for v in compared}
+    times: dict[str, list[float]] = {v.name: [] for v in compared}
+    peaks: dict[str, int | None] = {}
+    for turn in range(-2, rounds):  # two steps of each to warm up
+        for variant in compared:
+            set_convolution_precision(variant.precision)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                held = torch.cuda.memory_allocated(device)
+            seconds = seconds_of(steps[variant.name], device)
+            if turn >= 0:
+                times[variant.name].append(seconds)
+                peaks[variant.name] = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
+    return {name: (min(values), peaks[name]) for name, values in times.items()}
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = build_parser(__doc__)
+    parser.set_defaults(vgg_weights="random", no_pretrained_backbone=True)
+    add_flags(parser)
+    flags, given = parse_flags(parser)
+    config = config_from_flags(flags, given)
+    device = resolve_device(config.run.gpus.split())
+    torch.backends.cudnn.benchmark = True
+    scales = flags.scales or list(range(config.network.num_scales + 1))
+    if flags.memory:
+        print_memory(config, scales)
+        return
+    compared = variants(device, config.compute.compile)
+    ceilings = {v.precision: matmul_ceiling(device, DTYPES[v.precision], v.precision == "tf32") for v in compared}
+    copy = copy_ceiling(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    shown = ", ".join(f"{precision} {value / 1e12:.2f} TFLOP/s" for precision, value in ceilings.items())
+    print(f"{name}, torch {torch.__version__}; measured ceilings: {shown}, copy {copy / 1e9:.1f} GB/s\n")
+    print("| scale, batch | step | ms | pairs/s | speed-up | TFLOP/s | of matmul ceiling | floor ms | peak GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for scale in scales:
+        _print_scale(config, scale, device, compared, flags.rounds, ceilings, copy)
+
+
+def _print_scale(
+    config: ProCSTConfig,
+    scale: int,
+    device: torch.device,
+    compared: list[Variant],
+    rounds: int,
+    ceilings: dict[str, float],
+    copy: float,
+) -> None:
+    batch = config.schedule.batch_size_list[scale]
+    results = time_scale(config, scale, device, compared, rounds)
+    counted = {}
+    for variant in compared:
+        plain = replace(variant, compiled=False)
+        setting = build_setting(config, scale, device, fused=not variant.literal)
+        step = plain.step_of(setting, config, device.type == "cuda")
+        flops = count_flops(step)
+        with MemoryMeter() as meter:
+            step()
+        synchronise(device)
+        counted[variant.name] = flops, meter.peak, meter.moved
+    base = results["literal"][0]
+    for variant in compared:
+        seconds, peak = results[variant.name]
+        flops, alive, moved = counted[variant.name]
+        floor = max(flops / ceilings[variant.precision], moved / copy)
+        bound = "arithmetic" if flops / ceilings[variant.precision] > moved / copy else "memory"
+        print(
+            f"| {scale}, {batch} | {variant.name} | {1e3 * seconds:.1f} | {batch / seconds:.2f} | {base / seconds:.2f} "
+            f"| {flops / seconds / 1e12:.3f} | {flops / seconds / ceilings[variant.precision]:.0%} "
+            f"| {1e3 * floor:.1f} ({bound}) | {(alive if peak is None else peak) / 1e9:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,129 @@
+"""The terms of a step as they are computed with networks: what is evaluated on what, and when memory is given back.
+
+The formulas themselves are in `core.losses` (specification section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from core.config import LossConfig
+from core.execution import Forward
+from core.losses import content_loss, gradient_penalty, gram_matrix, style_loss, total_variation
+from core.networks import Discriminator, Generator
+from core.pyramid import cascade, generated_pyramid
+
+# Image (B,3,h,w) in [-1,1] -> features by position in VGG16's `features`, holding at least the layers asked for.
+PerceptualNet = Callable[[Tensor], Mapping[int, Tensor]]
+
+
+class _AtOnce(torch.autograd.Function):
+    """See `at_once`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, term: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        leaves = [x if x.is_leaf else x.detach().requires_grad_(True) for x in inputs]
+        with torch.enable_grad():
+            loss = term(*leaves)
+        ctx.save_for_backward(*torch.autograd.grad(loss, leaves, allow_unused=True))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(None if gradient is None else upstream * gradient for gradient in ctx.saved_tensors)
+
+
+def at_once(term: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`term(*inputs)`, a scalar, with its gradients to the inputs computed along with it.
+
+    What it needs to keep for them is freed before the next term is computed, instead of waiting for the backward of the
+    whole step: at full resolution the activations of discriminator, perceptual and segmentation net are most of the
+    memory.
+
+    Args:
+        inputs: everything that takes gradients in it: an image, or the weights of a network.
+    """
+    return _AtOnce.apply(term, *inputs)
+
+
+def discriminator_loss(
+    discriminator: Discriminator, real: Tensor, fake: Tensor, alpha: Tensor, config: LossConfig, forward: Forward
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """lambda_adversarial * (-mean D(real) + mean D(fake) + lambda_grad * penalty) and its logged parts."""
+    score = partial(forward, discriminator)
+    weights = tuple(discriminator.parameters())
+    real_loss = -at_once(lambda *_: score(real).float().mean(), *weights)
+    fake_loss = at_once(lambda *_: score(fake).float().mean(), *weights)
+    penalty = config.lambda_grad * at_once(lambda *_: gradient_penalty(score, real, fake, alpha), *weights)
+    total = config.lambda_adversarial * (real_loss + fake_loss + penalty)
+    parts = {"RealImagesLoss": real_loss, "FakeImagesLoss": fake_loss, "LossGP": penalty, "LossAdversarial": total}
+    return total, {f"Discriminator/{name}": value for name, value in parts.items()}
+
+
+@dataclass(frozen=True)
+class PerceptualTargets:
+    """What the perceptual terms compare with: features at the content layers, Gram matrices at the style layers."""
+
+    features: Mapping[int, Tensor]
+    gram_matrices: Mapping[int, Tensor]
+
+
+@torch.no_grad()
+def perceptual_targets(
+    image: Tensor, perceptual: PerceptualNet, config: LossConfig, forward: Forward
+) -> PerceptualTargets:
+    """Look at an image (B,3,h,w) once, as content of one direction and as style of the other."""
+    features = forward(perceptual, image)
+    return PerceptualTargets(
+        {layer: features[layer] for layer in config.content_layers},
+        {layer: gram_matrix(features[layer]) for layer in config.style_layers},
+    )
+
+
+def adversarial_and_style_loss(
+    fake: Tensor,
+    discriminator: Discriminator,
+    perceptual: PerceptualNet,
+    own: PerceptualTargets,
+    other: PerceptualTargets,
+    config: LossConfig,
+    forward: Forward,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adversarial plus style terms of one direction and their logged parts.
+
+    `own` belongs to the image that was translated, `other` to the image of the other domain. The weights of the
+    discriminator and the perceptual net must not take gradients.
+    """
+    parts: dict[str, Tensor] = {}
+
+    def adversarial_term(image: Tensor) -> Tensor:
+        return config.lambda_adversarial * -forward(discriminator, image).float().mean()
+
+    def perceptual_term(image: Tensor) -> Tensor:
+        features = forward(perceptual, image)
+        content = content_loss(features, own.features, config.content_layers)
+        style = style_loss(features, other.gram_matrices, config.style_layers)
+        parts.update(ContentLoss=content.detach(), StyleLoss=style.detach())
+        return config.content_weight * content + config.style_weight * style
+
+    adversarial = at_once(adversarial_term, fake)
+    perceptual_loss = at_once(perceptual_term, fake)
+    tv = total_variation(fake)
+    total_style = perceptual_loss + config.tv_weight * tv
+    parts |= {"LossAdversarial": adversarial, "TVLoss": tv, "TotalStyleLoss": total_style}
+    total = adversarial + config.lambda_style * total_style
+    return total, {f"Generator/{name}": value for name, value in parts.items()}
+
+
+def cycle_back(
+    fake: Tensor, back: Generator, lower_back: Sequence[Generator], scale_factor: float, forward: Forward
+) -> Tensor:
+    """Bring a translated image (B,3,h,w) back; the lower cascade of its own pyramid carries no gradient."""
+    levels = generated_pyramid(fake.detach(), back.shape.scale, scale_factor)
+    return forward(back, fake, cascade(lower_back, levels, scale_factor, forward))
