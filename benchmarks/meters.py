@@ -11,27 +11,32 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
-class MemoryMeter(TorchDispatchMode):
-    """Peak of the bytes alive that were allocated inside, and the bytes that operators read and wrote.
+class Meter(TorchDispatchMode):
+    """What the operators inside do, backward included.
 
-    Exact for tensors; what a library allocates inside an operator (convolution workspaces) is not seen.
+    Attributes:
+        flops: floating point operations of convolutions and matrix products, from their shapes.
+        moved: bytes read and written.
+        peak: most bytes alive at once of those allocated inside; what a library takes within an operator is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = self.moved = 0
+        self.alive = self.peak = self.moved = self.flops = 0
         self._known: weakref.WeakSet = weakref.WeakSet()
 
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=outputs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         written = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
         fresh = [x.untyped_storage() for x in written]
@@ -53,13 +58,6 @@ class MemoryMeter(TorchDispatchMode):
 
     def _remove(self, size: int) -> None:
         self.alive -= size
-
-
-def count_flops(run: Callable[[], Any]) -> float:
-    """Floating point operations of the convolutions and matrix products in `run`, backward included."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
 
 
 def synchronise(device: torch.device) -> None:

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.literal_step import collect_gradients, literal_step
-from benchmarks.meters import MemoryMeter, copy_ceiling, count_flops, matmul_ceiling, seconds_of, synchronise
+from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
 from benchmarks.setting import Setting, build_setting
 from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig
@@ -82,7 +82,7 @@ def peak_memory(config: ProCSTConfig, scale: int, variant: Variant) -> tuple[int
         setting = build_setting(config, scale, torch.device("cpu"), fused=False)
         step = variant.step_of(setting, config, recompute=True)
         step()  # gradients and optimiser states are allocated
-        with MemoryMeter() as meter:
+        with Meter() as meter:
             step()
     return meter.peak, meter.moved
 
@@ -161,11 +161,11 @@ def _print_scale(
         plain = replace(variant, compiled=False)
         setting = build_setting(config, scale, device, fused=not variant.literal)
         step = plain.step_of(setting, config, device.type == "cuda")
-        flops = count_flops(step)
-        with MemoryMeter() as meter:
+        step()  # gradients and optimiser states are allocated
+        with Meter() as meter:
             step()
         synchronise(device)
-        counted[variant.name] = flops, meter.peak, meter.moved
+        counted[variant.name] = meter.flops, meter.peak, meter.moved
     base = results["literal"][0]
     for variant in compared:
         seconds, peak = results[variant.name]

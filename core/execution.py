@@ -78,6 +78,9 @@ class Execution:
     def __init__(self, precision: Precision = "fp32", compiled: bool = False) -> None:
         self.precision = precision
         self.compiled = compiled
+        if compiled:
+            # All generators share one piece of code, and every scale compiles its own, trained and frozen.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._programs: dict[int, tuple[nn.Module, Forward]] = {}
 
     def __call__(self, network: nn.Module, *inputs: Any) -> Any:

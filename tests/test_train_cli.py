@@ -33,7 +33,7 @@ def training_flags(world, out, **changes):
         "gpus": "cpu", "src_data_dir": world / "gta", "trg_data_dir": world / "cityscapes", "no_semseg": (),
         "src_resize": (52, 40), "trg_resize": (48, 36), "crop_size": (48, 36), "base_channels_list": 8,
         "batch_size_list": (2, 2, 1), "steps_per_scale": STEPS, "vgg_weights": "random", "content_layers": 6,
-        "style_layers": (3, 6), "num_workers": 0, "print_rate": 2, "lr_g": 1e-3, "lr_d": 1e-3,
+        "style_layers": (3, 6), "num_workers": 0, "precision": "fp32", "print_rate": 2, "lr_g": 1e-3, "lr_d": 1e-3,
         "checkpoints_dir": out / "models", "tb_logs_dir": out / "runs", **changes,
     }  # fmt: skip
     line = []

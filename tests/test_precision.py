@@ -1,0 +1,143 @@
+"""Reduced precision and compilation: what they may change, and what they must not lose."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_procst
+from core.checkpoint import load_checkpoint
+from core.execution import Execution, computes_in_bf16, resolve_precision
+from core.losses import gradient_penalty
+from core.networks import Discriminator, Generator
+from core.pyramid import image_pyramid
+from core.step import Batch
+from data_handlers.images import normalise
+from data_handlers.toy_files import draw_frame
+from test_bad_input import check_refusal
+from test_step import Step, build
+from test_train_cli import only_run, training_flags
+from worlds import write_cityscapes, write_gta5
+
+CPU = torch.device("cpu")
+STEPS = 50
+
+
+def toy_batches(count, size=(48, 32)):
+    """Batches of two toy frames of each domain with their labels."""
+    frames = {domain: [draw_frame(domain, 1, "train", k, size) for k in range(6)] for domain in ("gta5", "cityscapes")}
+
+    def levels(domain, chosen):
+        pyramids = [image_pyramid(Image.fromarray(frames[domain][k][0]), 2, 0.5, 2) for k in chosen]
+        stacked = [torch.from_numpy(np.stack(level)) for level in zip(*pyramids, strict=True)]
+        return [normalise(level).permute(0, 3, 1, 2).contiguous() for level in stacked]
+
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        source, target = rng.integers(6, size=2), rng.integers(6, size=2)
+        label = torch.from_numpy(np.stack([frames["gta5"][k][1] for k in source]))
+        label = torch.where(label < 5, label, 255).to(torch.uint8)
+        alphas = torch.from_numpy(rng.random(2, np.float32))
+        yield Batch(levels("gta5", source), levels("cityscapes", target), alphas, label)
+
+
+def losses_of(execution, steps=STEPS):
+    """The logged losses of a short training on the toy world, (steps,) for each name."""
+    torch.manual_seed(0)
+    step = Step(channels=16, labels=True)
+    logged = []
+    for batch in toy_batches(steps):
+        step.batch = batch
+        logged.append(step.run(forward=execution).losses)
+    return {name: torch.stack([losses[name] for losses in logged]) for name in logged[0]}
+
+
+def test_bf16_losses_stay_with_float32():
+    exact, rounded = losses_of(Execution("fp32")), losses_of(Execution("bf16"))
+    assert exact.keys() == rounded.keys()
+    for name, value in exact.items():
+        assert value.dtype == rounded[name].dtype == torch.float32, name
+        size = value.abs().mean()
+        assert float((rounded[name] - value).mean().abs() / size) < 0.02, name
+    # The terms that are no differences of larger ones agree at every single step.
+    for name in ("ST/Generator/ContentLoss", "ST/Generator/TVLoss", "Cyclic/LossSTS", "Semseg/SemsegLoss"):
+        assert float(((rounded[name] - exact[name]) / exact[name]).abs().max()) < 0.02, name
+
+
+MODES = [("fp32", False), ("bf16", False), ("fp32", True), ("bf16", True)]
+
+
+@pytest.mark.parametrize(("precision", "compiled"), MODES)
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_the_gradient_penalty_reaches_the_discriminator(precision, compiled, norm):
+    def gradients(execution):
+        discriminator = build(Discriminator, 2, 2, 16, norm, seed=3).train()
+        torch.manual_seed(0)
+        real, fake = torch.rand(2, 3, 24, 32) * 2 - 1, torch.rand(2, 3, 24, 32) * 2 - 1
+        with torch.no_grad():
+            for parameter in discriminator.parameters():
+                parameter.mul_(3)  # at their initial size the norm of the gradient is almost 0
+        penalty = gradient_penalty(partial(execution, discriminator), real, fake, torch.tensor(0.4))
+        assert penalty.dtype == torch.float32
+        penalty.backward()
+        return {n: p.grad for n, p in discriminator.named_parameters() if n.endswith("weight")}
+
+    exact, found = gradients(Execution()), gradients(Execution(precision, compiled))
+    for name, value in exact.items():
+        assert float(value.norm()) > 0, name
+        assert float((found[name] - value).norm() / value.norm()) < (0.1 if precision == "bf16" else 1e-6), name
+
+
+def test_discriminators_are_never_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compiled.append(network) or network)
+    execution = Execution("fp32", compiled=True)
+    generator, discriminator = build(Generator, 0, 2, 8, "group", 0), build(Discriminator, 0, 2, 8, "group", 0)
+    for _ in range(2):
+        execution(generator, torch.zeros(1, 3, 8, 8), None)
+        execution(discriminator, torch.zeros(1, 3, 8, 8))
+    assert compiled == [generator]
+
+
+def test_generated_images_are_float32():
+    image = torch.rand(1, 3, 16, 16)
+    generator = build(Generator, 0, 2, 8, "group", 0)
+    exact, rounded = generator(image, None), Execution("bf16")(generator, image, None)
+    assert rounded.dtype == torch.float32
+    assert 0 < float((rounded - exact).abs().max()) < 0.02
+
+
+def test_precisions_of_the_cpu():
+    assert resolve_precision("auto", CPU) == ("bf16" if computes_in_bf16(CPU) else "fp32")
+    assert resolve_precision("fp32", CPU) == "fp32"
+
+
+@pytest.fixture
+def world(tmp_path):
+    write_gta5(tmp_path / "gta", count=4, size=(60, 44))
+    write_cityscapes(tmp_path / "cityscapes", count=3, size=(64, 40), labels=False)
+    return tmp_path
+
+
+def test_a_run_in_bf16(world, run_script, monkeypatch):
+    monkeypatch.setattr("core.execution.computes_in_bf16", lambda device: True)
+    flags = training_flags(world, world / "out", precision="auto", save_checkpoint_rate=1)
+    result = run_script(train_procst, *flags)
+    assert result.code == 0, result.err
+    assert "precision bf16" in result.out
+    checkpoint = load_checkpoint(only_run(world / "out") / "latest.pth")
+    assert checkpoint.config.compute.precision == "bf16"
+    states = [state for states in checkpoint.networks.values() for state in states]
+    states += [values for optimizer in checkpoint.optimizers.values() for values in optimizer["state"].values()]
+    assert {tensor.dtype for state in states for tensor in state.values()} == {torch.float32}
+
+
+def test_precisions_that_the_device_lacks(world, run_script, monkeypatch):
+    monkeypatch.setattr("core.execution.computes_in_bf16", lambda device: False)
+    for precision, parts in (("tf32", ("--precision tf32", "NVIDIA")), ("bf16", ("--precision bf16", "fp32"))):
+        check_refusal(run_script(train_procst, *training_flags(world, world / "out", precision=precision)), *parts)
+    assert not (world / "out").exists()
