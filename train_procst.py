@@ -18,6 +18,7 @@ from core.label_networks import build_label_networks, load_source_net
 from core.progress import RunProgress, scale_plans
 from core.trainer import Trainer
 from core.validation import BEST_PATTERN, Validator, scored_classes
+from data_handlers.cache import ImageCache, open_cache
 from data_handlers.datasets import DATA_SETS
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
@@ -109,6 +110,17 @@ def _with_selection(config: ProCSTConfig, select_by: str) -> ProCSTConfig:
     return replace(config, semseg=replace(config.semseg, select_by=select_by))
 
 
+def _open_caches(config: ProCSTConfig, source: FileList, target: FileList) -> dict[str, ImageCache]:
+    data = config.data
+    if not data.cache_dir:
+        return {}
+    folder, workers = Path(data.cache_dir), data.num_workers
+    return {
+        "source": open_cache(folder, source, data.src_resize, data.resample, not config.run.no_semseg, workers),
+        "target": open_cache(folder, target, data.trg_resize, data.resample, False, workers),
+    }
+
+
 def _checkpoint_to_continue(path: Path) -> tuple[Path, Checkpoint]:
     file = path / LATEST if path.is_dir() else path
     if not file.is_file():
@@ -168,12 +180,13 @@ def main() -> None:
     inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)
     for flag in ("checkpoints_dir", "tb_logs_dir"):
         check_folder(Path(getattr(config.run, flag)), f"--{flag}")
+    caches = _open_caches(config, source, target)
     # Everything that can be wrong with the input has been looked at; only now is a run folder made.
     task = f"{config.data.source}_to_{config.data.target}"
     parent = Path(config.run.checkpoints_dir)
     folder = new_run_folder(parent, "--checkpoints_dir", task) if origin is None else origin.parent
     remove_leftovers(folder)
-    trainer = Trainer(config, source, target, perceptual, device, folder, labels, inputs, validator)
+    trainer = Trainer(config, source, target, perceptual, device, folder, labels, inputs, validator, caches)
     if checkpoint is not None:
         trainer.restore(checkpoint, origin)
         if flags.resume_to_epoch is not None:

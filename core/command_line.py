@@ -21,6 +21,7 @@ from core.config import (
 )
 from core.execution import PRECISIONS
 from data_handlers.datasets import DATA_SETS
+from data_handlers.images import RESAMPLINGS
 from models.segmentation import BACKBONES, MODELS, default_backbone
 from utils.devices import default_workers
 from utils.errors import UserError
@@ -37,7 +38,7 @@ CONTINUE_FLAGS = frozenset(
     {
         "continue_train_from_path", "resume_to_epoch", "gpus", "num_workers", "src_data_dir", "trg_data_dir",
         "vgg_weights", "semseg_weights", "backbone_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate",
-        "pics_per_epoch", "precision", "compile",
+        "pics_per_epoch", "precision", "compile", "cache_dir",
     }
 )  # fmt: skip
 
@@ -87,6 +88,12 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--crop_size", **size, help="random crop of both, and size of the finest scale (default: 1024 512)")
     add("--num_workers", type=int, default=default_workers(),
         help="loader processes for each domain (default: 6, or the number of CPUs)")  # fmt: skip
+    add("--cache_dir", default="", metavar="DIR",
+        help="keep the resized images in memory-mapped files in this folder, made once: 2.1 MB for a GTA5 frame "
+        "(default: read the data sets every time)")  # fmt: skip
+    add("--resample", choices=RESAMPLINGS, default="fast",
+        help="arithmetic of the bicubic filter: exact is Pillow's; fast is at most one level of 255 off "
+        "(default: %(default)s)")  # fmt: skip
 
 
 def _add_network_flags(group: argparse._ArgumentGroup) -> None:
@@ -260,6 +267,8 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCS
             trg_resize=tuple(flags.trg_resize or target.resize),
             crop_size=tuple(flags.crop_size or source.crop),
             num_workers=flags.num_workers,
+            cache_dir=flags.cache_dir,
+            resample=flags.resample,
         ),
         network=NetworkConfig(
             num_scales=flags.num_scales,
@@ -333,7 +342,7 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
                 f"{flag_of(name)}: the run was started with {started}, the command line says {value}; a "
                 "continued run keeps its configuration, so leave the flag out or start a new run"
             )
-    data = {n: getattr(flags, n) for n in ("num_workers", "src_data_dir", "trg_data_dir") if n in given}
+    data = {n: getattr(flags, n) for n in ("num_workers", "src_data_dir", "trg_data_dir", "cache_dir") if n in given}
     reporting = ("vgg_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "pics_per_epoch")
     run = {n: getattr(flags, n) for n in reporting if n in given}
     if "gpus" in given:

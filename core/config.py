@@ -15,6 +15,7 @@ from core.execution import PRECISIONS
 from core.networks import NetworkShape, Norm, layers_at_scale, published_norm
 from core.pyramid import level_size
 from data_handlers.datasets import DATA_SETS
+from data_handlers.images import RESAMPLINGS
 from models.segmentation import SMALLEST_CROP, SegmentationShape
 from models.vgg import VGG16_POOLINGS
 from utils.errors import UserError
@@ -51,6 +52,8 @@ class DataConfig:
         src_resize, trg_resize: (W,H) every image is resized to.
         crop_size: (W,H) of the random crop taken from the resized image of either domain.
         num_workers: loader processes for each domain; 0 loads in the main process.
+        cache_dir: folder of caches of the resized images, or ''.
+        resample: `exact`, or `fast`, which is at most one level off.
     """
 
     source: str
@@ -63,8 +66,11 @@ class DataConfig:
     trg_resize: Size
     crop_size: Size
     num_workers: int
+    cache_dir: str = ""
+    resample: str = "exact"
 
     def __post_init__(self) -> None:
+        _require(self.resample in RESAMPLINGS, f"--resample {self.resample}: must be one of {', '.join(RESAMPLINGS)}")
         for name in (self.source, self.target):
             _require(name in DATA_SETS, f"no data set is called {name}; there are {', '.join(sorted(DATA_SETS))}")
         for name in ("src_resize", "trg_resize", "crop_size"):

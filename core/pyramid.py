@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.networks import Generator
+from data_handlers.images import Resample, resize_pixels
 
 GeneratorForward = Callable[[Generator, Tensor, Tensor | None], Tensor]
 
@@ -53,6 +54,17 @@ def image_pyramid(image: Image.Image, num_scales: int, scale_factor: float, up_t
         level = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
         levels.append(np.asarray(level))
     return levels
+
+
+def array_pyramid(
+    pixels: np.ndarray, num_scales: int, scale_factor: float, up_to: int, resample: Resample
+) -> list[np.ndarray]:
+    """`image_pyramid` of uint8 (h,w,3), `exact` or within one level of it (`fast`)."""
+    if resample == "exact":
+        return image_pyramid(Image.fromarray(pixels), num_scales, scale_factor, up_to)
+    base = (pixels.shape[1], pixels.shape[0])
+    sizes = [level_size(base, num_scales - scale, scale_factor) for scale in range(up_to + 1)]
+    return [pixels if size == base else resize_pixels(pixels, size) for size in sizes]
 
 
 def resize_bicubic(x: Tensor, size: Sequence[int]) -> Tensor:

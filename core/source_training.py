@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -327,6 +326,6 @@ class SourceTrainer:
         read_segmentation_file(self.run_folder / BEST).save(output)
 
 
-def _one_level(image: Image.Image) -> list[np.ndarray]:
+def _one_level(image: np.ndarray) -> list[np.ndarray]:
     """The pyramid of a net that looks at one size."""
-    return [np.array(image)]
+    return [image]

@@ -18,7 +18,7 @@ from core.contact_sheet import contact_sheet_path, save_contact_sheet
 from core.execution import Execution
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import RunProgress
-from core.pyramid import image_pyramid
+from core.pyramid import array_pyramid
 from core.step import (
     Batch,
     LabelNetworks,
@@ -29,6 +29,7 @@ from core.step import (
     training_step,
 )
 from core.validation import BEST_PATTERN, VALIDATIONS, Validator, best_name, report
+from data_handlers.cache import ImageCache
 from data_handlers.images import normalise
 from data_handlers.lists import FileList
 from data_handlers.stream import DomainBatch, LabelUse, StreamConfig, open_stream
@@ -55,6 +56,7 @@ class Trainer:
         labels: segmentation networks of the last scale, on `device`; None trains without label losses.
         inputs: fingerprints of what is learnt from, stored in the checkpoints and compared when a run is continued.
         validator: validates the segmentation net trained at the last scale; None goes without.
+        caches: of the `source` and `target` images, where there are some.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Trainer:
         labels: LabelNetworks | None = None,
         inputs: Mapping[str, str] | None = None,
         validator: Validator | None = None,
+        caches: Mapping[str, ImageCache] | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -78,6 +81,7 @@ class Trainer:
         self.labels = labels
         self.inputs = dict(inputs or {})
         self.validator = validator
+        self.caches = dict(caches or {})
         self.validations: list[Mapping[str, Any]] = []
         self.execution = Execution(config.compute.precision, config.compute.compile)
         self.epoch_length = max(len(source), len(target))
@@ -224,10 +228,11 @@ class Trainer:
     def _streams(self, steps: range) -> zip[tuple[DomainBatch, DomainBatch]]:
         data, schedule = self.config.data, self.config.schedule
         pyramid = partial(
-            image_pyramid,
+            array_pyramid,
             num_scales=self.config.network.num_scales,
             scale_factor=self.config.network.scale_factor,
             up_to=self.scale,
+            resample=data.resample,
         )
         uses_labels = self.labels is not None and self._is_last_scale()
 
@@ -242,9 +247,10 @@ class Trainer:
                 resize=resize,
                 crop=data.crop_size,
                 labels=labels,
+                resample=data.resample,
             )
             pin_memory = self.device.type == "cuda"
-            return open_stream(files, config, pyramid, steps, data.num_workers, pin_memory)
+            return open_stream(files, config, pyramid, steps, data.num_workers, pin_memory, self.caches.get(domain))
 
         has_labels = bool(self.source.data_set.label_path)
         labels = "read" if uses_labels else "check" if has_labels else "none"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, read_file
@@ -13,6 +16,9 @@ from data_handlers.datasets import DataSet
 from data_handlers.label_maps import to_train_ids
 from utils.errors import UserError
 from utils.png import GREY, PALETTE, RGB, RGBA, read_png_header
+
+Resample = Literal["exact", "fast"]
+RESAMPLINGS = ("fast", "exact")
 
 # Pillow refuses very large pictures to protect web servers. These are the user's own files, and export promises to
 # translate pictures of any size.
@@ -108,6 +114,32 @@ def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarr
             f"label {path} holds the id {error}, which {data_set.name} does not know; is this the file of label ids, "
             "and not one of trainIds, instances or colours?"
         ) from None
+
+
+def resize_image(image: Image.Image, size: tuple[int, int], resample: Resample) -> np.ndarray:
+    """Resize an RGB image to (W,H) with the antialiased bicubic filter, uint8 (H,W,3).
+
+    Args:
+        resample: `exact` is Pillow's arithmetic, the method's own; `fast` is PyTorch's, several times as fast and at
+            most one level off in some values of a thousand.
+    """
+    if image.size == size:
+        return np.array(image)
+    if resample == "exact":
+        return np.array(image.resize(size, Image.Resampling.BICUBIC))
+    return resize_pixels(np.array(image), size)
+
+
+def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The `fast` resampling of uint8 (h,w,3) to (W,H)."""
+    levels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized = F.interpolate(levels, size=size[::-1], mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize trainIds (h,w) to (W,H) by taking the nearest pixel."""
+    return np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
 
 
 def normalise(pixels: Tensor) -> Tensor:

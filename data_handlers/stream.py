@@ -13,19 +13,19 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_handlers.images import check_label_header, read_image, read_label
+from data_handlers.cache import ImageCache
+from data_handlers.images import Resample, check_label_header, read_image, read_label, resize_image, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
 
 DOMAINS = ("source", "target")
 LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
 
-# Cropped base image -> uint8 (h,w,3) arrays of the pyramid levels wanted.
-PyramidOf = Callable[[Image.Image], Sequence[np.ndarray]]
+# Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
+PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class StreamConfig:
         resize, crop: (W,H).
         labels: whether labels are ignored, checked by their header, or read.
         flip: mirror every second sample, drawn at random, left to right.
+        resample: how images are resized.
     """
 
     seed: int
@@ -54,6 +55,7 @@ class StreamConfig:
     crop: tuple[int, int]
     labels: LabelUse = "none"
     flip: bool = False
+    resample: Resample = "exact"
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ class DomainBatch:
 class StreamSamples(Dataset):
     """Sample at each position of the stream; position = step * batch size + place in the batch."""
 
-    def __init__(self, files: FileList, config: StreamConfig, pyramid: PyramidOf) -> None:
+    def __init__(
+        self, files: FileList, config: StreamConfig, pyramid: PyramidOf, cache: ImageCache | None = None
+    ) -> None:
         self.files = files
+        self.cache = cache
         self.config = config
         self.pyramid = pyramid
         self._epoch = -1
@@ -111,19 +116,24 @@ class StreamSamples(Dataset):
             return error
 
     def _load(self, position: int) -> tuple[list[np.ndarray], np.ndarray | None]:
-        name = self.files.images[self.image_index(position)]
-        image = read_image(self.files.root / name)
-        label = self._label(name, image.size)
+        image, label = self._resized(self.image_index(position))
         x, y = self.crop_offset(position)
         width, height = self.config.crop
-        image = image.resize(self.config.resize, Image.Resampling.BICUBIC).crop((x, y, x + width, y + height))
-        if label is not None:
-            resized = Image.fromarray(label).resize(self.config.resize, Image.Resampling.NEAREST)
-            label = np.asarray(resized.crop((x, y, x + width, y + height)))
-        if self.is_flipped(position):
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            label = None if label is None else np.ascontiguousarray(label[:, ::-1])
+        window = np.s_[y : y + height, x : x + width]
+        step = -1 if self.is_flipped(position) else 1
+        image = np.array(image[window][:, ::step], order="C")  # a copy: the cache is read-only
+        label = None if label is None else np.array(label[window][:, ::step], order="C")
         return list(self.pyramid(image)), label
+
+    def _resized(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The image and, where it is read, the label at their training size."""
+        if self.cache is not None:
+            return self.cache.image(index), self.cache.label(index) if self.config.labels == "read" else None
+        name = self.files.images[index]
+        image = read_image(self.files.root / name)
+        label = self._label(name, image.size)
+        resized = resize_image(image, self.config.resize, self.config.resample)
+        return resized, None if label is None else resize_label(label, self.config.resize)
 
     def _label(self, name: str, size: tuple[int, int]) -> np.ndarray | None:
         if self.config.labels == "none":
@@ -151,15 +161,19 @@ def open_stream(
     steps: range,
     num_workers: int,
     pin_memory: bool = False,
+    cache: ImageCache | None = None,
 ) -> Iterator[DomainBatch]:
     """Yield the batches of the given steps in order.
+
+    Args:
+        cache: of these files at the configured size; it replaces reading them.
 
     Raises:
         UserError: in the main process, when a file of a step cannot be used.
     """
     positions = range(steps.start * config.batch_size, steps.stop * config.batch_size)
     loader = DataLoader(
-        StreamSamples(files, config, pyramid),
+        StreamSamples(files, config, pyramid, cache),
         batch_size=config.batch_size,
         sampler=positions,
         num_workers=num_workers,

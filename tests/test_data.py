@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from core.pyramid import image_pyramid
+from core.pyramid import array_pyramid
 from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.images import read_label
 from data_handlers.label_maps import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16, to_train_ids
@@ -18,7 +18,7 @@ from data_handlers.stream import StreamConfig, StreamSamples, open_stream
 from utils.errors import UserError
 from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_png16, write_synthia
 
-WHOLE = partial(image_pyramid, num_scales=2, scale_factor=0.5, up_to=2)
+WHOLE = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample="exact")
 
 
 def stream_config(**changes):

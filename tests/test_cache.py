@@ -1,0 +1,155 @@
+"""The cache of resized images and the fast resampling: the same samples, whatever happens to the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_procst
+from conftest import GOLDEN_DIR
+from core.checkpoint import load_checkpoint
+from core.pyramid import array_pyramid
+from data_handlers import cache as cache_module
+from data_handlers.cache import open_cache
+from data_handlers.datasets import DATA_SETS
+from data_handlers.lists import list_images
+from data_handlers.stream import StreamConfig, open_stream
+from test_bad_input import check_refusal
+from test_train_cli import all_tensors, only_run, training_flags
+from utils.errors import UserError
+from worlds import noise_image, write_cityscapes, write_gta5
+
+SIZE = (52, 40)
+
+
+@pytest.fixture
+def world(tmp_path):
+    write_gta5(tmp_path / "gta", count=5, size=(60, 44))
+    write_cityscapes(tmp_path / "cityscapes", count=3, size=(64, 40), labels=False)
+    return tmp_path
+
+
+def gta(world):
+    return list_images(DATA_SETS["gta5"], world / "gta", "--src_data_dir")
+
+
+def batches(files, resample, cache, labels="read", workers=0):
+    config = StreamConfig(
+        seed=1, domain="source", scale=2, batch_size=2, steps_per_epoch=2, epoch_length=5, resize=SIZE, crop=(48, 36),
+        labels=labels, flip=True, resample=resample,
+    )  # fmt: skip
+    pyramid = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample=resample)
+    return list(open_stream(files, config, pyramid, range(6), workers, cache=cache))
+
+
+@pytest.mark.parametrize("resample", ["exact", "fast"])
+def test_samples_from_the_cache_are_the_same(world, resample):
+    files = gta(world)
+    cache = open_cache(world / "cache", files, SIZE, resample, with_labels=True, num_workers=1)
+    for workers in (0, 1):
+        plain = batches(files, resample, None, workers=workers)
+        cached = batches(files, resample, cache, workers=workers)
+        for ours, theirs in zip(cached, plain, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours.levels, theirs.levels, strict=True))
+            assert torch.equal(ours.label, theirs.label)
+    assert len(list((world / "cache").iterdir())) == 1
+
+
+def test_fast_resampling_is_at_most_one_level_off(world):
+    files = gta(world)
+    for exact, fast in zip(batches(files, "exact", None), batches(files, "fast", None), strict=True):
+        assert torch.equal(exact.label, fast.label)
+        # Two resamplings one after the other, each of them at most one level off.
+        assert int((exact.levels[2].int() - fast.levels[2].int()).abs().max()) <= 1
+        assert max(int((a.int() - b.int()).abs().max()) for a, b in zip(exact.levels, fast.levels, strict=True)) <= 2
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN_DIR.glob("step_*.npz")), ids=lambda path: path.stem)
+def test_fast_pyramids_against_the_reference(path):
+    data = np.load(path)
+    meta = json.loads(str(data["meta"]))
+    for scale in meta["scales"]:
+        pixels = data[f"s{scale}/source_rgb_0"]
+        levels = array_pyramid(pixels, meta["num_scales"], meta["scale_factor"], scale, "fast")
+        for k, level in enumerate(levels):
+            expected = data[f"s{scale}/source_pyramid_{k}"][0].transpose(1, 2, 0) * 128 + 128
+            assert np.abs(level - expected).max() <= 1
+
+
+def test_a_cache_is_built_once_and_again_when_a_file_changes(world, monkeypatch):
+    built = []
+    real = cache_module._build
+    monkeypatch.setattr(cache_module, "_build", lambda *args: (built.append(args), real(*args)))
+    for _ in range(2):
+        cache = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    assert len(built) == 1
+    before = cache.image(1).copy()
+    noise_image((60, 44), 99).save(world / "gta/images/00002.png")
+    os.utime(world / "gta/images/00002.png", ns=(1, 1))
+    cache = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    assert len(built) == 2
+    assert not np.array_equal(cache.image(1), before)
+    open_cache(world / "cache", gta(world), (26, 20), "exact", True, 0)
+    assert len(list((world / "cache").iterdir())) == 2
+
+
+def test_a_half_built_cache_is_not_used(world, monkeypatch):
+    real = cache_module.read_image
+    calls = []
+
+    def stop(path):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(cache_module, "read_image", stop)
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    monkeypatch.undo()
+    assert not list((world / "cache").iterdir())
+    # A killed process cannot clean up: what it leaves is removed by the next build.
+    whole = open_cache(world / "other", gta(world), SIZE, "exact", True, 0)
+    key = whole.folder.name.rpartition("_")[2]
+    shutil.copytree(whole.folder, world / "cache" / f"{cache_module.BUILDING}{key}-dead")
+    (world / "cache" / f"{cache_module.BUILDING}{key}-dead" / cache_module.MANIFEST).unlink()
+    cache = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    assert [path.name for path in (world / "cache").iterdir()] == [cache.folder.name]
+    (cache.folder / cache_module.MANIFEST).unlink()
+    again = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    assert np.array_equal(again.image(4), whole.image(4))
+
+
+def test_files_and_disks_that_cannot_be_used(world, monkeypatch):
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match=r"--cache_dir .*cache takes .* GB"):
+        open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    monkeypatch.undo()
+    (world / "gta/images/00003.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"00003\.png"):
+        open_cache(world / "cache", gta(world), SIZE, "exact", True, 1)
+    assert not list((world / "cache").iterdir())
+    (world / "file").write_text("")
+    with pytest.raises(UserError, match="--cache_dir"):
+        open_cache(world / "file", gta(world), SIZE, "exact", True, 0)
+
+
+def test_training_from_a_cache(world, run_script):
+    runs = {}
+    for name, changes in (("plain", {}), ("cached", {"cache_dir": world / "cache"})):
+        result = run_script(train_procst, *training_flags(world, world / name, **changes))
+        assert result.code == 0, result.err
+        runs[name] = load_checkpoint(only_run(world / name) / "latest.pth")
+    for (name, value), (_, expected) in zip(all_tensors(runs["cached"]), all_tensors(runs["plain"]), strict=True):
+        assert torch.equal(value, expected), name
+    check_refusal(
+        run_script(train_procst, *training_flags(world, world / "bad", resample="best")), "--resample", "best"
+    )
+    assert Image.open(world / "gta/images/00001.png").size == (60, 44)
