@@ -73,11 +73,13 @@ class Execution:
     Args:
         compiled: compile every network but the discriminators. Compiled code has no double backward, which the
             gradient penalty needs; older PyTorch versions dropped its graph without a word.
+        backend: of `torch.compile`.
     """
 
-    def __init__(self, precision: Precision = "fp32", compiled: bool = False) -> None:
+    def __init__(self, precision: Precision = "fp32", compiled: bool = False, backend: str = "inductor") -> None:
         self.precision = precision
         self.compiled = compiled
+        self.backend = backend
         if compiled:
             # All generators share one piece of code, and every scale compiles its own, trained and frozen.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -96,5 +98,5 @@ class Execution:
             return network
         if id(network) not in self._programs:
             # The network is kept with its program, so that its id stays its own.
-            self._programs[id(network)] = (network, torch.compile(network, dynamic=False))
+            self._programs[id(network)] = (network, torch.compile(network, dynamic=False, backend=self.backend))
         return self._programs[id(network)][1]

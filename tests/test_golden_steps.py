@@ -8,6 +8,7 @@ segmentation phase), pyramids exact.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 
@@ -20,6 +21,7 @@ from torch import nn
 from benchmarks.literal_step import collect_gradients, literal_step
 from conftest import GOLDEN_DIR
 from core.config import LossConfig, SGDConfig
+from core.execution import Execution, channels_last
 from core.label_networks import segmentation_optimizer
 from core.networks import Discriminator, Generator, NetworkShape, freeze, layers_at_scale, published_norm
 from core.progress import tag_of
@@ -157,8 +159,21 @@ class GoldenStep:
             label=torch.from_numpy(label) if self.labels else None,
         )
         self.batch = batch
+        if self.mode == "channels_last":
+            frozen = [net for nets in lower.values() for net in nets]
+            segmentation = [self.labels.source_net, self.labels.target_net] if self.labels else []
+            for net in (*self.nets.values(), *frozen, *segmentation, self.perceptual):
+                channels_last(net)
+            layout = {"memory_format": torch.channels_last}
+            batch = replace(
+                batch,
+                source=[level.contiguous(**layout) for level in batch.source],
+                target=[level.contiguous(**layout) for level in batch.target],
+            )
         self.scale_networks = ScaleNetworks(**self.nets, lower_Gst=lower["Gst"], lower_Gts=lower["Gts"])
-        step = partial(training_step, recompute=self.mode == "recompute")
+        # The tracing is that of compiled code; what is generated from it would take minutes to make.
+        execution = Execution(compiled=self.mode == "compiled", backend="aot_eager")
+        step = partial(training_step, recompute=self.mode == "recompute", forward=execution)
         if self.mode == "literal":
             step = literal_step
             collect_gradients(self.perceptual, *([self.labels.source_net] if self.labels else []))
@@ -204,7 +219,7 @@ def golden_step(path, scale, mode):
     return GoldenStep(path, scale, mode)
 
 
-MODES = ("plain", "recompute", "literal")
+MODES = ("plain", "recompute", "channels_last", "compiled", "literal")
 CASES = [
     (path, scale, mode)
     for mode in MODES
