@@ -110,9 +110,9 @@ def write_table(out: Path, seconds: float) -> None:
         f"{rows}\n{FRAMES} frames each, VGG16 with random weights (others than in training).\n\n"
         f"| small U-Net trained on |{seeds}\n| --- |{' --- |' * len(SEEDS)}\n{mious}\n"
         f"mIoU in percent on {VAL_FRAMES} target frames that neither ProCST nor the net was trained on; same net, "
-        "seeds and number of steps. The two toy worlds share every shape, so a net trained on source loses little, and "
-        "minutes of training with random perceptual features are not enough to gain from SiT: read this table as a test "
-        "of the plumbing. README.md has the same comparison on real pictures.\n\n"
+        "seeds and number of steps. The two toy worlds share every shape, so a net trained on source loses little, "
+        "and minutes of training with random perceptual features are not enough to gain from SiT: read this table as "
+        "a test of the plumbing. README.md has the same comparison on real pictures.\n\n"
         f"| class (IoU, mean of the seeds) | source | SiT |\n| --- | --- | --- |\n{classes}\n"
         f"Made in {seconds / 60:.1f} minutes.\n"
     )
