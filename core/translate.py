@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.execution import Forward, run_plainly
 from core.networks import ConvBlock, Generator
 from core.pyramid import to_pixels, translate_pyramid
 from data_handlers.images import normalise
@@ -130,6 +131,7 @@ class Translator:
         generators: frozen, coarse to fine, on `device`.
         scale_factor: of the pyramid they were trained with.
         max_pixels: most pixels a generator may see at once; None measures free memory for each batch.
+        forward: how a generator is run on a whole image; tiles are computed in float32.
     """
 
     def __init__(
@@ -138,11 +140,13 @@ class Translator:
         scale_factor: float,
         device: torch.device,
         max_pixels: int | None = None,
+        forward: Forward = run_plainly,
     ) -> None:
         self.generators = generators
         self.scale_factor = scale_factor
         self.device = device
         self.max_pixels = max_pixels
+        self.forward = forward
 
     def _budget(self, batch: int) -> int:
         """Pixels of one image that fit, for a batch of that many."""
@@ -193,7 +197,7 @@ class Translator:
     def _translate(self, inputs: Sequence[Tensor], budget: int) -> Tensor:
         def forward(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
             if image.shape[-2] * image.shape[-1] <= budget:
-                return generator(image, coarser)
+                return self.forward(generator, image, coarser)
             return forward_tiled(generator, image, coarser, budget)
 
         return translate_pyramid(self.generators, inputs, self.scale_factor, forward)

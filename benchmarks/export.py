@@ -1,0 +1,128 @@
+"""Time the export of SiT images beside the literal one, and count the pixels that reduced precision moves.
+
+    python benchmarks/export.py --gpus 0
+    python benchmarks/export.py --gpus cpu --size 480 264 --count 8
+
+Literal: one process, one image after the other, read with Pillow, translated in float32, written with Pillow's default
+compression. Generators of the published shape with seeded random weights; generated pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+# The scripts of this folder are run by path, and then their own folder is where Python looks.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.pictures import picture, write_gta5
+from core.execution import computes_in_bf16
+from core.export import ExportConfig, translate_images
+from core.networks import Generator, NetworkShape, freeze, init_weights, layers_at_scale
+from core.pyramid import image_pyramid, to_pixels, translate_pyramid
+from data_handlers.datasets import DATA_SETS
+from data_handlers.images import normalise
+from data_handlers.lists import FileList, list_images
+from utils.devices import default_workers, resolve_device
+from utils.errors import run_cli
+from utils.flags import OneLineParser, parse_flags
+
+
+def generators_of(channels: int) -> list[Generator]:
+    """A cascade of three scales; weights larger than at the start of a training, so that pictures keep contrast."""
+    cascade = []
+    for scale in range(3):
+        generator = Generator(NetworkShape(scale, channels, layers_at_scale(scale, 2, 5), "group"))
+        init_weights(generator, torch.Generator().manual_seed(scale))
+        with torch.no_grad():
+            for parameter in generator.parameters():
+                parameter.mul_(2.0)
+        cascade.append(freeze(generator))
+    return cascade
+
+
+@torch.no_grad()
+def literal_export(generators: list[Generator], device: torch.device, files: FileList, out: Path) -> None:
+    """One image after the other."""
+    for generator in generators:
+        generator.to(device)
+    for name in files.images:
+        levels = image_pyramid(Image.open(files.root / name).convert("RGB"), 2, 0.5, 2)
+        inputs = [normalise(torch.tensor(level)[None].to(device)).permute(0, 3, 1, 2) for level in levels]
+        pixels = to_pixels(translate_pyramid(generators, inputs, 0.5))[0].permute(1, 2, 0).cpu().numpy()
+        Image.fromarray(pixels).save(out / name)
+
+
+def codec_rates(size: tuple[int, int]) -> tuple[float, float]:
+    """Decodes plus encodes a second on one core: Pillow's default, and ours."""
+    image = Image.fromarray(picture(size, 0))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+
+    def seconds(level: int) -> float:
+        started = time.perf_counter()
+        Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+        image.save(io.BytesIO(), format="PNG", compress_level=level)
+        return time.perf_counter() - started
+
+    default, ours = (min(seconds(level) for _ in range(3)) for level in (6, 1))
+    return 1.0 / default, 1.0 / ours
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--gpus", nargs=1, required=True, metavar="GPU", help="index of the CUDA device, or cpu")
+    add("--size", type=int, nargs=2, default=(1914, 1052), metavar=("W", "H"), help="of the images (default: GTA5's)")
+    add("--count", type=int, default=64, help="images (default: %(default)s)")
+    add("--channels", type=int, default=64, help="width of the generators (default: %(default)s)")
+    add("--batch_size", type=int, default=4, help="images translated at once (default: %(default)s)")
+    flags, _ = parse_flags(parser)
+    device = resolve_device(flags.gpus)
+    generators = generators_of(flags.channels)
+    default, ours = codec_rates(tuple(flags.size))
+    print(f"decode + encode on one core: default {default:.2f}/s, ours {ours:.2f}/s, {ours / default:.1f} times\n")
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_gta5(Path(folder) / "gta", flags.count, tuple(flags.size))
+        files = list_images(DATA_SETS["gta5"], root, "--gpus")
+        outputs = {name: name for name in files.images}
+        rates = {}
+        for way in ("literal", "fp32", *(["bf16"] if computes_in_bf16(device) else [])):
+            out = Path(folder) / way
+            (out / "images").mkdir(parents=True)
+            started = time.perf_counter()
+            if way == "literal":
+                literal_export(generators, device, files, out)
+            else:
+                config = ExportConfig(0.5, flags.batch_size, default_workers(), os.cpu_count() or 1, 1, way)
+                translate_images(generators, device, files, outputs, out, config, quiet=True)
+            rates[way] = flags.count / (time.perf_counter() - started)
+        print("| export | images/s | speed-up | values that differ | by more than 1 | largest |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for way, rate in rates.items():
+            shares = _differences(Path(folder), way, files.images)
+            print(f"| {way} | {rate:.2f} | {rate / rates['literal']:.2f} | {shares} |")
+
+
+def _differences(folder: Path, way: str, names: tuple[str, ...]) -> str:
+    """Share of the values that are not those of the literal export, share that is more than a level off, largest."""
+    apart = [
+        np.abs(np.asarray(Image.open(folder / way / n), int) - np.asarray(Image.open(folder / "literal" / n), int))
+        for n in names[:8]
+    ]
+    moved = np.concatenate([difference.ravel() for difference in apart])
+    return f"{(moved > 0).mean():.4%} | {(moved > 1).mean():.4%} | {moved.max()}"
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,118 @@
+"""Images per second and core of the data pipeline, with and without the cache, beside the literal one.
+
+    python benchmarks/loading.py
+
+Literal: image and label decoded by Pillow in a DataLoader worker, resized, cropped, every pyramid level made by Pillow,
+normalised there, at every scale. One worker process, one thread; generated pictures of GTA5's size, read from the page
+cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+# The scripts of this folder are run by path, and then their own folder is where Python looks.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.pictures import write_gta5
+from core.pyramid import array_pyramid, image_pyramid
+from data_handlers.cache import ImageCache, open_cache
+from data_handlers.datasets import DATA_SETS
+from data_handlers.label_maps import CITYSCAPES_IDS
+from data_handlers.lists import FileList, list_images
+from data_handlers.stream import StreamConfig, open_stream
+from utils.errors import run_cli
+from utils.flags import OneLineParser, parse_flags
+
+RESIZE, CROP, NATIVE = (1126, 619), (1024, 512), (1914, 1052)
+
+
+class LiteralSamples(Dataset):
+    """Pillow all the way, whatever the scale."""
+
+    def __init__(self, files: FileList, scale: int, count: int) -> None:
+        self.files, self.scale, self.count = files, scale, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        name = self.files.images[position % len(self.files)]
+        image = Image.open(self.files.root / name).convert("RGB").resize(RESIZE, Image.Resampling.BICUBIC)
+        label = Image.open(self.files.label_file(name)).resize(RESIZE, Image.Resampling.NEAREST)
+        rng = np.random.default_rng(position)
+        x, y = (int(rng.integers(r - c + 1)) for r, c in zip(RESIZE, CROP, strict=True))
+        box = (x, y, x + CROP[0], y + CROP[1])
+        levels = image_pyramid(image.crop(box), 2, 0.5, self.scale)
+        ids = np.asarray(label.crop(box))
+        train_ids = np.full(ids.shape, 255, np.uint8)
+        for label_id, train_id in CITYSCAPES_IDS.items():
+            train_ids[ids == label_id] = train_id
+        pixels = [torch.from_numpy((np.asarray(level, np.float32) - 128.0) / 128.0) for level in levels]
+        return [level.permute(2, 0, 1) for level in pixels], torch.from_numpy(train_ids)
+
+
+def literal(files: FileList, scale: int, count: int) -> Iterator[object]:
+    """Batches of one from the literal pipeline."""
+    return iter(DataLoader(LiteralSamples(files, scale, count), batch_size=1, num_workers=1))
+
+
+def ours(files: FileList, scale: int, count: int, resample: str, cache: ImageCache | None) -> Iterator[object]:
+    """Batches of one from the trainer's pipeline."""
+    config = StreamConfig(
+        seed=1, domain="source", scale=scale, batch_size=1, steps_per_epoch=len(files), epoch_length=len(files),
+        resize=RESIZE, crop=CROP, labels="read" if scale == 2 else "check", resample=resample,
+    )  # fmt: skip
+    pyramid = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=scale, resample=resample)
+    return open_stream(files, config, pyramid, range(count), num_workers=1, cache=cache)
+
+
+def images_per_second(batches: Iterator[object], count: int) -> float:
+    """Rate after the first image, which pays for the worker's start."""
+    next(batches)
+    started = time.perf_counter()
+    for _ in batches:
+        pass
+    return (count - 1) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=60, help="images timed (default: %(default)s)")
+    parser.add_argument("--files", type=int, default=12, help="files they come from (default: %(default)s)")
+    flags, _ = parse_flags(parser)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_gta5(Path(folder) / "gta", flags.files, NATIVE)
+        files = list_images(DATA_SETS["gta5"], root, "--files")
+        started = time.perf_counter()
+        cache = open_cache(Path(folder) / "cache", files, RESIZE, "fast", True, 1)
+        seconds = time.perf_counter() - started
+        print(f"cache of {len(files)} images built in {seconds:.1f} s\n")
+        print("| scale | pipeline | images/s | speed-up |\n| --- | --- | --- | --- |")
+        for scale in range(3):
+            ways = {
+                "literal": literal(files, scale, flags.count),
+                "exact": ours(files, scale, flags.count, "exact", None),
+                "fast": ours(files, scale, flags.count, "fast", None),
+                "cache": ours(files, scale, flags.count, "fast", cache),
+            }
+            rates = {name: images_per_second(batches, flags.count) for name, batches in ways.items()}
+            for name, rate in rates.items():
+                print(f"| {scale} | {name} | {rate:.1f} | {rate / rates['literal']:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)
