@@ -29,6 +29,7 @@ from core.execution import computes_in_bf16
 from core.export import ExportConfig, translate_images
 from core.networks import Generator, NetworkShape, freeze, init_weights, layers_at_scale
 from core.pyramid import image_pyramid, to_pixels, translate_pyramid
+from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import normalise
 from data_handlers.lists import FileList, list_images
@@ -38,14 +39,11 @@ from utils.flags import OneLineParser, parse_flags
 
 
 def generators_of(channels: int) -> list[Generator]:
-    """A cascade of three scales; weights larger than at the start of a training, so that pictures keep contrast."""
+    """A cascade of three scales of the published shape."""
     cascade = []
     for scale in range(3):
         generator = Generator(NetworkShape(scale, channels, layers_at_scale(scale, 2, 5), "group"))
         init_weights(generator, torch.Generator().manual_seed(scale))
-        with torch.no_grad():
-            for parameter in generator.parameters():
-                parameter.mul_(2.0)
         cascade.append(freeze(generator))
     return cascade
 
@@ -86,10 +84,14 @@ def main() -> None:
     add("--size", type=int, nargs=2, default=(1914, 1052), metavar=("W", "H"), help="of the images (default: GTA5's)")
     add("--count", type=int, default=64, help="images (default: %(default)s)")
     add("--channels", type=int, default=64, help="width of the generators (default: %(default)s)")
+    add("--trained_procst_path", default="", metavar="PATH",
+        help="a run folder: differences between precisions mean something only with trained generators")  # fmt: skip
     add("--batch_size", type=int, default=4, help="images translated at once (default: %(default)s)")
     flags, _ = parse_flags(parser)
     device = resolve_device(flags.gpus)
     generators = generators_of(flags.channels)
+    if flags.trained_procst_path:
+        generators = load_trained_generators(Path(flags.trained_procst_path)).generators
     default, ours = codec_rates(tuple(flags.size))
     print(f"decode + encode on one core: default {default:.2f}/s, ours {ours:.2f}/s, {ours / default:.1f} times\n")
     with tempfile.TemporaryDirectory() as folder:

@@ -158,7 +158,10 @@ def translate_images(
     """
     set_convolution_precision(config.precision)
     generators = [generator.to(device) for generator in generators]
-    translator = Translator(generators, config.scale_factor, device, config.max_pixels, Execution(config.precision))
+    translator = Translator(
+        generators, config.scale_factor, device, config.max_pixels, Execution(config.precision),
+        channels_last=config.precision != "fp32",
+    )  # fmt: skip
     images = SourceImages(files, list(outputs), len(generators) - 1, config.scale_factor)
     writer = PngWriter(root, config.png_compression, config.encoders)
     try:

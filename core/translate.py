@@ -132,6 +132,7 @@ class Translator:
         scale_factor: of the pyramid they were trained with.
         max_pixels: most pixels a generator may see at once; None measures free memory for each batch.
         forward: how a generator is run on a whole image; tiles are computed in float32.
+        channels_last: lay images out as convolutions like them, which costs the group norm some exactness.
     """
 
     def __init__(
@@ -141,12 +142,14 @@ class Translator:
         device: torch.device,
         max_pixels: int | None = None,
         forward: Forward = run_plainly,
+        channels_last: bool = False,
     ) -> None:
         self.generators = generators
         self.scale_factor = scale_factor
         self.device = device
         self.max_pixels = max_pixels
         self.forward = forward
+        self.channels_last = channels_last
 
     def _budget(self, batch: int) -> int:
         """Pixels of one image that fit, for a batch of that many."""
@@ -169,8 +172,10 @@ class Translator:
             UserError: the GPU's memory does not suffice even for the smallest tile.
         """
         moved = [level.to(self.device, non_blocking=True) for level in levels]
-        # Contiguous: the CPU's group norm sums channels-last images less exactly, visibly so from a megapixel on.
-        inputs = [normalise(level).permute(0, 3, 1, 2).contiguous() for level in moved]
+        # Channels first where exactness counts: the CPU's group norm sums channels-last images less exactly, visibly so
+        # from a megapixel on.
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        inputs = [normalise(level).permute(0, 3, 1, 2).contiguous(memory_format=layout) for level in moved]
         budget = self._budget(inputs[0].shape[0])
         while True:
             try:

@@ -36,6 +36,9 @@ def read_image(path: Path) -> Image.Image:
             deep_png = image.format == "PNG" and read_png_header(path).bit_depth > 8  # Pillow would cut these silently
             if deep_png or image.mode.startswith(("I", "F")):
                 raise UserError(f"{path} has more than 8 bits per channel; convert it to 8-bit RGB")
+            if image.mode == "RGB":
+                image.load()  # a conversion would copy it
+                return image
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

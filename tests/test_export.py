@@ -27,7 +27,7 @@ def world(tmp_path_factory):
 
 
 def export(run_script, world, out, *flags):
-    result = run_script(create_sit_dataset, *export_flags(only_run(world), out), *flags)
+    result = run_script(create_sit_dataset, *export_flags(only_run(world), world, out), *flags)
     assert result.code == 0, result.err
     return {path.name: np.asarray(Image.open(path)) for path in sorted((out / "images").iterdir())}
 
@@ -44,7 +44,7 @@ def test_an_error_in_one_of_several_processes(world, tmp_path, run_script):
     source = tmp_path / "gta"
     write_gta5(source, count=4, size=(60, 44))
     (source / "images/00002.png").write_bytes(b"no image")
-    flags = export_flags(only_run(world), tmp_path / "sit")
+    flags = export_flags(only_run(world), world, tmp_path / "sit")
     result = run_script(create_sit_dataset, *flags, "--src_data_dir", source, "--gpus", "cpu", "cpu")
     check_refusal(result, "00002.png", "--skip_created_files")
     assert {path.name for path in (tmp_path / "sit/images").iterdir()} >= {"00001.png", "00003.png"}
@@ -79,6 +79,6 @@ def test_bf16_moves_pixels_by_little(world, tmp_path, run_script, monkeypatch):
     ],
 )
 def test_bad_flags(world, tmp_path, run_script, flags, parts):
-    result = run_script(create_sit_dataset, *export_flags(only_run(world), tmp_path / "sit"), *flags)
+    result = run_script(create_sit_dataset, *export_flags(only_run(world), world, tmp_path / "sit"), *flags)
     check_refusal(result, *parts)
     assert not (tmp_path / "sit").exists()
