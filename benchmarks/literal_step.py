@@ -7,7 +7,7 @@ network on the way, the perceptual net and the frozen segmentation net included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from core.networks import Generator
 from core.objectives import PerceptualNet
 from core.pyramid import cascade, generated_pyramid
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, StepResult
+
+Fake = Callable[[], Tensor]  # translates anew at every call
 
 
 def literal_step(
@@ -32,7 +34,6 @@ def literal_step(
 ) -> StepResult:
     """See `core.step.training_step`. `lambda_adversarial` must be 1, as published: the logged parts contain it here."""
     source, target = batch.source[-1], batch.target[-1]
-    losses: dict[str, Tensor] = {}
 
     def translate(generator: Generator, lower: Sequence[Generator], levels: Sequence[Tensor]) -> Tensor:
         return generator(levels[-1], cascade(lower, levels, scale_factor))
@@ -43,50 +44,10 @@ def literal_step(
     def to_source() -> Tensor:
         return translate(nets.Gts, nets.lower_Gts, batch.target)
 
-    # (1) discriminators, one after the other
-    directions = (
-        ("ST", nets.Dst, optimizers.Dst, target, to_target, batch.alphas[0]),
-        ("TS", nets.Dts, optimizers.Dts, source, to_source, batch.alphas[1]),
-    )
-    for name, discriminator, optimizer, real, fake_of, alpha in directions:
-        optimizer.zero_grad()
-        fake = fake_of().detach()
-        real_loss = config.lambda_adversarial * -discriminator(real).mean()
-        real_loss.backward()
-        fake_loss = config.lambda_adversarial * discriminator(fake).mean()
-        fake_loss.backward()
-        penalty = config.lambda_adversarial * config.lambda_grad * gradient_penalty(discriminator, real, fake, alpha)
-        penalty.backward()
-        optimizer.step()
-        parts = {"RealImagesLoss": real_loss, "FakeImagesLoss": fake_loss, "LossGP": penalty}
-        parts["LossAdversarial"] = real_loss + fake_loss + penalty
-        losses |= {f"{name}/Discriminator/{key}": value for key, value in parts.items()}
-
-    # (2) generators
+    losses = _discriminators(nets, optimizers, batch, config, to_target, to_source)
     optimizers.Gst.zero_grad()
     optimizers.Gts.zero_grad()
-    pairs = (
-        ("ST", nets.Dst, to_target, source, target),
-        ("TS", nets.Dts, to_source, target, source),
-    )
-    for name, discriminator, fake_of, own, other in pairs:
-        fake = fake_of()
-        adversarial = config.lambda_adversarial * -discriminator(fake).mean()
-        adversarial.backward()
-        fake = fake_of()
-        features, own_features, other_features = perceptual(fake), perceptual(own), perceptual(other)
-        content = content_loss(features, own_features, config.content_layers)
-        grams = {layer: gram_matrix(other_features[layer]) for layer in config.style_layers}
-        style = style_loss(features, grams, config.style_layers)
-        tv = total_variation(fake)
-        total_style = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
-        (config.lambda_style * total_style).backward()
-        parts = {
-            "LossAdversarial": adversarial, "ContentLoss": content, "StyleLoss": style, "TVLoss": tv,
-            "TotalStyleLoss": total_style,
-        }  # fmt: skip
-        losses |= {f"{name}/Generator/{key}": value for key, value in parts.items()}
-
+    losses |= _adversarial_and_style(nets, perceptual, source, target, config, to_target, to_source)
     sit = to_target()
     sitis = _back(sit, nets.Gts, nets.lower_Gts, scale_factor)
     cycle_source = config.lambda_cyclic * F.l1_loss(sitis, source)
@@ -120,6 +81,66 @@ def literal_step(
         losses={name: value.detach() for name, value in losses.items()},
         images={name: value.detach() for name, value in images.items()},
     )
+
+
+def _discriminators(
+    nets: ScaleNetworks, optimizers: ScaleOptimizers, batch: Batch, config: LossConfig, to_target: Fake, to_source: Fake
+) -> dict[str, Tensor]:
+    """Phase 1: one discriminator after the other, three backwards each."""
+    losses: dict[str, Tensor] = {}
+    directions = (
+        ("ST", nets.Dst, optimizers.Dst, batch.target[-1], to_target, batch.alphas[0]),
+        ("TS", nets.Dts, optimizers.Dts, batch.source[-1], to_source, batch.alphas[1]),
+    )
+    for name, discriminator, optimizer, real, fake_of, alpha in directions:
+        optimizer.zero_grad()
+        fake = fake_of().detach()
+        real_loss = config.lambda_adversarial * -discriminator(real).mean()
+        real_loss.backward()
+        fake_loss = config.lambda_adversarial * discriminator(fake).mean()
+        fake_loss.backward()
+        penalty = config.lambda_adversarial * config.lambda_grad * gradient_penalty(discriminator, real, fake, alpha)
+        penalty.backward()
+        optimizer.step()
+        parts = {"RealImagesLoss": real_loss, "FakeImagesLoss": fake_loss, "LossGP": penalty}
+        parts["LossAdversarial"] = real_loss + fake_loss + penalty
+        losses |= {f"{name}/Discriminator/{key}": value for key, value in parts.items()}
+    return losses
+
+
+def _adversarial_and_style(
+    nets: ScaleNetworks,
+    perceptual: PerceptualNet,
+    source: Tensor,
+    target: Tensor,
+    config: LossConfig,
+    to_target: Fake,
+    to_source: Fake,
+) -> dict[str, Tensor]:
+    """First half of phase 2: two backwards for each direction, through a translation of its own each."""
+    losses: dict[str, Tensor] = {}
+    pairs = (
+        ("ST", nets.Dst, to_target, source, target),
+        ("TS", nets.Dts, to_source, target, source),
+    )
+    for name, discriminator, fake_of, own, other in pairs:
+        fake = fake_of()
+        adversarial = config.lambda_adversarial * -discriminator(fake).mean()
+        adversarial.backward()
+        fake = fake_of()
+        features, own_features, other_features = perceptual(fake), perceptual(own), perceptual(other)
+        content = content_loss(features, own_features, config.content_layers)
+        grams = {layer: gram_matrix(other_features[layer]) for layer in config.style_layers}
+        style = style_loss(features, grams, config.style_layers)
+        tv = total_variation(fake)
+        total_style = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
+        (config.lambda_style * total_style).backward()
+        parts = {
+            "LossAdversarial": adversarial, "ContentLoss": content, "StyleLoss": style, "TVLoss": tv,
+            "TotalStyleLoss": total_style,
+        }  # fmt: skip
+        losses |= {f"{name}/Generator/{key}": value for key, value in parts.items()}
+    return losses
 
 
 def _back(fake: Tensor, back: Generator, lower: Sequence[Generator], scale_factor: float) -> Tensor:

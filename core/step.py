@@ -1,6 +1,6 @@
 """One training step at one scale (method: specification section 3).
 
-Each fake is computed once, every optimiser step is preceded by exactly one backward, and networks that are not being
+Every optimiser step is preceded by exactly one backward, every graph is walked back once, and networks that are not being
 updated take no gradients. Nothing in here reads a device value back to the host.
 """
 
