@@ -1,7 +1,7 @@
 """One training step at one scale (method: specification section 3).
 
-Every optimiser step is preceded by exactly one backward, every graph is walked back once, and networks that are not being
-updated take no gradients. Nothing in here reads a device value back to the host.
+Every optimiser step is preceded by exactly one backward, every graph is walked back once, and networks that are not
+being updated take no gradients. Nothing in here reads a device value back to the host.
 """
 
 from __future__ import annotations
