@@ -70,6 +70,8 @@ def channels_last(network: nn.Module) -> None:
 class Execution:
     """Runs networks in a precision, compiled or not; call it with a network and its inputs.
 
+    A call raises `UserError` where the compiler fails.
+
     Args:
         compiled: compile every network but the discriminators. Compiled code has no double backward, which the
             gradient penalty needs; older PyTorch versions dropped its graph without a word.
@@ -86,12 +88,16 @@ class Execution:
         self._programs: dict[int, tuple[nn.Module, Forward]] = {}
 
     def __call__(self, network: nn.Module, *inputs: Any) -> Any:
-        program = self._program(network)
-        if self.precision != "bf16":
-            return program(*inputs)
         device = next(x.device for x in inputs if x is not None)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            return program(*inputs)
+        try:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                return self._program(network)(*inputs)
+        except Exception as error:
+            # The compiler's errors have many classes, and a missing C++ compiler is the usual one.
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(error).strip().splitlines()[0][:150]
+            raise UserError(f"--compile: PyTorch's compiler failed ({reason}); leave the flag out") from None
 
     def _program(self, network: nn.Module) -> Forward:
         if not self.compiled or isinstance(network, Discriminator):

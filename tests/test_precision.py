@@ -22,6 +22,7 @@ from data_handlers.toy_files import draw_frame
 from test_bad_input import check_refusal
 from test_step import Step, build
 from test_train_cli import only_run, training_flags
+from utils.errors import UserError
 from worlds import write_cityscapes, write_gta5
 
 CPU = torch.device("cpu")
@@ -105,6 +106,19 @@ def test_discriminators_are_never_compiled(monkeypatch):
         execution(generator, torch.zeros(1, 3, 8, 8), None)
         execution(discriminator, torch.zeros(1, 3, 8, 8))
     assert compiled == [generator]
+
+
+def test_a_compiler_that_fails(monkeypatch):
+    def fail(network, **_):
+        def program(*_):
+            raise torch._dynamo.exc.Unsupported("no C++ compiler\nfound here")
+
+        return program
+
+    monkeypatch.setattr(torch, "compile", fail)
+    generator = build(Generator, 0, 2, 8, "group", 0)
+    with pytest.raises(UserError, match=r"--compile: .*no C\+\+ compiler\)"):
+        Execution("fp32", compiled=True)(generator, torch.zeros(1, 3, 8, 8), None)
 
 
 def test_generated_images_are_float32():
