@@ -41,6 +41,7 @@ TRAINING = """
     --src_resize 144 72 --trg_resize 128 64 --crop_size 128 64 --base_channels_list 16 --batch_size_list 16 8 4
     --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 600 300 150 --vgg_weights random --content_layers 3 6 --style_layers 3 6
     --lambda_cyclic 5 --content_weight 0.3 --model UNet --lr_semseg 0.02 --num_workers 1 --print_rate 25
+    --precision auto
 """
 # The segmentation net that is trained twice, on source and on SiT, from the same seeds.
 SEGMENTATION = f"""

@@ -148,9 +148,9 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_compute_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--precision", choices=PRECISIONS, default="auto",
+    add("--precision", choices=PRECISIONS, default="fp32",
         help="arithmetic of the networks; weights, losses, Gram matrices and the gradient penalty's norm are float32 "
-        "in each (default: bf16 on hardware that computes in it, else fp32)")  # fmt: skip
+        "in each; auto: bf16 on hardware that computes in it, else fp32 (default: %(default)s)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="compile all networks but the discriminators, which takes minutes at the start (default: no)")  # fmt: skip
 
