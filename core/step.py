@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +17,19 @@ from torch.optim import Optimizer
 
 from core.config import LossConfig
 from core.execution import Forward, run_plainly
-from core.losses import label_loss
+from core.losses import IGNORE_LABEL, label_loss
 from core.networks import Discriminator, Generator
 from core.objectives import (
     PerceptualNet,
     PerceptualTargets,
+    Piece,
     adversarial_and_style_loss,
     at_once,
     cycle_back,
     discriminator_loss,
     perceptual_targets,
+    pieces,
+    weighted_sum,
 )
 from core.pyramid import cascade
 
@@ -131,6 +134,11 @@ class Direction:
         """The translated image, (B,3,h,w)."""
         return forward(self.generator, self.image, self.coarser)
 
+    def part(self, samples: slice) -> Direction:
+        """The direction with some samples of its batch."""
+        coarser = None if self.coarser is None else self.coarser[samples]
+        return replace(self, image=self.image[samples], coarser=coarser, real=self.real[samples])
+
     def weights(self) -> tuple[Tensor, ...]:
         """All that its generator loss has gradients to."""
         return (*self.generator.parameters(), *self.back.parameters())
@@ -186,18 +194,43 @@ class GeneratorTerms:
         self.forward = forward
         self.source_net: nn.Module | None = None
         self.label: Tensor | None = None
+        self.label_weight: Tensor | float = 1.0
         self.logged: dict[str, Tensor] = {}
         self.returned: Tensor | None = None
 
-    def watch_labels(self, source_net: nn.Module, label: Tensor) -> None:
+    def watch_labels(self, source_net: nn.Module, label: Tensor, weight: Tensor | float = 1.0) -> None:
         """Add the cyclic label loss: P on the image that came back, against the label (B,h,w) of the original."""
-        self.source_net, self.label = source_net, label
+        self.source_net, self.label, self.label_weight = source_net, label, weight
 
-    def total(self, fake: Tensor | None) -> Tensor:
+    def part(self, piece: Piece) -> GeneratorTerms:
+        """The terms of some samples, as means over these."""
+        own, other = self.own.part(piece.samples), self.other.part(piece.samples)
+        direction = self.direction.part(piece.samples)
+        part = GeneratorTerms(direction, self.perceptual, own, other, self.config, self.scale_factor, self.forward)
+        if self.source_net is not None:
+            # A mean over labelled pixels, of which every sample has another number.
+            labelled = self.label != IGNORE_LABEL
+            share = labelled[piece.samples].sum() / labelled.sum().clamp(min=1)
+            part.watch_labels(self.source_net, self.label[piece.samples], share / piece.weight)
+        return part
+
+    def total(self, fake: Tensor | None, micro_batch: int | None = None) -> Tensor:
         """The sum, with gradients to both generators; None translates here and gives all memory back at the end."""
+        if micro_batch is not None:
+            return self._in_pieces(fake, pieces(len(self.direction.image), micro_batch))
         if fake is None:
             return at_once(lambda *_: self._sum(self.direction.translate(self.forward)), *self.direction.weights())
         return self._sum(fake)
+
+    def _in_pieces(self, fake: Tensor | None, found: Sequence[Piece]) -> Tensor:
+        parts = [self.part(piece) for piece in found]
+        total = sum(
+            piece.weight * part.total(None if fake is None else fake[piece.samples])
+            for piece, part in zip(found, parts, strict=True)
+        )
+        self.logged = weighted_sum([(piece.weight, part.logged) for piece, part in zip(found, parts, strict=True)])
+        self.returned = torch.cat([part.returned for part in parts])
+        return total
 
     def _sum(self, fake: Tensor) -> Tensor:
         direction = self.direction
@@ -220,7 +253,8 @@ class GeneratorTerms:
         return total
 
     def _label_loss(self, image: Tensor) -> Tensor:
-        return self.config.lambda_labels * label_loss(self.forward(self.source_net, image), self.label)
+        loss = label_loss(self.forward(self.source_net, image), self.label)
+        return self.config.lambda_labels * self.label_weight * loss
 
     def _log(self, losses: Mapping[str, Tensor], prefix: str) -> None:
         self.logged |= {name: value.detach() for name, value in _with_direction(prefix, losses).items()}
@@ -249,6 +283,7 @@ def training_step(
     warmup: bool = False,
     forward: Forward = run_plainly,
     recompute: bool = False,
+    micro_batch: int | None = None,
 ) -> StepResult:
     """Update the four networks of a scale once, and at the last scale Q and Gst again.
 
@@ -258,7 +293,9 @@ def training_step(
         warmup: leave the label loss out and do not step Gst in the segmentation phase.
         forward: how networks are run.
         recompute: translate once more for the generators' update instead of keeping both translations' activations
-            through the discriminators': two of some fifty forwards more, for the least memory. The sums are the same.
+            through the discriminators': three of some fifty forwards more, for the least memory. The sums are the same.
+        micro_batch: samples whose losses are computed at once, None for the whole batch. The sums are the same;
+            networks with batch norm need the whole batch, and Q always gets it.
 
     Returns:
         Losses under `ST|TS/Discriminator|Generator/...`, `Cyclic/...`, `Semseg/...`, and the images `source`, `sit`,
@@ -272,21 +309,23 @@ def training_step(
     # (1) Discriminators, one after the other: together they would need twice the memory.
     for direction, fake in zip(directions, fakes, strict=True):
         loss, logged = discriminator_loss(
-            direction.discriminator, direction.real, fake.detach(), direction.alpha, config, forward
+            direction.discriminator, direction.real, fake.detach(), direction.alpha, config, forward, micro_batch
         )
         _backward_and_step(loss, direction.discriminator_optimizer)
         losses |= _with_direction(direction.name, logged)
 
     # (2) Generators, against the discriminators just updated.
     with without_gradients(nets.Dst, nets.Dts):
-        looks = [perceptual_targets(direction.image, perceptual, config, forward) for direction in directions]
+        looks = perceptual_targets(*(direction.image for direction in directions), perceptual, config, forward)
         terms = [
             GeneratorTerms(direction, perceptual, own, other, config, scale_factor, forward)
             for direction, own, other in zip(directions, looks, reversed(looks), strict=True)
         ]
         if labels is not None and not warmup:
             terms[0].watch_labels(labels.source_net, batch.label)
-        total = terms[0].total(None if recompute else fakes[0]) + terms[1].total(None if recompute else fakes[1])
+        total = sum(
+            term.total(None if recompute else fake, micro_batch) for term, fake in zip(terms, fakes, strict=True)
+        )
         _backward_and_step(total, optimizers.Gst, optimizers.Gts)
     for term in terms:
         losses |= term.logged
@@ -294,7 +333,7 @@ def training_step(
     # (3) Segmentation of the images that the updated Gst makes.
     if labels is not None:
         losses["Semseg/SemsegLoss"] = _segmentation_phase(
-            directions[0], optimizers.Gst, labels, batch.label, warmup, forward
+            directions[0], optimizers.Gst, labels, batch.label, warmup, forward, recompute
         )
     images = {
         "source": directions[0].image, "sit": fakes[0], "sitis": terms[0].returned,
@@ -313,13 +352,23 @@ def _segmentation_phase(
     label: Tensor,
     warmup: bool,
     forward: Forward,
+    recompute: bool,
 ) -> Tensor:
     """Step Q on the freshly translated source and, after warm-up, Gst again on this gradient alone."""
-    with torch.set_grad_enabled(not warmup):
+    keep = not (warmup or recompute)
+    with torch.set_grad_enabled(keep):
         sit = direction.translate(forward)
+    again = recompute and not warmup
+    if again:
+        sit.requires_grad_(True)
     loss = label_loss(forward(labels.target_net, sit), label)
-    if warmup:
-        _backward_and_step(loss, labels.target_optimizer)
-    else:
-        _backward_and_step(loss, labels.target_optimizer, generator_optimizer)
+    optimizers = (labels.target_optimizer,) if warmup else (labels.target_optimizer, generator_optimizer)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if again:
+        # The same images once more, with a graph, now that Q's is gone.
+        direction.translate(forward).backward(sit.grad)
+    for optimizer in optimizers:
+        optimizer.step()
     return loss

@@ -115,6 +115,9 @@ class GoldenStep:
         fields = {name: self.meta[name] for name in LossConfig.__dataclass_fields__}
         return LossConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
+    def perceptual_net(self):
+        return vgg_from_state_dict(self.tensors("vgg"), self.loss_config().perceptual_layers)
+
     def label_networks(self):
         meta = self.meta
         if meta["no_semseg"] or self.scale != meta["num_scales"]:
@@ -143,7 +146,7 @@ class GoldenStep:
             for name, net in self.nets.items()
         }
         self.labels = self.label_networks()
-        self.perceptual = vgg_from_state_dict(self.tensors("vgg"), self.loss_config().perceptual_layers)
+        self.perceptual = self.perceptual_net()
         self.order, self.gradients = [], {}
         watched = {name: (optimizers[name], net) for name, net in self.nets.items()}
         if self.labels:
@@ -173,7 +176,9 @@ class GoldenStep:
         self.scale_networks = ScaleNetworks(**self.nets, lower_Gst=lower["Gst"], lower_Gts=lower["Gts"])
         # The tracing is that of compiled code; what is generated from it would take minutes to make.
         execution = Execution(compiled=self.mode == "compiled", backend="aot_eager")
-        step = partial(training_step, recompute=self.mode == "recompute", forward=execution)
+        micro_batch = 1 if self.mode == "micro_batch" else None
+        recompute = self.mode in ("recompute", "micro_batch")
+        step = partial(training_step, recompute=recompute, micro_batch=micro_batch, forward=execution)
         if self.mode == "literal":
             step = literal_step
             collect_gradients(self.perceptual, *([self.labels.source_net] if self.labels else []))

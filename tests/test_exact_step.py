@@ -1,0 +1,83 @@
+"""Our step against the literal one in float64: the same sums, however the work is cut up and laid out.
+
+The golden numbers are float32 of one memory layout. In another, a norm's sums round otherwise, and a single LeakyReLU
+that changes side moves a gradient by more than their tolerance; in float64 nothing changes side.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from core.networks import published_norm
+from core.objectives import pieces
+from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
+
+CASES = [
+    (path, scale, mode)
+    for path in FILES
+    for meta in [json.loads(str(np.load(path)["meta"]))]
+    for scale in meta["scales"]
+    for mode in ("plain", "recompute", "micro_batch")
+    # Batch norm mixes samples, so a batch in pieces is another batch.
+    if mode != "micro_batch" or (published_norm(meta["images_per_gpu"]) == "group" and meta["batch"] > 1)
+]
+
+
+class DoubleStep(GoldenStep):
+    """A golden step's inputs in float64, laid out channels first as the trainer does."""
+
+    def network(self, kind, name, scale):
+        return super().network(kind, name, scale).double()
+
+    def perceptual_net(self):
+        return super().perceptual_net().double()
+
+    def label_networks(self):
+        networks = super().label_networks()
+        if networks:
+            networks.source_net.double()
+            networks.target_net.double()
+        return networks
+
+    def pyramids(self, domain):
+        return [level.double().contiguous() for level in super().pyramids(domain)]
+
+    def _take_noise_from_reference(self, optimizer, args, kwargs):
+        pass
+
+
+@pytest.fixture(scope="module")
+def literal_steps():
+    return {}
+
+
+@pytest.mark.parametrize(("path", "scale", "mode"), CASES, ids=[f"{p.stem}-scale{s}-{m}" for p, s, m in CASES])
+def test_step_is_the_literal_one(path, scale, mode, literal_steps, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # what the step lifts to float32 stays as it is
+    if (path, scale) not in literal_steps:
+        literal_steps[path, scale] = DoubleStep(path, scale, "literal")
+    theirs, ours = literal_steps[path, scale], DoubleStep(path, scale, mode)
+    assert ours.order == theirs.order
+    assert ours.result.losses.keys() == theirs.result.losses.keys()
+    for name, value in theirs.result.losses.items():
+        assert value.dtype == torch.float64
+        assert float(ours.result.losses[name]) == pytest.approx(float(value), rel=1e-11), name
+    for name, image in theirs.result.images.items():
+        torch.testing.assert_close(ours.result.images[name], image, rtol=0, atol=1e-11)
+    for step, gradients in theirs.gradients.items():
+        net = ours.nets.get(step.split("#")[0])
+        noise = zero_gradient_biases(net) if net else set()
+        assert gradients.keys() == ours.gradients[step].keys()
+        for name in gradients.keys() - noise:
+            assert relative_l2(ours.gradients[step][name], gradients[name]) < 1e-9, f"{step} {name}"
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "sizes"), [(5, None, [5]), (5, 2, [1, 2, 2]), (3, 1, [1] * 3), (4, 9, [4])]
+)
+def test_pieces_cover_the_batch(batch, micro_batch, sizes):
+    found = pieces(batch, micro_batch)
+    assert [k for piece in found for k in range(batch)[piece.samples]] == list(range(batch))
+    assert [piece.weight * batch for piece in found] == pytest.approx(sizes)
