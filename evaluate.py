@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from core.execution import set_convolution_precision
 from core.segmentation_files import load_segmentation_net
 from core.validation import CONVENTION, score_table
 from data_handlers.datasets import DATA_SETS, DataSet
@@ -136,6 +137,7 @@ def main() -> None:
     flags, given = parse_flags(build_parser())
     _check_flags(flags, given)
     device = resolve_device(flags.gpus)
+    set_convolution_precision("fp32")
     data_set = DATA_SETS[flags.data_set]
     files = list_validation(data_set, flags.data_dir, "--data_dir", flags.list, flags.val_count, "--val_count")
     require_labels(files, "--data_dir")

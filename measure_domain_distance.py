@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from core.domain_distance import feature_gaussian
+from core.execution import set_convolution_precision
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images
 from models.vgg import build_vgg
@@ -47,6 +48,7 @@ def main() -> None:
     if min(size) < 16 or flags.max_images < 1:
         raise UserError("--size needs at least 16 pixels a side, and --max_images at least 1")
     device = resolve_device(flags.gpus)
+    set_convolution_precision("fp32")
     sets = {
         "target": list_images(DATA_SETS[flags.target], flags.trg_data_dir, "--trg_data_dir"),
         "source": list_images(DATA_SETS[flags.source], flags.src_data_dir, "--src_data_dir"),

@@ -18,6 +18,7 @@ import torch
 from core.checkpoint import LATEST
 from core.command_line import backbone_weights
 from core.config import SGDConfig, default_semseg_weights
+from core.execution import PRECISIONS, resolve_precision, set_convolution_precision
 from core.segmentation_files import SegmentationFile, read_segmentation_file, run_of
 from core.source_training import SourceTrainer, SourceTrainingConfig
 from core.validation import Validator, scored_classes
@@ -41,7 +42,7 @@ from utils.seeds import seed_for
 
 # Flags that may differ when a run is continued: where things are and how they are reported, never what is computed.
 CONTINUE_FLAGS = ("gpus", "num_workers", "src_data_dir", "src_label_dir", "tb_logs_dir", "print_rate",
-                  "save_checkpoint_rate", "output")  # fmt: skip
+                  "save_checkpoint_rate", "output", "precision")  # fmt: skip
 LABELLED = sorted(name for name, data_set in DATA_SETS.items() if data_set.label_path)
 
 
@@ -67,6 +68,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--print_rate", type=int, default=100, help="steps between two log entries (default: %(default)s)")
     add("--save_checkpoint_rate", type=int, default=1000, help="steps between two checkpoints (default: %(default)s)")
     add("--validation_rate", type=int, default=0, help="steps between two validations (default: one epoch)")
+    add("--precision", choices=PRECISIONS, default="fp32",
+        help="arithmetic of the training; auto is bf16 where the device has it (default: %(default)s)")  # fmt: skip
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
@@ -137,6 +140,7 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> Sourc
         tb_logs_dir=flags.tb_logs_dir,
         print_rate=flags.print_rate,
         save_checkpoint_rate=flags.save_checkpoint_rate,
+        precision=flags.precision,
     )
 
 
@@ -231,6 +235,8 @@ def main() -> None:
         config = config_from_flags(flags, given)
 
     device = resolve_device(config.gpus.split())
+    config = replace(config, precision=resolve_precision(config.precision, device))
+    set_convolution_precision(config.precision)
     torch.backends.cudnn.benchmark = True  # one crop size
     data_set = DATA_SETS[config.source]
     require_classes(config.shape.num_classes, data_set.name, data_set.id_map)

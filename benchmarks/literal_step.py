@@ -117,7 +117,7 @@ def _adversarial_and_style(
     to_target: Fake,
     to_source: Fake,
 ) -> dict[str, Tensor]:
-    """First half of phase 2: two backwards for each direction, through a translation of its own each."""
+    """First half of phase 2: two backwards for each direction, each through the same translation."""
     losses: dict[str, Tensor] = {}
     pairs = (
         ("ST", nets.Dst, to_target, source, target),
@@ -126,8 +126,8 @@ def _adversarial_and_style(
     for name, discriminator, fake_of, own, other in pairs:
         fake = fake_of()
         adversarial = config.lambda_adversarial * -discriminator(fake).mean()
-        adversarial.backward()
-        fake = fake_of()
+        adversarial.backward(retain_graph=True)  # the style terms look at the same image
+        adversarial = adversarial.detach()  # which frees the discriminator's part of the graph
         features, own_features, other_features = perceptual(fake), perceptual(own), perceptual(other)
         content = content_loss(features, own_features, config.content_layers)
         grams = {layer: gram_matrix(other_features[layer]) for layer in config.style_layers}

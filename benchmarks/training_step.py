@@ -47,7 +47,7 @@ class Variant:
 
     @property
     def literal(self) -> bool:
-        return self.name == "literal"
+        return self.name.startswith("literal")
 
     def step_of(self, setting: Setting, config: ProCSTConfig, recompute: bool) -> Callable[[], object]:
         """A function that makes one step in `setting`; the literal step knows no `recompute`."""
@@ -73,6 +73,8 @@ def variants(device: torch.device, compiled: bool) -> list[Variant]:
     """The literal step first, then ours in every precision of the device."""
     precisions = ["fp32", *(["tf32"] if device.type == "cuda" else []), *(["bf16"] if computes_in_bf16(device) else [])]
     found = [Variant("literal", "fp32"), *(Variant(precision, precision) for precision in precisions)]
+    if "tf32" in precisions:
+        found.insert(1, Variant("literal tf32", "tf32"))  # PyTorch's own default for convolutions
     return found + [Variant(f"{p} compiled", p, True) for p in precisions if compiled]
 
 

@@ -7,17 +7,20 @@ be scaled); what comes out is used in float32 by every loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from core.networks import Discriminator
+from core.networks import Discriminator, Norm
 from utils.errors import UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+# Pixels whose losses are computed at once. A GPU is busy with one image of the published size; on a CPU more pixels do
+# not run faster.
+MICRO_BATCH_PIXELS = {"cuda": 2**19, "cpu": 2**15}
 
 # (network, *inputs) -> its output
 Forward = Callable[..., Any]
@@ -31,7 +34,7 @@ def run_plainly(network: nn.Module, *inputs: Any) -> Any:
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether the device has arithmetic for bfloat16, rather than emulating it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -43,8 +46,8 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
     """
     if wanted == "auto":
         return "bf16" if computes_in_bf16(device) else "fp32"
-    if wanted == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32: a mode of NVIDIA GPUs from Ampere on; use bf16 or fp32 on the CPU")
+    if wanted == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise UserError(f"--precision tf32: a mode of NVIDIA GPUs from Ampere on, which {device} is not; use fp32")
     if wanted == "bf16" and not computes_in_bf16(device):
         raise UserError(f"--precision bf16: {device} does not compute in bfloat16; use fp32")
     return wanted
@@ -57,6 +60,13 @@ def set_convolution_precision(precision: Precision) -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def micro_batch_size(batch: Sequence[int], norm: Norm, device: torch.device) -> int | None:
+    """Samples of a batch of shape (B,3,h,w) whose losses are computed at once; None, the whole, for batch norm."""
+    if norm == "batch":
+        return None
+    return max(1, MICRO_BATCH_PIXELS[device.type] // (batch[-2] * batch[-1]))
 
 
 def channels_last(network: nn.Module) -> None:

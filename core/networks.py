@@ -77,8 +77,8 @@ class ConvBlock(nn.Module):
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     """The norm of `x`, put out in the precision of `x`; statistics, weight and bias are float32.
 
-    A weight near 1 rounded to bfloat16 moves in steps of 0.4 to 0.8 percent, more than an optimiser's step, and a rounded
-    mean or variance shifts a whole image. The CPU's group norm takes such a mixture, the GPU's does not.
+    A weight near 1 rounded to bfloat16 moves in steps of 0.4 to 0.8 percent, more than an optimiser's step, and a
+    rounded mean or variance shifts a whole image. The CPU's group norm takes such a mixture, the GPU's does not.
     """
     if x.dtype == torch.float32 or not isinstance(norm, nn.GroupNorm):
         return norm(x)
@@ -125,8 +125,9 @@ class Generator(nn.Module):
 
     def forward(self, image: Tensor, coarser: Tensor | None) -> Tensor:
         features = self.body(self.head(self.join_inputs(image, coarser)))
-        tail, tanh = self.tail
-        return tanh(tail(features).float())
+        # The last layer is cheap and its rounding would be seen in the image: bfloat16 is coarser than its 256 levels.
+        with torch.autocast(image.device.type, enabled=False):
+            return self.tail(features.float())
 
 
 class Discriminator(nn.Module):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from core.checkpoint import CONFIG, LATEST
 from core.config import SGDConfig, Size
+from core.execution import PRECISIONS, Execution
 from core.label_networks import segmentation_optimizer
 from core.losses import label_loss
 from core.segmentation_files import BEST, SegmentationFile, read_segmentation_file, run_of
@@ -32,6 +33,7 @@ from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.seeds import seed_for
 from utils.tensor_files import load_network
+from utils.transfer import to_device
 
 LOSS_TAG = "Semseg/SemsegLoss"
 
@@ -52,6 +54,7 @@ class SourceTrainingConfig:
         power: of the poly schedule: rate * (1 - step / num_steps) ** power.
         validation_rate: steps between two validations; 0 means one epoch.
         output: where the best net goes besides the run folder, or ''.
+        precision: of the training; validation is float32.
     """
 
     source: str
@@ -76,8 +79,11 @@ class SourceTrainingConfig:
     tb_logs_dir: str
     print_rate: int
     save_checkpoint_rate: int
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UserError(f"--precision {self.precision}: must be one of {', '.join(PRECISIONS)}")
         for name in ("num_steps", "batch_size", "print_rate", "save_checkpoint_rate"):
             if not 0 < getattr(self, name) < 1e15:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be greater than 0")
@@ -149,6 +155,7 @@ class SourceTrainer:
         self.class_names = class_names
         self.device = device
         self.run_folder = run_folder
+        self.execution = Execution(config.precision)
         self.optimizer = segmentation_optimizer(net, config.sgd)
         self.step = 0
         self.validated_step = 0
@@ -267,8 +274,8 @@ class SourceTrainer:
         factor = poly_rate(self.step, self.config.num_steps, self.config.power)
         for group, multiple in zip(self.optimizer.param_groups, (1.0, HEAD_RATE), strict=True):
             group["lr"] = self.config.sgd.lr_semseg * multiple * factor
-        image = normalise(batch.levels[0].to(self.device, non_blocking=True)).permute(0, 3, 1, 2).contiguous()
-        loss = label_loss(self.net(image), batch.label.to(self.device, non_blocking=True))
+        image = normalise(to_device(batch.levels[0], self.device)).permute(0, 3, 1, 2).contiguous()
+        loss = label_loss(self.execution(self.net, image), to_device(batch.label, self.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

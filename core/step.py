@@ -107,6 +107,19 @@ def without_gradients(*networks: nn.Module) -> Iterator[None]:
             network.requires_grad_(True)
 
 
+@contextmanager
+def without_statistics(network: nn.Module) -> Iterator[None]:
+    """Inside the block batch norms normalise by the batch, but do not add it to their running statistics."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
 @dataclass(frozen=True)
 class Direction:
     """One of the two ways images are translated in a step.
@@ -133,6 +146,11 @@ class Direction:
     def translate(self, forward: Forward) -> Tensor:
         """The translated image, (B,3,h,w)."""
         return forward(self.generator, self.image, self.coarser)
+
+    def translate_again(self, forward: Forward) -> Tensor:
+        """The same image once more, for its graph; batch norms have seen it already."""
+        with without_statistics(self.generator):
+            return self.translate(forward)
 
     def part(self, samples: slice) -> Direction:
         """The direction with some samples of its batch."""
@@ -219,7 +237,8 @@ class GeneratorTerms:
         if micro_batch is not None:
             return self._in_pieces(fake, pieces(len(self.direction.image), micro_batch))
         if fake is None:
-            return at_once(lambda *_: self._sum(self.direction.translate(self.forward)), *self.direction.weights())
+            translate = self.direction.translate_again
+            return at_once(lambda *_: self._sum(translate(self.forward)), *self.direction.weights())
         return self._sum(fake)
 
     def _in_pieces(self, fake: Tensor | None, found: Sequence[Piece]) -> Tensor:
@@ -355,10 +374,9 @@ def _segmentation_phase(
     recompute: bool,
 ) -> Tensor:
     """Step Q on the freshly translated source and, after warm-up, Gst again on this gradient alone."""
-    keep = not (warmup or recompute)
-    with torch.set_grad_enabled(keep):
-        sit = direction.translate(forward)
     again = recompute and not warmup
+    with torch.set_grad_enabled(not (warmup or recompute)):
+        sit = direction.translate(forward)
     if again:
         sit.requires_grad_(True)
     loss = label_loss(forward(labels.target_net, sit), label)
@@ -367,8 +385,7 @@ def _segmentation_phase(
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if again:
-        # The same images once more, with a graph, now that Q's is gone.
-        direction.translate(forward).backward(sit.grad)
+        direction.translate_again(forward).backward(sit.grad)  # Q's graph is gone
     for optimizer in optimizers:
         optimizer.step()
     return loss

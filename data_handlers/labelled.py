@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_handlers.images import normalise, read_image, read_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
+from utils.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -90,5 +91,5 @@ def open_labelled(
         if isinstance(sample, UserError):
             raise sample
         name, pixels, label = sample
-        image = normalise(torch.from_numpy(pixels).to(device)).permute(2, 0, 1)[None].contiguous()
-        yield LabelledImage(name, image, None if label is None else torch.from_numpy(label).to(device))
+        image = normalise(to_device(torch.from_numpy(pixels), device)).permute(2, 0, 1)[None].contiguous()
+        yield LabelledImage(name, image, None if label is None else to_device(torch.from_numpy(label), device))

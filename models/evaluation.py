@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.confusion import confusion_matrix
+from utils.confusion import confusion_matrix, count_values
 from utils.errors import UserError
 
 CONFIDENCE_BINS = 20
@@ -75,7 +75,7 @@ class PredictionStatistics:
         self.confidence_sum += confidence.sum()
         # A net that diverged predicts NaN: that shows in the means, the bins only have to stay bins.
         bins = (confidence.nan_to_num(0.0) * CONFIDENCE_BINS).long().clamp_(max=CONFIDENCE_BINS - 1)
-        self.confidence_histogram += torch.bincount(bins.flatten(), minlength=CONFIDENCE_BINS)
+        self.confidence_histogram += count_values(bins, CONFIDENCE_BINS)
 
     def mean_confidence(self) -> float:
         """Mean probability of the predicted class."""

@@ -74,6 +74,18 @@ def test_step_is_the_literal_one(path, scale, mode, literal_steps, monkeypatch):
             assert relative_l2(ours.gradients[step][name], gradients[name]) < 1e-9, f"{step} {name}"
 
 
+BATCH_NORM = sorted({(path, scale) for path, scale, _ in CASES if "batchnorm" in path.stem})
+
+
+@pytest.mark.parametrize(("path", "scale"), BATCH_NORM)
+def test_recomputing_leaves_the_running_statistics_alone(path, scale, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    plain, recomputed = (DoubleStep(path, scale, mode) for mode in ("plain", "recompute"))
+    for name, net in plain.nets.items():
+        for key, value in net.named_buffers():
+            torch.testing.assert_close(dict(recomputed.nets[name].named_buffers())[key], value, msg=f"{name} {key}")
+
+
 @pytest.mark.parametrize(
     ("batch", "micro_batch", "sizes"), [(5, None, [5]), (5, 2, [1, 2, 2]), (3, 1, [1] * 3), (4, 9, [4])]
 )

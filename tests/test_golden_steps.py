@@ -141,7 +141,8 @@ class GoldenStep:
         }
         optimizers = {
             name: torch.optim.Adam(
-                net.parameters(), lr=meta["lr_d" if name[0] == "D" else "lr_g"], betas=(meta["beta1"], 0.999)
+                net.parameters(), lr=meta["lr_d" if name[0] == "D" else "lr_g"], betas=(meta["beta1"], 0.999),
+                fused=self.mode != "literal",
             )
             for name, net in self.nets.items()
         }

@@ -22,7 +22,17 @@ def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     counted = label < classes
     # Pixels that do not count go into one bin behind the matrix, so no pixel has to be selected.
     pair = torch.where(counted, label.long() * classes + prediction.long(), classes * classes)
-    return torch.bincount(pair.flatten(), minlength=classes * classes + 1)[:-1].reshape(classes, classes)
+    return count_values(pair, classes * classes + 1)[:-1].reshape(classes, classes)
+
+
+def count_values(values: Tensor, bins: int) -> Tensor:
+    """How often 0, 1, ..., `bins` - 1 occur in int64 `values`, int64 (bins,), without reading anything back.
+
+    `torch.bincount` has the GPU tell the host the largest value first.
+    """
+    flat = values.flatten()
+    counts = torch.zeros(bins, dtype=torch.int64, device=values.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))
 
 
 @dataclass(frozen=True)
