@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.literal_step import collect_gradients, literal_step
 from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
 from benchmarks.setting import Setting, build_setting
+from benchmarks.waiting import share_waiting, write_pictures
 from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig
-from core.execution import Execution, computes_in_bf16, set_convolution_precision
-from core.step import training_step
+from core.execution import Execution, computes_in_bf16, micro_batch_size, set_convolution_precision
+from core.step import Batch, training_step
+from data_handlers.cache import ImageCache
+from data_handlers.lists import FileList
 from utils.devices import resolve_device
 from utils.errors import run_cli
 from utils.flags import parse_flags
@@ -58,7 +62,12 @@ class Variant:
         if self.literal:
             collect_gradients(setting.perceptual, *([setting.labels.source_net] if setting.labels else []))
             return partial(literal_step, *arguments)
-        return partial(training_step, *arguments, forward=Execution(self.precision, self.compiled), recompute=recompute)
+        execution = Execution(self.precision, self.compiled)
+        norm = setting.networks.Gst.shape.norm
+        # `recompute` and the size of a micro-batch are what the trainer chooses on a GPU; --memory pretends to be one.
+        device = torch.device("cuda" if recompute else "cpu")
+        micro_batch = micro_batch_size(setting.batch.source[-1].shape, norm, device)
+        return partial(training_step, *arguments, forward=execution, recompute=recompute, micro_batch=micro_batch)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -141,10 +150,37 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     shown = ", ".join(f"{precision} {value / 1e12:.2f} TFLOP/s" for precision, value in ceilings.items())
     print(f"{name}, torch {torch.__version__}; measured ceilings: {shown}, copy {copy / 1e9:.1f} GB/s\n")
-    print("| scale, batch | step | ms | pairs/s | speed-up | TFLOP/s | of matmul ceiling | floor ms | peak GB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for scale in scales:
-        _print_scale(config, scale, device, compared, flags.rounds, ceilings, copy)
+    print(
+        "| scale, batch | step | ms | pairs/s | speed-up | TFLOP/s | of matmul ceiling | of copy ceiling | floor ms "
+        "| peak GB | waiting | with cache |\n" + "| --- " * 12 + "|"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        files, caches = write_pictures(Path(folder), config)
+        for scale in scales:
+            waiting = {v.name: waiting_shares(config, scale, device, v, files, caches, flags.rounds) for v in compared}
+            _print_scale(config, scale, device, compared, flags.rounds, ceilings, copy, waiting)
+
+
+def waiting_shares(
+    config: ProCSTConfig,
+    scale: int,
+    device: torch.device,
+    variant: Variant,
+    files: FileList,
+    caches: Mapping[str, ImageCache],
+    rounds: int,
+) -> tuple[str, str]:
+    """Share of time waiting for data without and with the cache; the literal step has no loader of ours."""
+    if variant.literal or variant.compiled:
+        return "", ""
+    setting = build_setting(config, scale, device, fused=True)
+    set_convolution_precision(variant.precision)
+
+    def step(batch: Batch) -> object:
+        return variant.step_of(replace(setting, batch=batch), config, device.type == "cuda")()
+
+    shares = [share_waiting(config, scale, files, used, step, device, rounds) for used in ({}, caches)]
+    return f"{shares[0]:.0%}", f"{shares[1]:.0%}"
 
 
 def _print_scale(
@@ -155,6 +191,7 @@ def _print_scale(
     rounds: int,
     ceilings: dict[str, float],
     copy: float,
+    waiting: Mapping[str, tuple[str, str]],
 ) -> None:
     batch = config.schedule.batch_size_list[scale]
     results = time_scale(config, scale, device, compared, rounds)
@@ -177,7 +214,8 @@ def _print_scale(
         print(
             f"| {scale}, {batch} | {variant.name} | {1e3 * seconds:.1f} | {batch / seconds:.2f} | {base / seconds:.2f} "
             f"| {flops / seconds / 1e12:.3f} | {flops / seconds / ceilings[variant.precision]:.0%} "
-            f"| {1e3 * floor:.1f} ({bound}) | {(alive if peak is None else peak) / 1e9:.2f} |",
+            f"| {moved / seconds / copy:.0%} | {1e3 * floor:.1f} ({bound}) "
+            f"| {(alive if peak is None else peak) / 1e9:.2f} | {' | '.join(waiting[variant.name])} |",
             flush=True,
         )
 

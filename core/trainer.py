@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adam
 
+from core.batches import open_streams, penalty_alphas, step_batch
 from core.checkpoint import CONFIG, LATEST, NETWORK_NAMES, Checkpoint
-from core.config import ProCSTConfig, Size
+from core.config import ProCSTConfig
 from core.contact_sheet import contact_sheet_path, save_contact_sheet
 from core.execution import Execution, micro_batch_size
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import RunProgress
-from core.pyramid import array_pyramid
 from core.step import (
-    Batch,
     LabelNetworks,
     PerceptualNet,
     ScaleNetworks,
@@ -30,19 +27,12 @@ from core.step import (
 )
 from core.validation import BEST_PATTERN, VALIDATIONS, Validator, best_name, report
 from data_handlers.cache import ImageCache
-from data_handlers.images import normalise
 from data_handlers.lists import FileList
-from data_handlers.stream import DomainBatch, LabelUse, StreamConfig, open_stream
+from data_handlers.stream import DomainBatch
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.seeds import seed_for
 from utils.tensor_files import load_network
-from utils.transfer import to_device
-
-
-def penalty_alphas(seed: int, scale: int, step: int) -> Tensor:
-    """The two interpolation factors of a step's gradient penalties, uniform in [0,1], from (seed, scale, step)."""
-    return torch.from_numpy(np.random.default_rng([seed, 2, scale, step]).random(2, dtype=np.float32))
 
 
 class Trainer:
@@ -226,39 +216,6 @@ class Trainer:
         )
         progress.say(f"scale {self.scale} finished, see {path}")
 
-    def _streams(self, steps: range) -> zip[tuple[DomainBatch, DomainBatch]]:
-        data, schedule = self.config.data, self.config.schedule
-        pyramid = partial(
-            array_pyramid,
-            num_scales=self.config.network.num_scales,
-            scale_factor=self.config.network.scale_factor,
-            up_to=self.scale,
-            resample=data.resample,
-        )
-        uses_labels = self.labels is not None and self._is_last_scale()
-
-        def stream(files: FileList, domain: str, resize: Size, labels: LabelUse) -> Iterator[DomainBatch]:
-            config = StreamConfig(
-                seed=self.config.run.manual_seed,
-                domain=domain,
-                scale=self.scale,
-                batch_size=schedule.batch_size_list[self.scale],
-                steps_per_epoch=schedule.steps_per_epoch(self.scale, self.epoch_length),
-                epoch_length=self.epoch_length,
-                resize=resize,
-                crop=data.crop_size,
-                labels=labels,
-                resample=data.resample,
-            )
-            pin_memory = self.device.type == "cuda"
-            return open_stream(files, config, pyramid, steps, data.num_workers, pin_memory, self.caches.get(domain))
-
-        has_labels = bool(self.source.data_set.label_path)
-        labels = "read" if uses_labels else "check" if has_labels else "none"
-        source = stream(self.source, "source", data.src_resize, labels)
-        target = stream(self.target, "target", data.trg_resize, "none")
-        return zip(source, target, strict=True)
-
     def _train_scale(self, progress: RunProgress) -> None:
         run = self.config.run
         steps = self.config.schedule.steps(self.scale, self.epoch_length)
@@ -267,7 +224,11 @@ class Trainer:
         nets, optimizers = self._scale_networks(), ScaleOptimizers(**self.optimizers)
         if self._is_validation_step(per_epoch, steps) and all(v["step"] != self.step for v in self.validations):
             self._validate(progress)  # the run was stopped in it
-        for source, target in self._streams(range(self.step, steps)):
+        batches = open_streams(
+            self.config, self.scale, range(self.step, steps), self.source, self.target, self.caches,
+            with_labels=self.labels is not None and self._is_last_scale(), pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        for source, target in batches:
             result = self._one_step(nets, optimizers, source, target, self.step // per_epoch)
             self.step += 1
             progress.step(self.scale, self.step, result.losses)
@@ -314,12 +275,8 @@ class Trainer:
         if labels is not None:
             # Dropout follows from the step number, so a continued run draws what an uninterrupted one would have drawn.
             torch.manual_seed(seed_for(self.config.run.manual_seed, 4, self.scale, self.step))
-        batch = Batch(
-            source=self._to_device(source.levels),
-            target=self._to_device(target.levels),
-            alphas=to_device(penalty_alphas(self.config.run.manual_seed, self.scale, self.step), self.device),
-            label=None if labels is None else to_device(source.label, self.device),
-        )
+        alphas = penalty_alphas(self.config.run.manual_seed, self.scale, self.step)
+        batch = step_batch(source, target, alphas, self.device)
         warmup = labels is not None and epoch < self.config.schedule.warmup_epochs
         return training_step(
             nets,
@@ -334,8 +291,3 @@ class Trainer:
             recompute=self.device.type == "cuda",
             micro_batch=micro_batch_size(batch.source[-1].shape, nets.Gst.shape.norm, self.device),
         )
-
-    def _to_device(self, levels: list[Tensor]) -> list[Tensor]:
-        # Contiguous: on the CPU the group norm scales take 15 to 30 % longer with channels-last images.
-        moved = [to_device(level, self.device) for level in levels]
-        return [normalise(level).permute(0, 3, 1, 2).contiguous() for level in moved]

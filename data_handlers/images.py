@@ -50,6 +50,37 @@ def read_image(path: Path) -> Image.Image:
         raise UserError(f"{path} is truncated or damaged ({error}); replace it") from None
 
 
+def read_pixels(path: Path) -> np.ndarray:
+    """The pixels of `read_image`, uint8 (H,W,3); a plain RGB PNG is decoded by torchvision, a fifth faster than Pillow.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    try:
+        header = read_png_header(path)
+        if header.bit_depth == 8 and header.colour_type == RGB:
+            pixels = decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED)
+            if len(pixels) == 3:
+                return pixels.permute(1, 2, 0).contiguous().numpy()
+    except (UserError, RuntimeError):
+        pass  # another format, or a file that Pillow words better what is wrong with
+    return np.array(read_image(path))
+
+
+def read_resized(path: Path, size: tuple[int, int], resample: Resample) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image at (W,H), uint8 (H,W,3), and its own (W,H).
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    if resample == "exact":
+        image = read_image(path)
+        return resize_image(image, size, resample), image.size
+    pixels = read_pixels(path)
+    own = (pixels.shape[1], pixels.shape[0])
+    return pixels if own == size else resize_pixels(pixels, size), own
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """(W,H) from the file's header alone.
 

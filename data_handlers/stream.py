@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_handlers.cache import ImageCache
-from data_handlers.images import Resample, check_label_header, read_image, read_label, resize_image, resize_label
+from data_handlers.images import Resample, check_label_header, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
 
@@ -130,9 +130,8 @@ class StreamSamples(Dataset):
         if self.cache is not None:
             return self.cache.image(index), self.cache.label(index) if self.config.labels == "read" else None
         name = self.files.images[index]
-        image = read_image(self.files.root / name)
-        label = self._label(name, image.size)
-        resized = resize_image(image, self.config.resize, self.config.resample)
+        resized, own_size = read_resized(self.files.root / name, self.config.resize, self.config.resample)
+        label = self._label(name, own_size)
         return resized, None if label is None else resize_label(label, self.config.resize)
 
     def _label(self, name: str, size: tuple[int, int]) -> np.ndarray | None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from core.batches import penalty_alphas
 from core.config import LossConfig
 from core.losses import gradient_penalty, gram_matrix, label_loss, total_variation
 from core.networks import Discriminator, Generator, NetworkShape, freeze, init_weights, layers_at_scale, published_norm
 from core.pyramid import cascade, generated_pyramid, image_pyramid, level_size
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
-from core.trainer import penalty_alphas
 from data_handlers.images import normalise
 from models.vgg import VGG16_CONVS, VGGFeatures, build_vgg
 from worlds import noise_image

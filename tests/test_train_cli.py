@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import create_sit_dataset
 import train_procst
 from core.checkpoint import load_checkpoint
+from core.execution import computes_in_bf16
 from core.trained_generators import load_trained_generators
 from utils.png import is_complete_rgb8
 from worlds import noise_image, write_cityscapes, write_gta5
@@ -105,7 +106,14 @@ def test_lower_scales_stay_as_they_were_frozen(finished):
 
 @pytest.mark.parametrize(
     ("finished", "stop"),
-    [({"norm": "batch"}, "after a step of scale 1"), ({"num_workers": 1}, "between scales")],
+    [
+        ({"norm": "batch"}, "after a step of scale 1"),
+        ({"num_workers": 1}, "between scales"),
+        pytest.param(
+            {"precision": "bf16"}, "after a step of scale 1",
+            marks=pytest.mark.skipif(not computes_in_bf16(torch.device("cpu")), reason="no bfloat16 arithmetic"),
+        ),
+    ],
     indirect=["finished"],
 )
 def test_a_continued_run_equals_an_uninterrupted_one(
