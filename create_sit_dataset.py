@@ -9,7 +9,6 @@ Every source image becomes an 8-bit RGB PNG of its native size, under its own na
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path, PurePosixPath
 
@@ -22,7 +21,7 @@ from core.translate import MIN_TILE_PIXELS
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import image_size
 from data_handlers.lists import FileList, list_images
-from utils.devices import default_workers, resolve_device
+from utils.devices import cpus_per_device, default_workers, resolve_device
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_json, make_folder, read_json, remove_leftovers
 from utils.flags import OneLineParser, parse_flags
@@ -45,10 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--src_data_dir", default="data/gta", help="its root folder (default: the run's, else data/gta)")
     add("--src_list", default="", metavar="FILE", help="text file with one image a line, instead of all")
     add("--batch_size", type=int, default=1, help="images of equal size translated at once (default: %(default)s)")
-    add("--num_workers", type=int, default=default_workers(),
-        help="loader processes, 0 loads in this one (default: 6, or the number of CPUs)")  # fmt: skip
-    add("--encoders", type=int, default=max(1, min(16, os.cpu_count() or 1)),
-        help="threads that write PNGs, for each device (default: 16, or the number of CPUs)")  # fmt: skip
+    add("--num_workers", type=int, default=None,
+        help="loader processes for each device, 0 loads in the one that translates (default: 6, or the CPUs there are "
+        "for it, half of them where the CPU translates)")  # fmt: skip
+    add("--encoders", type=int, default=None,
+        help="threads that write PNGs, for each device (default: 16, or the CPUs there are for it)")  # fmt: skip
     add("--png_compression", type=int, default=1, metavar="0-9",
         help="zlib's level; 6 takes five times as long for files a few percent smaller "
         "(default: %(default)s)")  # fmt: skip
@@ -159,13 +159,13 @@ def _check_flags(flags: argparse.Namespace) -> None:
         raise UserError(f"--batch_size is {flags.batch_size}; it must be greater than 0")
     if flags.max_pixels is not None and flags.max_pixels < MIN_TILE_PIXELS:
         raise UserError(f"--max_pixels is {flags.max_pixels}; the smallest tile has {MIN_TILE_PIXELS} pixels")
-    if flags.encoders < 1:
+    if flags.encoders is not None and flags.encoders < 1:
         raise UserError(f"--encoders is {flags.encoders}; it must be greater than 0")
     if not 0 <= flags.png_compression <= 9:
         raise UserError(f"--png_compression is {flags.png_compression}; it must be 0 to 9")
     if len(set(flags.gpus)) != len(flags.gpus) and set(flags.gpus) != {"cpu"}:
         raise UserError(f"--gpus {' '.join(flags.gpus)} names a device twice")
-    if flags.num_workers < 0:
+    if flags.num_workers is not None and flags.num_workers < 0:
         raise UserError(f"--num_workers is {flags.num_workers}; it must be 0 or greater")
 
 
@@ -183,8 +183,8 @@ def main() -> None:
     config = ExportConfig(
         scale_factor=scale_factor,
         batch_size=flags.batch_size,
-        num_workers=flags.num_workers,
-        encoders=flags.encoders,
+        num_workers=default_workers(devices) if flags.num_workers is None else flags.num_workers,
+        encoders=min(16, cpus_per_device(devices)) if flags.encoders is None else flags.encoders,
         png_compression=flags.png_compression,
         precision=precision,
         max_pixels=flags.max_pixels,

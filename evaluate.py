@@ -26,7 +26,7 @@ from data_handlers.lists import FileList, list_validation, require_labels
 from models.evaluation import evaluate
 from models.segmentation import require_classes
 from utils.confusion import Scores, scores_of
-from utils.devices import default_workers, resolve_device
+from utils.devices import loader_workers, resolve_device
 from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import atomic_write_bytes, atomic_write_json, check_folder, make_folder
 from utils.flags import OneLineParser, parse_flags
@@ -60,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prediction_format", choices=sorted(ENCODINGS), default="labelids",
         help="Cityscapes label ids, trainIds or class colours (default: %(default)s)")  # fmt: skip
     add("--json", default="", metavar="OUT", help="write the scores and the confusion matrix to this file")
-    add("--num_workers", type=int, default=default_workers(), help="loader processes (default: 6, or the CPUs)")
+    add("--num_workers", type=int, default=None,
+        help="loader processes (default: 6, or the number of CPUs; half of them with --gpus cpu)")  # fmt: skip
     return parser
 
 
@@ -69,7 +70,7 @@ def _check_flags(flags: argparse.Namespace, given: frozenset[str]) -> None:
         raise UserError(f"--scales {bad[0]}: every scale must be between 0.05 and 8")
     if len(set(flags.scales)) != len(flags.scales):
         raise UserError("--scales names a scale twice")
-    if flags.num_workers < 0:
+    if flags.num_workers is not None and flags.num_workers < 0:
         raise UserError(f"--num_workers is {flags.num_workers}; it must be 0 or greater")
     if flags.val_count < 0:
         raise UserError(f"--val_count is {flags.val_count}; it must be 0 or greater")
@@ -154,7 +155,8 @@ def main() -> None:
     if flags.json:
         make_folder(Path(flags.json).parent, "--json")
     print(f"{shape} on {files.describe()}", flush=True)
-    samples = tqdm(open_labelled(files, flags.num_workers, device), total=len(files), unit="img", dynamic_ncols=True)
+    loaded = open_labelled(files, loader_workers(flags.num_workers, flags.gpus), device)
+    samples = tqdm(loaded, total=len(files), unit="img", dynamic_ncols=True)
     on_prediction = folder.put if folder else None
     with out_of_memory_means(lambda: f" for --scales {max(flags.scales)}; use smaller ones, or --gpus cpu"):
         matrix = evaluate(

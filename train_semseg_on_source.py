@@ -34,7 +34,7 @@ from models.segmentation import (
     load_backbone,
     require_classes,
 )
-from utils.devices import default_workers, resolve_device
+from utils.devices import loader_workers, resolve_device
 from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import check_folder, new_run_folder, remove_leftovers
 from utils.flags import OneLineParser, flag_of, parse_flags
@@ -86,7 +86,8 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
         "the last 500, SYNTHIA the last 300)")  # fmt: skip
     add("--src_resize", **size, help="size images are resized to for training (default: the data set's, GTA5 1126 619)")
     add("--crop_size", **size, help="random crop for training (default: the data set's, 1024 512)")
-    add("--num_workers", type=int, default=default_workers(), help="loader processes (default: 6, or the CPUs)")
+    add("--num_workers", type=int, default=None,
+        help="loader processes (default: 6, or the number of CPUs; half of them with --gpus cpu)")  # fmt: skip
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
@@ -136,7 +137,7 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> Sourc
         validation_rate=flags.validation_rate,
         output=output,
         gpus=" ".join(flags.gpus),
-        num_workers=flags.num_workers,
+        num_workers=loader_workers(flags.num_workers, flags.gpus),
         tb_logs_dir=flags.tb_logs_dir,
         print_rate=flags.print_rate,
         save_checkpoint_rate=flags.save_checkpoint_rate,

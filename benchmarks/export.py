@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import normalise
 from data_handlers.lists import FileList, list_images
-from utils.devices import default_workers, resolve_device
+from utils.devices import cpus_per_device, default_workers, resolve_device
 from utils.errors import run_cli
 from utils.flags import OneLineParser, parse_flags
 
@@ -106,7 +105,8 @@ def main() -> None:
             if way == "literal":
                 literal_export(generators, device, files, out)
             else:
-                config = ExportConfig(0.5, flags.batch_size, default_workers(), os.cpu_count() or 1, 1, way)
+                encoders = min(16, cpus_per_device([device]))
+                config = ExportConfig(0.5, flags.batch_size, default_workers([device]), encoders, 1, way)
                 translate_images(generators, device, files, outputs, out, config, quiet=True)
             rates[way] = flags.count / (time.perf_counter() - started)
         print("| export | images/s | speed-up | values that differ | by more than 1 | largest |")

@@ -23,7 +23,7 @@ from core.execution import PRECISIONS
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import RESAMPLINGS
 from models.segmentation import BACKBONES, MODELS, default_backbone
-from utils.devices import default_workers
+from utils.devices import loader_workers
 from utils.errors import UserError
 from utils.flags import OneLineParser, flag_of
 
@@ -86,8 +86,8 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--src_resize", **size, help="size source images are resized to (default: the data set's, GTA5 1126 619)")
     add("--trg_resize", **size, help="size target images are resized to (default: the data set's, 1024 512)")
     add("--crop_size", **size, help="random crop of both, and size of the finest scale (default: 1024 512)")
-    add("--num_workers", type=int, default=default_workers(),
-        help="loader processes for each domain (default: 6, or the number of CPUs)")  # fmt: skip
+    add("--num_workers", type=int, default=None,
+        help="loader processes for each domain (default: 6, or as many as CPUs; half with --gpus cpu)")  # fmt: skip
     add("--cache_dir", default="", metavar="DIR",
         help="keep the resized images in memory-mapped files in this folder, made once: 2.1 MB for a GTA5 frame "
         "(default: read the data sets every time)")  # fmt: skip
@@ -266,7 +266,7 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCS
             src_resize=tuple(flags.src_resize or source.resize),
             trg_resize=tuple(flags.trg_resize or target.resize),
             crop_size=tuple(flags.crop_size or source.crop),
-            num_workers=flags.num_workers,
+            num_workers=loader_workers(flags.num_workers, flags.gpus),
             cache_dir=flags.cache_dir,
             resample=flags.resample,
         ),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +22,12 @@ from core.pyramid import image_pyramid
 from core.translate import Translator
 from data_handlers.images import read_image
 from data_handlers.lists import FileList
-from utils.errors import UserError
+from utils.devices import cpus_per_device
+from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write_bytes
+from utils.processes import Job, init_loader, run_jobs
+
+GO_ON = "the images translated so far stay, go on with --skip_created_files"
 
 
 class SourceImages(Dataset):
@@ -104,9 +107,11 @@ class PngWriter:
 
 
 def _samples(images: SourceImages, num_workers: int) -> Iterator[tuple[str, list[Tensor]]]:
-    for sample in DataLoader(images, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
+    for sample in DataLoader(
+        images, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=init_loader
+    ):
         if isinstance(sample, UserError):
-            raise UserError(f"{sample}; the images translated so far stay, go on with --skip_created_files")
+            raise UserError(f"{sample}; {GO_ON}")
         name, levels = sample
         yield name, [torch.from_numpy(level) for level in levels]
 
@@ -122,8 +127,8 @@ class ExportConfig:
     Attributes:
         scale_factor: of the pyramid the generators were trained with.
         batch_size: images of equal size translated at once.
-        num_workers: loader processes.
-        encoders: threads that write PNGs.
+        num_workers: loader processes, for each device.
+        encoders: threads that write PNGs, for each device.
         png_compression: of zlib, 0 to 9.
         precision: arithmetic of the generators; images that need tiles are computed in float32.
         max_pixels: most pixels a generator sees at once; None measures free memory.
@@ -146,15 +151,19 @@ def translate_images(
     root: Path,
     config: ExportConfig,
     quiet: bool = False,
+    go_on: Callable[[int], bool] = lambda count: True,
 ) -> None:
     """Translate the images named in `outputs` and write them below `root`: decoding, translating and encoding overlap.
 
     Args:
         generators: coarse to fine.
         outputs: path below `root` of every image wanted.
+        quiet: draw no progress bar.
+        go_on: told after every batch how many images it had; the rest is left out where it returns False.
 
     Raises:
-        UserError: an image cannot be read or written; whatever was translated before is on disk and whole.
+        UserError: an image cannot be read or written, or a loader process was killed; whatever was translated before
+            is on disk and whole.
     """
     set_convolution_precision(config.precision)
     generators = [generator.to(device) for generator in generators]
@@ -165,13 +174,24 @@ def translate_images(
     images = SourceImages(files, list(outputs), len(generators) - 1, config.scale_factor)
     writer = PngWriter(root, config.png_compression, config.encoders)
     try:
-        with tqdm(total=len(images), unit="img", desc="translating", dynamic_ncols=True, disable=quiet) as bar:
+        with _progress_bar(len(images), quiet) as bar:
             for batch, levels in equal_size_batches(_samples(images, config.num_workers), config.batch_size):
                 for name, pixels in zip(batch, translator(levels), strict=True):
                     writer.put(outputs[name], pixels)
                 bar.update(len(batch))
+                if not go_on(len(batch)):
+                    break
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        # Raised by a signal handler, wherever this process is at the moment; the message names process and signal.
+        raise UserError(f"{str(error).rstrip(' .')}; with fewer --num_workers memory lasts longer; {GO_ON}") from None
     finally:
         writer.finish()
+
+
+def _progress_bar(images: int, quiet: bool = False) -> tqdm:
+    return tqdm(total=images, unit="img", desc="translating", dynamic_ncols=True, disable=quiet)
 
 
 def translate_on_devices(
@@ -185,14 +205,32 @@ def translate_on_devices(
     """`translate_images` with one process for each device, every n-th image going to the n-th.
 
     Raises:
-        UserError: the first error of any process; the others finish their images first.
+        UserError: the first error of any process, or a process was killed; the others finish the images they are on.
+        RuntimeError: another failure of a process.
     """
     names = list(outputs)
     shares = [{name: outputs[name] for name in names[k :: len(devices)]} for k in range(len(devices))]
-    with ProcessPoolExecutor(len(devices), mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(translate_images, generators, device, files, share, root, config, quiet=k > 0)
-            for k, (device, share) in enumerate(zip(devices, shares, strict=True))
-        ]
-    for job in jobs:
-        job.result()
+    threads = cpus_per_device(devices)
+    jobs = [
+        Job(f"device {device}", _translate_share, (threads, generators, device, files, share, root, config))
+        for device, share in zip(devices, shares, strict=True)
+    ]
+    with _progress_bar(len(names)) as bar:
+        run_jobs(jobs, bar.update, if_killed=GO_ON)
+
+
+def _translate_share(
+    threads: int,
+    generators: Sequence[Generator],
+    device: torch.device,
+    files: FileList,
+    outputs: Mapping[str, str],
+    root: Path,
+    config: ExportConfig,
+    go_on: Callable[[int], bool],
+) -> None:
+    """`translate_images` in a process that shares the CPUs: `threads` of them compute where the device is the CPU."""
+    if device.type == "cpu":
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
+    with out_of_memory_means(lambda: f" on {device}; lower --batch_size or --num_workers, or name fewer devices"):
+        translate_images(generators, device, files, outputs, root, config, quiet=True, go_on=go_on)

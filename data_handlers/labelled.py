@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_handlers.images import normalise, read_image, read_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
+from utils.processes import init_loader
 from utils.transfer import to_device
 
 
@@ -84,6 +85,7 @@ def open_labelled(
         _Files(files, with_labels),
         batch_size=None,
         num_workers=num_workers,
+        worker_init_fn=init_loader,
         collate_fn=_as_it_is,
         prefetch_factor=2 if num_workers else None,
     )

@@ -20,6 +20,7 @@ from data_handlers.cache import ImageCache
 from data_handlers.images import Resample, check_label_header, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
+from utils.processes import init_loader
 
 DOMAINS = ("source", "target")
 LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
@@ -176,6 +177,7 @@ def open_stream(
         batch_size=config.batch_size,
         sampler=positions,
         num_workers=num_workers,
+        worker_init_fn=init_loader,
         collate_fn=_collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import create_sit_dataset
 import train_procst
 from test_bad_input import check_refusal
 from test_train_cli import export_flags, only_run, training_flags
-from worlds import write_cityscapes, write_gta5
+from utils.devices import cpus_per_device, default_workers
+from utils.png import is_complete_rgb8
+from worlds import noise_image, write_cityscapes, write_gta5
 
 COUNT = 5
+# Far more than are translated before a test interrupts.
+MANY = 300
+PATIENCE = 180
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +57,240 @@ def test_several_processes_write_the_same_images(world, tmp_path, run_script):
     assert all(np.array_equal(pixels, shared[name]) for name, pixels in alone.items())
 
 
-def test_an_error_in_one_of_several_processes(world, tmp_path, run_script):
-    source = tmp_path / "gta"
-    write_gta5(source, count=4, size=(60, 44))
-    (source / "images/00002.png").write_bytes(b"no image")
-    flags = export_flags(only_run(world), world, tmp_path / "sit")
-    result = run_script(create_sit_dataset, *flags, "--src_data_dir", source, "--gpus", "cpu", "cpu")
-    check_refusal(result, "00002.png", "--skip_created_files")
-    assert {path.name for path in (tmp_path / "sit/images").iterdir()} >= {"00001.png", "00003.png"}
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """One picture under many names, so large that a loader has to wait until it can hand it over."""
+    root = tmp_path_factory.mktemp("pictures")
+    noise_image((480, 360), 1).save(root / "000.png")
+    for k in range(1, MANY):
+        os.link(root / "000.png", root / f"{k:03d}.png")
+    return root
+
+
+def many_flags(world, pictures, out, *gpus):
+    flags = export_flags(only_run(world), world, out, gpus=gpus, source="folder", src_data_dir=pictures, num_workers=1)
+    return [*map(str, flags), "--encoders", "1"]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def parents():
+    """Parent of every process that is no zombie."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if state not in "ZX":
+            found[int(path.parent.name)] = int(parent)
+    return found
+
+
+def descendants(pid):
+    known, found = parents(), {pid}
+    while more := {process for process, parent in known.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+@dataclass
+class Background:
+    """A program in a session of its own, as a shell starts it in a terminal."""
+
+    process: subprocess.Popen
+    errors: Path
+
+    def finish(self, gone):
+        """Exit code and messages, once every process in `gone` has ended."""
+        code = self.process.wait(PATIENCE)
+        wait_until(lambda: not gone & parents().keys())
+        lines = self.errors.read_text().replace("\r", "\n").splitlines()
+        return code, [line for line in lines if line.strip() and "%|" not in line]
+
+
+@pytest.fixture
+def background(tmp_path):
+    started = []
+
+    def start(*command):
+        errors = tmp_path / "stderr.txt"
+        with errors.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                cwd=Path(__file__).parents[1],
+                env={**os.environ, "PYTHONPATH": "."},
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                start_new_session=True,
+                # Tests that a shell started in the background ignore SIGINT, and programs inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )
+        started.append(process)
+        return Background(process, errors)
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("target", "number", "code", "message"),
+    [
+        ("child", signal.SIGKILL, 2, "error: the process of device cpu was ended by signal 9"),
+        ("main", signal.SIGKILL, -signal.SIGKILL, None),
+        ("group", signal.SIGINT, 130, "interrupted"),
+    ],
+)
+def test_an_export_on_several_devices_leaves_no_process(
+    world, pictures, tmp_path, background, target, number, code, message
+):
+    out = tmp_path / "sit"
+    run = background("create_sit_dataset.py", *many_flags(world, pictures, out, "cpu", "cpu"))
+    written = lambda: list(out.glob("*.png"))  # noqa: E731
+    # Two that translate, their loaders, and a process of multiprocessing's own.
+    wait_until(lambda: len(written()) > 3 and len(descendants(run.process.pid)) == 5)
+    processes = descendants(run.process.pid)
+    if target == "group":
+        os.killpg(run.process.pid, number)
+    else:
+        translating = {pid for pid in processes if descendants(pid)}
+        os.kill(max(translating) if target == "child" else run.process.pid, number)
+    ended, lines = run.finish(processes)
+    assert ended == code
+    assert len(lines) == (message is not None), lines
+    if message:
+        assert lines[0].startswith(message)
+    if target == "child":
+        assert "--skip_created_files" in lines[0]
+    assert 3 < len(written()) < MANY
+    assert all(is_complete_rgb8(path, (480, 360)) for path in written())
+
+
+JOBS = """
+import os, sys, time
+from pathlib import Path
+from utils.errors import UserError, run_cli
+from utils.processes import Job, run_jobs
+
+def work(folder, failing, go_on):
+    (folder / "new").write_text(str(os.getpid()))
+    (folder / "new").rename(folder / "started")
+    while failing and not (folder.parent / "1/started").exists():
+        time.sleep(0.01)
+    if failing == "kindly":
+        raise UserError("bad picture")
+    if failing:
+        {}["key"]
+    while go_on(1):
+        time.sleep(0.01)
+    (folder / "stopped").touch()
+
+if __name__ == "__main__":
+    out, failing = Path(sys.argv[1]), sys.argv[2]
+    for name in "01":
+        (out / name).mkdir()
+    jobs = [Job("device 0", work, (out / "0", failing)), Job("device 1", work, (out / "1", ""))]
+    run_cli(lambda: run_jobs(jobs, lambda count: None, if_killed="go on"))
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path, background):
+    """Start two jobs that only wait until they are stopped."""
+
+    def start(failing=""):
+        (tmp_path / "jobs.py").write_text(JOBS)
+        return background(tmp_path / "jobs.py", tmp_path, failing)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("target", "number", "code", "messages"),
+    [
+        ("main", signal.SIGINT, 130, ["interrupted"]),
+        ("main", signal.SIGTERM, -signal.SIGTERM, []),
+        ("child", signal.SIGTERM, 2, ["error: the process of device 1 was ended by signal 15; go on"]),
+    ],
+)
+def test_signals(jobs, tmp_path, target, number, code, messages):
+    run = jobs()
+    wait_until(lambda: all((tmp_path / name / "started").exists() for name in "01"))
+    processes = descendants(run.process.pid)
+    os.kill(int((tmp_path / "1/started").read_text()) if target == "child" else run.process.pid, number)
+    assert run.finish(processes) == (code, messages)
+    # A killed process is no reason to cut the other short.
+    assert (tmp_path / "0/stopped").exists() == (target == "child")
+
+
+def test_a_failure_stops_the_other_process(jobs, tmp_path):
+    assert jobs("kindly").finish(set()) == (2, ["error: bad picture"])
+    assert (tmp_path / "1/stopped").exists()
+
+
+def test_a_mistake_in_a_process_shows_its_traceback(jobs, tmp_path):
+    code, lines = jobs("badly").finish(set())
+    assert code == 1
+    assert "KeyError: 'key'" in "".join(lines)
+    assert (tmp_path / "1/stopped").exists()
+
+
+def test_an_error_in_one_of_several_processes(world, pictures, tmp_path, run_script):
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for path in pictures.iterdir():
+        os.link(path, source / path.name)
+    (source / "003.png").unlink()
+    (source / "003.png").write_bytes(b"no image")
+    result = run_script(create_sit_dataset, *many_flags(world, source, tmp_path / "sit", "cpu", "cpu"))
+    check_refusal(result, "003.png", "--skip_created_files")
+    written = {path.name for path in (tmp_path / "sit").glob("*.png")}
+    assert "001.png" in written
+    assert len(written) < MANY / 2
+
+
+def test_a_killed_loader(world, pictures, tmp_path, run_script):
+    out = tmp_path / "sit"
+
+    def kill():
+        wait_until(lambda: len(list(out.glob("*.png"))) > 3)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = run_script(create_sit_dataset, *many_flags(world, pictures, out, "cpu"))
+    killer.join()
+    check_refusal(result, "DataLoader worker", "killed by signal", "--num_workers", "--skip_created_files")
+    assert 3 < len(list(out.glob("*.png"))) < MANY
+
+
+@pytest.mark.parametrize(
+    ("cpus", "names", "share", "workers"),
+    [
+        (2, [], 2, 2),
+        (2, ["cpu"], 2, 1),
+        (1, ["cpu"], 1, 1),
+        (2, ["cpu", "cpu", "cpu"], 1, 1),
+        (16, ["cpu", "cpu"], 8, 4),
+        (64, ["cpu"], 64, 6),
+        (64, ["cuda:0"], 64, 6),
+        (16, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"], 4, 4),
+        (4, ["cuda:0", "cpu"], 2, 1),
+    ],
+)
+def test_cpus_are_divided_among_the_devices(monkeypatch, cpus, names, share, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cpus)))
+    devices = [torch.device(name) for name in names]
+    assert cpus_per_device(devices) == share
+    assert default_workers(devices) == workers
 
 
 def test_compression_changes_the_files_and_not_the_pixels(world, tmp_path, run_script):

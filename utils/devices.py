@@ -30,6 +30,27 @@ def resolve_device(gpus: Sequence[str]) -> torch.device:
     return torch.device("cuda", int(name))
 
 
-def default_workers() -> int:
-    """Loader processes by default: the published 6, but no more than there are CPUs."""
-    return min(6, os.cpu_count() or 1)
+def cpus_per_device(devices: Sequence[torch.device] = ()) -> int:
+    """CPUs that this process may run on, divided among the devices; at least 1."""
+    # The CPUs a batch system or a container gives, where the system tells; a quota of CPU time does not show here.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // max(1, len(devices)))
+
+
+def default_workers(devices: Sequence[torch.device] = ()) -> int:
+    """Loader processes for each device by default: the published 6, but no more than there are CPUs for it.
+
+    Where the CPU computes, loaders take its time away, so they get half of the CPUs at most. Without `devices` a GPU is
+    meant.
+    """
+    cpus = cpus_per_device(devices)
+    if any(device.type == "cpu" for device in devices):
+        cpus = max(1, cpus // 2)
+    return min(6, cpus)
+
+
+def loader_workers(wanted: int | None, gpus: Sequence[str]) -> int:
+    """`--num_workers` as given, or the default for the devices that `--gpus` names."""
+    if wanted is not None:
+        return wanted
+    return default_workers([torch.device("cpu")] if [name.lower() for name in gpus] == ["cpu"] else ())
