@@ -1,134 +1,323 @@
 """A one-time cache of decoded, resized images (and labels), read through the page cache of the operating system.
 
 Decoding a PNG and resizing it takes far longer than anything else the loader does. With a cache a sample is a crop cut
-out of a memory-mapped array. A cache belongs to one list of files, one size and one way of resampling; it is used only
-if it is complete and none of its files has changed since.
+out of a memory-mapped array. Images and labels are cached apart, so runs with and without labels share the images. The
+name of a finished cache says what it holds, down to the sizes and times of the files, and its content never changes: a
+run can go on with a cache while others are built beside it.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import math
+import os
+import secrets
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data_handlers.images import Resample, read_image, read_label, resize_image, resize_label
+from data_handlers.images import Resample, image_size, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
-from utils.files import atomic_write_json, make_folder, read_json
+from utils.files import atomic_write_json, make_folder
+from utils.processes import init_loader
 
+# To be raised when the code that reads or resizes images and labels changes what comes out.
+FORMAT = 1
 MANIFEST = "cache.json"
-IMAGES, LABELS = "images.npy", "labels.npy"
 BUILDING = ".building-"
+
+# What file systems that cannot lock answer.
+NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
+# What file systems that cannot reserve space answer.
+NO_RESERVING = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 class ImageCache:
     """A finished cache.
 
     Args:
-        folder: holds `images.npy`, uint8 (N,H,W,3), and maybe `labels.npy`, trainIds uint8 (N,H,W).
+        images: .npy file, uint8 (N,H,W,3).
+        labels: .npy file, trainIds uint8 (N,H,W); None for a cache without labels.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        # Opened where it is read: every worker process maps the file itself.
-        self._images: np.ndarray | None = None
-        self._labels: np.ndarray | None = None
+    def __init__(self, images: Path, labels: Path | None = None) -> None:
+        self._files = {"images": images, "labels": labels}
+        # Opened where it is read: every worker process maps the files itself.
+        self._arrays: dict[str, np.ndarray] = {}
 
     def image(self, index: int) -> np.ndarray:
         """The resized image at a position of the list, uint8 (H,W,3), read-only."""
-        if self._images is None:
-            self._images = np.load(self.folder / IMAGES, mmap_mode="r")
-        return self._images[index]
+        return self._array("images")[index]
 
     def label(self, index: int) -> np.ndarray:
-        """Its resized label, trainIds uint8 (H,W), read-only."""
-        if self._labels is None:
-            self._labels = np.load(self.folder / LABELS, mmap_mode="r")
-        return self._labels[index]
+        """Its resized label, trainIds uint8 (H,W), read-only.
+
+        Raises:
+            ValueError: the cache was opened without labels.
+        """
+        return self._array("labels")[index]
+
+    def _array(self, kind: str) -> np.ndarray:
+        if kind not in self._arrays:
+            path = self._files[kind]
+            if path is None:
+                raise ValueError("this cache was opened without labels")
+            try:
+                self._arrays[kind] = np.load(path, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read the cache {path} any more ({error}); start again") from None
+        return self._arrays[kind]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "_images": None, "_labels": None}
+        return {"_files": self._files, "_arrays": {}}
 
 
-class _Resized(Dataset):
-    def __init__(self, files: FileList, size: tuple[int, int], resample: Resample, with_labels: bool) -> None:
-        self.files, self.size, self.resample, self.with_labels = files, size, resample, with_labels
+@dataclass(frozen=True)
+class _Part:
+    """The images of a list at one size, or their labels: what one folder of the cache holds.
 
-    def __len__(self) -> int:
-        return len(self.files)
+    Attributes:
+        size: (W,H).
+        resample: how images are resized; None stands for the labels, which take the nearest pixel.
+    """
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray, np.ndarray | None] | UserError:
+    files: FileList
+    size: tuple[int, int]
+    resample: Resample | None
+
+    @property
+    def kind(self) -> str:
+        """`images` or `labels`."""
+        return "labels" if self.resample is None else "images"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array, which is uint8: (N,H,W,3) or (N,H,W)."""
+        width, height = self.size
+        return (len(self.files), height, width, *((3,) if self.kind == "images" else ()))
+
+    def description(self) -> dict[str, object]:
+        """What was asked for; not what the files hold, which `state` stands for."""
+        files = self.files
+        roots = [files.root] if self.kind == "images" else [files.root, files.label_root or files.root]
+        return {
+            "kind": self.kind,
+            "data_set": files.data_set.name,
+            "roots": [str(root.resolve()) for root in roots],
+            "list": files.fingerprint(),
+            "size": list(self.size),
+            "resample": self.resample,
+        }
+
+    def state(self) -> str:
+        """SHA-256 over the names, sizes and times of all files, and how they are read: new whenever one of these is.
+
+        Raises:
+            UserError: a file is missing.
+        """
+        data_set = self.files.data_set
+        reading: list[object] = [FORMAT]
+        if self.kind == "labels":
+            void_ids = None if data_set.void_ids is None else sorted(data_set.void_ids)
+            reading += [sorted(data_set.id_map.items()), void_ids, data_set.label_encoding, data_set.label_path]
+        digest = hashlib.sha256(json.dumps(reading).encode())
+        for name in self.files.images:
+            # A label is checked against its image's size, so it depends on the image.
+            for path in (self.files.root / name, *([self.files.label_file(name)] if self.kind == "labels" else [])):
+                try:
+                    status = path.stat()
+                except OSError as error:
+                    raise UserError(f"{path}: {error.strerror}") from None
+                digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> np.ndarray:
+        """The resized image, or label, at a position of the list.
+
+        Raises:
+            UserError: its file cannot be used.
+        """
         name = self.files.images[index]
-        try:
-            image = read_image(self.files.root / name)
-            label = None
-            if self.with_labels:
-                ids = read_label(self.files.label_file(name), self.files.data_set, image.size)
-                label = resize_label(ids, self.size)
-            return index, resize_image(image, self.size, self.resample), label
-        except UserError as error:
-            return error  # raised in the main process, without a worker's traceback around it
-
-
-def _state_of_files(files: FileList, with_labels: bool) -> str:
-    """SHA-256 over names, sizes and times of all files: it changes when any file does."""
-    digest = hashlib.sha256()
-    for name in files.images:
-        for path in (files.root / name, *([files.label_file(name)] if with_labels else [])):
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}") from None
-            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+        path = self.files.root / name
+        if self.resample is not None:
+            return read_resized(path, self.size, self.resample)[0]
+        label = read_label(self.files.label_file(name), self.files.data_set, image_size(path))
+        return np.array(resize_label(label, self.size))
 
 
 def open_cache(
     cache_dir: Path, files: FileList, size: tuple[int, int], resample: Resample, with_labels: bool, num_workers: int
 ) -> ImageCache:
-    """The cache of a list at a size, built first where there is none, or where its files have changed.
+    """The cache of a list at a size; what there is not yet, of the files as they are now, is built first.
 
-    A cache that is being built has another name until it is complete, so a killed build is never taken for a cache.
+    Processes that need the same cache build it once: the others wait. A cache has another name until it is complete
+    and on the disk, so a killed build is never taken for a cache. What does not fit is replaced where it is damaged,
+    and left alone with a line on stderr where it is of another state of the files: a run may be using it.
 
     Raises:
-        UserError: a file cannot be used, or the disk is too small.
+        UserError: a file cannot be used or changed meanwhile, the disk is too small, or the cache cannot be read.
     """
-    description = {
-        "data_set": files.data_set.name,
-        "root": str(files.root.resolve()),
-        "list": files.fingerprint(),
-        "size": list(size),
-        "resample": resample,
-        "labels": with_labels,
-    }
+    # Labels first: they take minutes, and find most of what can be wrong with the files.
+    labels = _open_part(cache_dir, _Part(files, size, None), num_workers) if with_labels else None
+    return ImageCache(_open_part(cache_dir, _Part(files, size, resample), num_workers), labels)
+
+
+def _open_part(cache_dir: Path, part: _Part, num_workers: int) -> Path:
+    """The file of the finished array."""
+    description, state = part.description(), part.state()
     key = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
-    folder = cache_dir / f"{files.data_set.name}_{size[0]}x{size[1]}_{key}"
-    description["files"] = _state_of_files(files, with_labels)
-    if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST) == description:
-        return ImageCache(folder)
-    make_folder(cache_dir, "--cache_dir")
-    for leftover in cache_dir.glob(f"{BUILDING}{key}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    _require_space(cache_dir, len(files) * size[0] * size[1] * (4 if with_labels else 3))
-    building = Path(tempfile.mkdtemp(prefix=f"{BUILDING}{key}-", dir=cache_dir))
+    stem = f"{part.files.data_set.name}_{part.size[0]}x{part.size[1]}_{part.kind}_{key}"
+    folder = cache_dir / f"{stem}_{state[:16]}"
+    manifest = {**description, "state": state}
+    for other in sorted(set(cache_dir.glob(f"{stem}_*")) - {folder}):
+        _say(f"{other} is a cache of another state of these files; delete it if no run uses it any more")
+    if _defect(folder, part, manifest):
+        make_folder(cache_dir, "--cache_dir")
+        with _only_builder(cache_dir / f"{key}.lock") as is_only_one:
+            if is_only_one:
+                for leftover in cache_dir.glob(f"{BUILDING}{key}-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)  # another user's may have to stay
+            # Asked again: another process may have built it in the meantime.
+            if defect := _defect(folder, part, manifest):
+                if os.path.lexists(folder):
+                    _say(f"{folder}: {defect}; this cache is built anew")
+                _build(cache_dir / f"{BUILDING}{key}-{secrets.token_hex(4)}", folder, part, manifest, num_workers)
+    return _array_file(folder, part)
+
+
+def _array_file(folder: Path, part: _Part) -> Path:
+    return folder / f"{part.kind}.npy"
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _defect(folder: Path, part: _Part, manifest: dict[str, object]) -> str:
+    """What keeps a folder from being the finished cache; empty if nothing does.
+
+    Raises:
+        UserError: this user may not read it, or the disk fails.
+    """
+    path = folder / MANIFEST
     try:
-        _build(building, files, size, resample, with_labels, num_workers)
-        atomic_write_json(building / MANIFEST, description)
-        if folder.exists():
-            shutil.rmtree(folder)
-        building.rename(folder)
+        if json.loads(path.read_bytes()) != manifest:
+            return f"{path.name} describes another cache"
+        path = _array_file(folder, part)
+        with open(path, "rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                return f"{path.name} is of another format"
+            found = np.lib.format.read_array_header_1_0(file)
+            if found != (part.shape, False, np.dtype(np.uint8)):
+                return f"{path.name} holds another array"
+            if os.fstat(file.fileno()).st_size != file.tell() + math.prod(part.shape):
+                return f"{path.name} is not of the size it should be"
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return f"there is no file {path.name}"
     except OSError as error:
-        raise UserError(f"--cache_dir {cache_dir}: cannot write ({error.strerror}); check the free space") from None
+        raise UserError(
+            f"--cache_dir: cannot read {path} ({error.strerror}); make it readable (chmod -R a+rX {folder}) or choose "
+            "another folder"
+        ) from None
+    except Exception:  # whatever a parser makes of arbitrary bytes
+        return f"{path.name} is damaged"
+    return ""
+
+
+@contextmanager
+def _only_builder(path: Path) -> Iterator[bool]:
+    """Wait, with a line on stderr, until no other process is in such a block for `path`; True if it can be told.
+
+    Raises:
+        UserError: the file cannot be made or locked.
+    """
+    handle = None
+    try:
+        try:
+            with suppress(FileExistsError):
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                os.fchmod(handle, 0o666)  # to lock it, other users must be able to write
+            if handle is None:
+                handle = os.open(path, os.O_RDWR)
+            is_locked = _lock(handle, path)
+        except OSError as error:
+            raise UserError(
+                f"--cache_dir {path.parent}: cannot lock {path.name} ({error.strerror}); choose another folder"
+            ) from None
+        yield is_locked
+    finally:
+        if handle is not None:
+            os.close(handle)  # this unlocks it; the file stays, as another process may be waiting for it
+
+
+def _lock(handle: int, path: Path) -> bool:
+    # The lock belongs to this process alone and ends with it; one of `flock` would also be held by the workers that
+    # the loader forks.
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            _say(
+                f"--cache_dir {path.parent}: this file system has no locks; runs started together build a cache each, "
+                f"and what killed builds left ({BUILDING}*) has to be deleted by hand"
+            )
+            return False
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        _say(f"--cache_dir {path.parent}: waiting for another process that is building this cache")
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+    return True
+
+
+def _build(building: Path, folder: Path, part: _Part, manifest: dict[str, object], num_workers: int) -> None:
+    """Build a cache in the folder `building`, and rename it to `folder` when it is complete."""
+    try:
+        _remove(folder)
+        _require_space(folder.parent, math.prod(part.shape))
+        building.mkdir()  # with the umask's mode: others may read it
+        _write_array(_array_file(building, part), part, num_workers)
+        if part.state() != manifest["state"]:
+            raise UserError(f"files of {part.files.root} changed while their cache was built; start again")
+        atomic_write_json(building / MANIFEST, manifest)
+        try:
+            building.rename(folder)
+        except OSError:
+            # Where nothing can be locked, another process may have been faster.
+            if _defect(folder, part, manifest):
+                raise
+    except OSError as error:
+        raise UserError(
+            f"--cache_dir {folder.parent}: cannot write the cache ({error.strerror}); check the folder and the free "
+            "space"
+        ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return ImageCache(folder)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder with all it holds, or a file; a link, and not what it leads to.
+
+    Raises:
+        UserError: it cannot be deleted, as where it is another user's.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache_dir: cannot delete {path} ({error.strerror}); choose another folder") from None
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -140,33 +329,46 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _build(
-    folder: Path, files: FileList, size: tuple[int, int], resample: Resample, with_labels: bool, num_workers: int
-) -> None:
-    width, height = size
-
-    def array(name: str, *shape: int) -> np.memmap:
-        return np.lib.format.open_memmap(folder / name, mode="w+", dtype=np.uint8, shape=(len(files), *shape))
-
-    images = array(IMAGES, height, width, 3)
-    labels = array(LABELS, height, width) if with_labels else None
+def _write_array(path: Path, part: _Part, num_workers: int) -> None:
+    """Write the part as a .npy file, and see to it that it is on the disk."""
     samples = DataLoader(
-        _Resized(files, size, resample, with_labels), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is
+        # Orphaned workers would hold the disk space of a half-built cache: they have inherited the open file.
+        _Samples(part), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=init_loader
     )
-    for index, image, label in _checked(tqdm(samples, desc=f"caching {files.data_set.name}", unit="img")):
-        images[index] = image
-        if labels is not None:
-            labels[index] = label
-    images.flush()
-    if labels is not None:
-        labels.flush()
+    # Written and not memory-mapped: in a mapped file, a full disk kills the process without a word.
+    with open(path, "xb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": part.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        _reserve(file.fileno(), file.tell() + math.prod(part.shape))
+        for sample in tqdm(samples, desc=f"caching {part.kind} of {part.files.data_set.name}", unit="img"):
+            if isinstance(sample, UserError):
+                raise sample
+            file.write(sample)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _checked(samples: Iterator[object]) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-    for sample in samples:
-        if isinstance(sample, UserError):
-            raise sample
-        yield sample
+def _reserve(handle: int, size: int) -> None:
+    """Take the space on the disk now, not after an hour: two caches may be in the making. Not all file systems can."""
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno not in NO_RESERVING:
+            raise
+
+
+class _Samples(Dataset):
+    def __init__(self, part: _Part) -> None:
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.part.files)
+
+    def __getitem__(self, index: int) -> np.ndarray | UserError:
+        try:
+            return self.part.read(index)
+        except UserError as error:
+            return error  # raised in the main process, without a worker's traceback around it
 
 
 def _as_it_is(sample: object) -> object:

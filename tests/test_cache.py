@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +21,7 @@ from core.pyramid import array_pyramid
 from data_handlers import cache as cache_module
 from data_handlers.cache import open_cache
 from data_handlers.datasets import DATA_SETS
+from data_handlers.label_maps import CITYSCAPES_IDS
 from data_handlers.lists import list_images
 from data_handlers.stream import StreamConfig, open_stream
 from test_bad_input import check_refusal
@@ -40,6 +43,29 @@ def gta(world):
     return list_images(DATA_SETS["gta5"], world / "gta", "--src_data_dir")
 
 
+@pytest.fixture
+def built(monkeypatch):
+    """Kinds of the arrays that were built."""
+    kinds = []
+    real = cache_module._write_array
+
+    def write(path, part, num_workers):
+        kinds.append(part.kind)
+        real(path, part, num_workers)
+
+    monkeypatch.setattr(cache_module, "_write_array", write)
+    return kinds
+
+
+def folders(cache_dir):
+    return sorted(path for path in cache_dir.iterdir() if not path.name.endswith(".lock"))
+
+
+def change_image(world):
+    noise_image((60, 44), 99).save(world / "gta/images/00002.png")
+    os.utime(world / "gta/images/00002.png", ns=(1, 1))
+
+
 def batches(files, resample, cache, labels="read", workers=0):
     config = StreamConfig(
         seed=1, domain="source", scale=2, batch_size=2, steps_per_epoch=2, epoch_length=5, resize=SIZE, crop=(48, 36),
@@ -59,7 +85,7 @@ def test_samples_from_the_cache_are_the_same(world, resample):
         for ours, theirs in zip(cached, plain, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours.levels, theirs.levels, strict=True))
             assert torch.equal(ours.label, theirs.label)
-    assert len(list((world / "cache").iterdir())) == 1
+    assert len(folders(world / "cache")) == 2
 
 
 def test_fast_resampling_is_at_most_one_level_off(world):
@@ -83,62 +109,68 @@ def test_fast_pyramids_against_the_reference(path):
             assert np.abs(level - expected).max() <= 1
 
 
-def test_a_cache_is_built_once_and_again_when_a_file_changes(world, monkeypatch):
-    built = []
-    real = cache_module._build
-    monkeypatch.setattr(cache_module, "_build", lambda *args: (built.append(args), real(*args)))
+def test_a_cache_is_built_once_and_again_when_a_file_changes(world, built):
     for _ in range(2):
         cache = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    assert len(built) == 1
+    assert built == ["labels", "images"]
     before = cache.image(1).copy()
-    noise_image((60, 44), 99).save(world / "gta/images/00002.png")
-    os.utime(world / "gta/images/00002.png", ns=(1, 1))
+    change_image(world)
     cache = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    assert len(built) == 2
+    assert built == ["labels", "images"] * 2
     assert not np.array_equal(cache.image(1), before)
+    os.utime(world / "gta/labels/00002.png", ns=(1, 1))
+    open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    assert built == [*["labels", "images"] * 2, "labels"]
     open_cache(world / "cache", gta(world), (26, 20), "exact", True, 0)
-    assert len(list((world / "cache").iterdir())) == 2
+    assert built == [*["labels", "images"] * 2, "labels", "labels", "images"]
 
 
-def test_a_half_built_cache_is_not_used(world, monkeypatch):
-    real = cache_module.read_image
-    calls = []
-
-    def stop(path):
-        calls.append(path)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(path)
-
-    monkeypatch.setattr(cache_module, "read_image", stop)
-    with pytest.raises(KeyboardInterrupt):
-        open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    monkeypatch.undo()
-    assert not list((world / "cache").iterdir())
-    # A killed process cannot clean up: what it leaves is removed by the next build.
-    whole = open_cache(world / "other", gta(world), SIZE, "exact", True, 0)
-    key = whole.folder.name.rpartition("_")[2]
-    shutil.copytree(whole.folder, world / "cache" / f"{cache_module.BUILDING}{key}-dead")
-    (world / "cache" / f"{cache_module.BUILDING}{key}-dead" / cache_module.MANIFEST).unlink()
-    cache = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    assert [path.name for path in (world / "cache").iterdir()] == [cache.folder.name]
-    (cache.folder / cache_module.MANIFEST).unlink()
-    again = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    assert np.array_equal(again.image(4), whole.image(4))
+def test_runs_with_and_without_labels_share_the_images(world, built):
+    open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    open_cache(world / "cache", gta(world), SIZE, "exact", False, 0)
+    assert built == ["labels", "images"]
+    open_cache(world / "other", gta(world), SIZE, "exact", False, 0)
+    with pytest.raises(ValueError, match="without labels"):
+        open_cache(world / "other", gta(world), SIZE, "exact", False, 0).label(0)
+    open_cache(world / "other", gta(world), SIZE, "exact", True, 0)
+    assert built == ["labels", "images", "images", "labels"]
 
 
-def test_files_and_disks_that_cannot_be_used(world, monkeypatch):
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match=r"--cache_dir .*cache takes .* GB"):
-        open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    monkeypatch.undo()
-    (world / "gta/images/00003.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"00003\.png"):
-        open_cache(world / "cache", gta(world), SIZE, "exact", True, 1)
-    assert not list((world / "cache").iterdir())
-    (world / "file").write_text("")
-    with pytest.raises(UserError, match="--cache_dir"):
-        open_cache(world / "file", gta(world), SIZE, "exact", True, 0)
+def test_a_cache_in_use_stays_when_a_file_changes(world, capsys):
+    old = open_cache(world / "cache", gta(world), SIZE, "exact", False, 0)
+    (folder,) = folders(world / "cache")
+    for_a_worker = pickle.dumps(old)  # opens the files anew
+    before = old.image(1).copy()
+    change_image(world)
+    capsys.readouterr()
+    open_cache(world / "cache", gta(world), SIZE, "exact", False, 0)
+    assert f"{folder} is a cache of another state" in capsys.readouterr().err
+    assert np.array_equal(pickle.loads(for_a_worker).image(1), before)
+    shutil.rmtree(folder)
+    open_cache(world / "cache", gta(world), SIZE, "exact", False, 0)
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match=r"cannot read .*images\.npy"):
+        pickle.loads(for_a_worker).image(1)
+
+
+@pytest.mark.parametrize("change", [{"id_map": {**CITYSCAPES_IDS, 7: 5}}, {"void_ids": None}])
+def test_labels_read_in_another_way_are_cached_anew(world, built, change):
+    files = gta(world)
+    open_cache(world / "cache", files, SIZE, "exact", True, 0)
+    other = replace(files, data_set=replace(files.data_set, **change))
+    label = open_cache(world / "cache", other, SIZE, "exact", True, 0).label(0)
+    assert np.array_equal(label, open_cache(world / "fresh", other, SIZE, "exact", True, 0).label(0))
+    assert built == ["labels", "images", "labels", "labels", "images"]
+    other = replace(files, data_set=replace(files.data_set, label_encoding="16-bit channel 0"))
+    with pytest.raises(UserError, match="16-bit"):
+        open_cache(world / "cache", other, SIZE, "exact", True, 0)
+
+
+def test_a_new_format_means_new_caches(world, built, monkeypatch):
+    open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+    open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    assert built == ["labels", "images"] * 2
 
 
 def test_training_from_a_cache(world, run_script):
