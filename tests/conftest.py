@@ -10,6 +10,8 @@ import pytest
 
 from utils.errors import run_cli
 
+# Before PyTorch is imported: threads that spin while they wait make the tests crawl where another program is computing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 GOLDEN_DIR = Path(os.environ.get("PROCST_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 

@@ -268,7 +268,8 @@ def test_a_killed_loader(world, pictures, tmp_path, run_script):
     killer.start()
     result = run_script(create_sit_dataset, *many_flags(world, pictures, out, "cpu"))
     killer.join()
-    check_refusal(result, "DataLoader worker", "killed by signal", "--num_workers", "--skip_created_files")
+    # PyTorch notices by the signal of the child's death or by waiting for it in vain, and words the two differently.
+    check_refusal(result, "DataLoader worker", "--num_workers", "--skip_created_files")
     assert 3 < len(list(out.glob("*.png"))) < MANY
 
 
