@@ -174,7 +174,8 @@ def main() -> None:
     flags, given = parse_flags(build_parser())
     _check_flags(flags)
     devices = [resolve_device([gpu]) for gpu in flags.gpus]
-    precision = resolve_precision(flags.precision, devices[0])
+    precisions = {resolve_precision(flags.precision, device) for device in devices}
+    precision = precisions.pop() if len(precisions) == 1 else "fp32"  # auto on unlike devices: one set, one arithmetic
     trained = load_trained_generators(Path(flags.trained_procst_path))
     source, folder, scale_factor = _choose(flags, given, trained)
     files = list_images(DATA_SETS[source], folder, "--src_data_dir", list_file=flags.src_list, training=False)
