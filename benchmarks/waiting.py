@@ -18,6 +18,7 @@ from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images
 
 PREFETCHED = 4  # batches that every worker has ready
+WARM_UP = 3  # steps, of which the first chooses algorithms and takes seconds on a GPU
 NATIVE = 1.7  # size of the pictures, relative to the size they are resized to, as GTA5's
 
 
@@ -44,12 +45,19 @@ def share_waiting(
     device: torch.device,
     steps: int,
 ) -> float:
-    """Share of the time of `steps` steps that goes by before their batch is there; nothing is ready at the start."""
+    """Share of the time of `steps` steps that goes by before their batch is there; nothing is ready at the start.
+
+    At least twice as many steps as batches are made ahead, so that what was ready is used up.
+    """
     first = PREFETCHED * max(1, config.data.num_workers)
+    steps = max(steps, 2 * first)
     batches = open_streams(
-        config, scale, range(first + steps), files, files, caches,
+        config, scale, range(WARM_UP + first + steps), files, files, caches,
         with_labels=scale == config.network.num_scales, pin_memory=device.type == "cuda",
     )  # fmt: skip
+    for k in range(WARM_UP):
+        step(step_batch(*next(batches), penalty_alphas(0, scale, k), device))
+    synchronise(device)
     for _ in range(first):
         next(batches)
     waited = 0.0

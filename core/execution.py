@@ -7,7 +7,9 @@ be scaled); what comes out is used in float32 by every loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -54,12 +56,34 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
 
 
 def set_convolution_precision(precision: Precision) -> None:
-    """What float32 convolutions of this process do on a GPU: exact with fp32, else on tensor cores (TF32).
+    """What float32 convolutions of this process do on a GPU: with tf32 they are rounded for tensor cores, else exact.
 
     Matrix products stay exact in every mode: the Gram matrices are float32.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Inside the block convolutions in float32 are exact, as `evaluate.py` computes, whatever the run trains with."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Whether a GPU computes the same bits every time, or as fast as it can; the CPU does the former in any case.
+
+    PyTorch warns of an operation that it cannot do so.
+    """
+    torch.backends.cudnn.benchmark = not deterministic  # otherwise, the fastest algorithm for the input size of a scale
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def micro_batch_size(batch: Sequence[int], norm: Norm, device: torch.device) -> int | None:
@@ -72,7 +96,8 @@ def micro_batch_size(batch: Sequence[int], norm: Norm, device: torch.device) -> 
 def channels_last(network: nn.Module) -> None:
     """Lay a network's weights out as convolutions like them: for networks of large, many-channelled convolutions.
 
-    Generators and discriminators gain nothing: their group norms prefer the channels first.
+    Generators and discriminators gain nothing on a CPU: their group norms prefer the channels first. On a GPU it was
+    not measured.
     """
     network.to(memory_format=torch.channels_last)
 

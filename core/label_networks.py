@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from core.config import ProCSTConfig, SemsegConfig, SGDConfig, default_semseg_weights
 from core.segmentation_files import load_segmentation_net
@@ -59,6 +61,20 @@ def load_source_net(run: ProCSTConfig) -> nn.Module:
             f"give {' '.join(differing)}, or other weights"
         )
     return net
+
+
+def restore_momentum(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """`load_state_dict` for SGD, with every buffer laid out in memory as its weight is.
+
+    Fused SGD pairs weights and buffers by their place in memory, and a checkpoint may be of a time of another layout.
+
+    Raises:
+        KeyError, TypeError, ValueError: the state does not fit.
+    """
+    optimizer.load_state_dict(dict(state))
+    for weight, held in optimizer.state.items():
+        if held.get("momentum_buffer") is not None:
+            held["momentum_buffer"] = torch.empty_like(weight).copy_(held["momentum_buffer"])
 
 
 def build_label_networks(config: SemsegConfig, source_net: nn.Module, seed: int, pretrained: bool) -> LabelNetworks:

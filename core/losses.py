@@ -58,5 +58,6 @@ def label_loss(logits: Tensor, label: Tensor) -> Tensor:
     0, with zero gradients, where every pixel is ignored: a small crop of void must not end a run.
     """
     target = label.long()
-    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE_LABEL, reduction="sum")
+    # Summed apart: the sum inside has no deterministic order on a GPU.
+    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE_LABEL, reduction="none").sum()
     return total / (target != IGNORE_LABEL).sum().clamp(min=1)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.execution import Forward, run_plainly
+from core.execution import Forward, exact_convolutions, run_plainly
 from core.networks import ConvBlock, Generator
 from core.pyramid import to_pixels, translate_pyramid
 from data_handlers.images import normalise
@@ -203,6 +203,7 @@ class Translator:
         def forward(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
             if image.shape[-2] * image.shape[-1] <= budget:
                 return self.forward(generator, image, coarser)
-            return forward_tiled(generator, image, coarser, budget)
+            with exact_convolutions():
+                return forward_tiled(generator, image, coarser, budget)
 
         return translate_pyramid(self.generators, inputs, self.scale_factor, forward)

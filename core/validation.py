@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from core.execution import exact_convolutions
 from data_handlers.datasets import DataSet
 from data_handlers.label_maps import colourise
 from data_handlers.labelled import LabelledImage, open_labelled
@@ -101,9 +102,10 @@ class Validator:
                 pictures.append(_picture(sample, prediction))
 
         samples = open_labelled(self.files, self.num_workers, self.device, self.with_labels)
-        matrix = evaluate(
-            net, samples, self.num_classes, self.device, statistics=statistics, on_prediction=keep_picture
-        )
+        with exact_convolutions():
+            matrix = evaluate(
+                net, samples, self.num_classes, self.device, statistics=statistics, on_prediction=keep_picture
+            )
         return Validation(
             scores=scores_of(matrix, self.classes) if self.with_labels else None,
             label_free=statistics.mutual_information(),

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.literal_step import literal_step
+from core.losses import IGNORE_LABEL
 from core.networks import published_norm
 from core.objectives import pieces
+from core.step import Batch
 from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
+from test_step import LOSSES, Step
 
 CASES = [
     (path, scale, mode)
@@ -93,3 +97,66 @@ def test_pieces_cover_the_batch(batch, micro_batch, sizes):
     found = pieces(batch, micro_batch)
     assert [k for piece in found for k in range(batch)[piece.samples]] == list(range(batch))
     assert [piece.weight * batch for piece in found] == pytest.approx(sizes)
+
+
+class UnevenStep(Step):
+    """Five samples in float64, of which one is void, one half void and none alike."""
+
+    def __init__(self, norm):
+        torch.manual_seed(0)
+        super().__init__(norm=norm, labels=True)
+        lower = (*self.scale_networks.lower_Gst, *self.scale_networks.lower_Gts)
+        for net in (*self.nets.values(), *lower, self.perceptual, self.labels.source_net, self.labels.target_net):
+            net.double()
+        fade = torch.linspace(0.5, 1.0, 5, dtype=torch.float64)[:, None, None, None]
+
+        def five(level):
+            return torch.cat([level.double()] * 3)[:5] * fade
+
+        label = torch.cat([self.batch.label] * 3)[:5].clone()
+        label[0] = IGNORE_LABEL
+        label[1, : label.shape[1] // 2] = IGNORE_LABEL
+        self.batch = Batch(
+            source=[five(level) for level in self.batch.source],
+            target=[five(level) for level in self.batch.target],
+            alphas=self.batch.alphas.double(),
+            label=label,
+        )
+        self.gradients = []
+        for name, net in self.nets.items():
+            optimizer = getattr(self.optimizers, name)
+            optimizer.register_step_pre_hook(lambda *_, net=net: self.gradients.append(gradients_of(net)))
+
+    def literal(self, **changes):
+        return literal_step(
+            self.scale_networks, self.optimizers, self.perceptual, self.batch, LOSSES, 0.5, self.labels, **changes
+        )
+
+
+def gradients_of(net):
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "way"),
+    [
+        ("group", {}),
+        ("group", {"recompute": True}),
+        ("group", {"micro_batch": 2}),
+        ("group", {"micro_batch": 2, "recompute": True}),
+        ("batch", {"recompute": True}),
+    ],
+)
+def test_uneven_pieces_sum_up_to_the_batch(norm, way, warmup, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    theirs, ours = UnevenStep(norm), UnevenStep(norm)
+    expected, found = theirs.literal(warmup=warmup), ours.run(warmup=warmup, **way)
+    for name, value in expected.losses.items():
+        # A share of labelled pixels is a float32 number.
+        assert float(found.losses[name]) == pytest.approx(float(value), rel=1e-7), name
+    assert len(theirs.gradients) == len(ours.gradients) > 3
+    for ours_at, theirs_at in zip(ours.gradients, theirs.gradients, strict=True):
+        assert relative_l2(ours_at, theirs_at) < 1e-7
+    for name, image in expected.images.items():
+        torch.testing.assert_close(found.images[name], image, rtol=0, atol=1e-7)
