@@ -21,6 +21,7 @@ from core.translate import MIN_TILE_PIXELS
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import image_size
 from data_handlers.lists import FileList, list_images
+from data_handlers.stream import ON_BAD_IMAGE
 from utils.devices import cpus_per_device, default_workers, resolve_device
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_json, make_folder, read_json, remove_leftovers
@@ -58,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip_created_files", action="store_true", help="keep complete images that are already there")
     add("--scale_factor", type=float, default=0.5,
         help="size ratio of the scales, for a Gst.pth, which does not say (default: %(default)s)")  # fmt: skip
+    add("--on_bad_image", choices=ON_BAD_IMAGE, default="stop",
+        help="an image that cannot be read ends the export, or is left out and listed at the end "
+        "(default: %(default)s)")  # fmt: skip
     add("--max_pixels", type=int, default=None,
         help="most pixels a generator sees at once; larger images are translated on tiles, with the same result "
         "(default: what free memory allows)")  # fmt: skip
@@ -90,7 +94,9 @@ def _check_output(
             raise UserError(f"--sit_output_path {root} would overwrite the source images; choose another folder")
     if (root / MANIFEST).exists():
         held = read_json(root / MANIFEST)
-        for name in ("generators", "data_set", "source_folder", "scale_factor"):
+        if isinstance(held, dict):
+            held.setdefault("precision", "fp32")  # of the time before it was written down
+        for name in ("generators", "data_set", "source_folder", "scale_factor", "precision"):
             if not isinstance(held, dict) or held.get(name) != manifest[name]:
                 raise UserError(
                     f"--sit_output_path {root} holds images of another {name.replace('_', ' ')} (see its {MANIFEST}); "
@@ -128,8 +134,12 @@ def _to_translate(files: FileList, outputs: dict[str, str], root: Path, skip: bo
     def done(image: str) -> bool:
         path, source = root / outputs[image], files.root / image
         # An image that was replaced after its translation is translated again.
-        newer = path.exists() and path.stat().st_mtime >= source.stat().st_mtime
-        return newer and is_complete_rgb8(path, image_size(source))
+        if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:
+            return False
+        try:
+            return is_complete_rgb8(path, image_size(source))
+        except UserError:
+            return False  # the source cannot be read; what comes of that is decided where it is translated
 
     return [i for i in tqdm(outputs, desc="checking created files", unit="img", dynamic_ncols=True) if not done(i)]
 
@@ -189,6 +199,7 @@ def main() -> None:
         png_compression=flags.png_compression,
         precision=precision,
         max_pixels=flags.max_pixels,
+        skip_unusable=flags.on_bad_image == "skip",
     )
     manifest = {
         "format": "procst-sit",
@@ -196,6 +207,7 @@ def main() -> None:
         "data_set": source,
         "source_folder": str(files.root.resolve()),
         "scale_factor": scale_factor,
+        "precision": precision,
         "images": len(outputs),
     }
     _check_output(root, outputs, files, manifest, flags.skip_created_files)
@@ -214,14 +226,21 @@ def main() -> None:
     else:
         translate_on_devices(trained.generators, devices, files, wanted, root, config)
     seconds = time.perf_counter() - started
-    if missing := [name for name in outputs.values() if not (root / name).is_file()]:
-        raise UserError(f"{len(missing)} images are missing in {root}, first {missing[0]}: run the command again")
-    atomic_write_json(root / MANIFEST, {**manifest, "complete": True})
+    missing = [image for image, output in outputs.items() if not (root / output).is_file()]
+    if missing and not config.skip_unusable:
+        raise UserError(
+            f"{len(missing)} images are missing in {root}, first {outputs[missing[0]]}: run the command again"
+        )
+    atomic_write_json(root / MANIFEST, {**manifest, "complete": not missing})
     kept = len(outputs) - len(names)
+    translated = len(names) - len(missing)
     print(
-        f"{len(outputs)} SiT images in {root}: {len(names)} translated in {seconds:.1f} s "
-        f"({len(names) / max(seconds, 1e-9):.1f} images/s), {kept} were already there"
+        f"{len(outputs) - len(missing)} SiT images in {root}: {translated} translated in {seconds:.1f} s "
+        f"({translated / max(seconds, 1e-9):.1f} images/s), {kept} were already there"
     )
+    if missing:
+        print(f"skipped, as they cannot be read: {len(missing)} images; the data set is not complete:")
+        print("\n".join(f"  {files.root / image}" for image in missing))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
 """Train the ProCST pyramid: source images are moved into the look of the target images, scale by scale.
 
-    python train_procst.py --gpus 0 --batch_size_list 32 16 3
+python train_procst.py --gpus 0 --batch_size_list 32 16 3
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from core.checkpoint import LATEST, Checkpoint, load_checkpoint
+from core.checkpoint import CONFIG, LATEST, PREVIOUS, load_checkpoint, read_newest, set_damaged_aside
 from core.command_line import build_parser, config_from_flags, continued_config
 from core.config import ProCSTConfig
-from core.execution import channels_last, resolve_precision, set_convolution_precision
+from core.dry_run import check_every_file, describe, free_bytes, needed_bytes, rehearse
+from core.execution import channels_last, resolve_precision, set_convolution_precision, set_determinism
 from core.label_networks import build_label_networks, load_source_net
-from core.progress import RunProgress, scale_plans
+from core.progress import RunProgress, ScalePlan, scale_plans
+from core.run_record import environment, git_commit, write_record
 from core.trainer import Trainer
 from core.validation import BEST_PATTERN, Validator, scored_classes
 from data_handlers.cache import ImageCache, open_cache
@@ -26,8 +32,10 @@ from models.segmentation import require_classes
 from models.vgg import build_vgg
 from utils.devices import resolve_device
 from utils.errors import UserError, out_of_memory_means, run_cli
-from utils.files import check_folder, new_run_folder, remove_leftovers
+from utils.files import check_folder, make_folder, new_run_folder, remove_leftovers
 from utils.flags import parse_flags
+from utils.locks import LOCK, claimed
+from utils.stopping import StopRequests
 from utils.tensor_files import weights_fingerprint
 
 LABEL_FREE_IMAGES = 100  # target images looked at for the label-free score where there is no val split
@@ -114,24 +122,51 @@ def _open_caches(config: ProCSTConfig, source: FileList, target: FileList) -> di
     data = config.data
     if not data.cache_dir:
         return {}
-    folder, workers = Path(data.cache_dir), data.num_workers
+    folder, workers, skip = Path(data.cache_dir), data.num_workers, data.on_bad_image == "skip"
+    labels = not config.run.no_semseg
     return {
-        "source": open_cache(folder, source, data.src_resize, data.resample, not config.run.no_semseg, workers),
-        "target": open_cache(folder, target, data.trg_resize, data.resample, False, workers),
+        "source": open_cache(folder, source, data.src_resize, data.resample, labels, workers, skip),
+        "target": open_cache(folder, target, data.trg_resize, data.resample, False, workers, skip),
     }
 
 
-def _checkpoint_to_continue(path: Path) -> tuple[Path, Checkpoint]:
-    file = path / LATEST if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"--continue_train_from_path {path}: there is no {LATEST} to go on from")
-    if file.name != LATEST:
+def _has_checkpoint(folder: Path) -> bool:
+    return (folder / LATEST).is_file() or (folder / PREVIOUS).is_file()
+
+
+def _folder_to_continue(path: Path) -> Path:
+    if path.is_file() and path.name != LATEST:
         # Going on from an older state in the same folder would overwrite the newer ones.
         raise UserError(
             f"--continue_train_from_path {path}: a run goes on from its {LATEST}; to go on from another checkpoint, "
             f"copy it into an empty folder under the name {LATEST}"
         )
-    return file.parent.resolve() / LATEST, load_checkpoint(file)  # the folder's name names the TensorBoard log
+    folder = path.parent if path.is_file() else path
+    if not folder.is_dir() or not _has_checkpoint(folder):
+        raise UserError(f"--continue_train_from_path {path}: there is no {LATEST} to go on from")
+    return folder.resolve()  # the folder's name names the TensorBoard log
+
+
+def _run_to_continue(flags: argparse.Namespace) -> Path | None:
+    """The run that the flags go on with, None for a new one.
+
+    Raises:
+        UserError: two runs are named, or `--run_dir` is no folder for a run.
+    """
+    if flags.run_dir and flags.continue_train_from_path:
+        raise UserError("--run_dir and --continue_train_from_path both name a run; give one")
+    if flags.continue_train_from_path:
+        return Path(flags.continue_train_from_path)
+    if not flags.run_dir:
+        return None
+    folder = Path(flags.run_dir)
+    check_folder(folder, "--run_dir")
+    if folder.is_dir() and _has_checkpoint(folder):
+        return folder
+    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:
+        # A run that was stopped before its first checkpoint leaves no more than these.
+        raise UserError(f"--run_dir {folder}: this folder holds files, but no checkpoint of a run; name another one")
+    return None
 
 
 def _step_of_epoch(epoch: int, trainer: Trainer) -> int:
@@ -147,15 +182,22 @@ def _step_of_epoch(epoch: int, trainer: Trainer) -> int:
 def main() -> None:
     """Command line entry: start a run or continue one."""
     flags, given = parse_flags(build_parser(__doc__))
+    with ExitStack() as claims:
+        _run(flags, given, claims)
+
+
+def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) -> None:
     origin, checkpoint = None, None
-    if flags.continue_train_from_path:
-        origin, checkpoint = _checkpoint_to_continue(Path(flags.continue_train_from_path))
+    if (run := _run_to_continue(flags)) is not None:
+        folder = _folder_to_continue(run)
+        checkpoint, origin = read_newest(folder, load_checkpoint)
+        written = origin.stat().st_mtime_ns
         config = continued_config(checkpoint.config, flags, given)
     else:
         config = config_from_flags(flags, given)
 
     device = resolve_device(config.run.gpus.split())
-    torch.backends.cudnn.benchmark = True  # every scale has one input size
+    set_determinism(config.compute.deterministic)
     precision = resolve_precision(config.compute.precision, device)
     config = replace(config, compute=replace(config.compute, precision=precision))
     set_convolution_precision(precision)
@@ -180,18 +222,6 @@ def main() -> None:
     inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)
     for flag in ("checkpoints_dir", "tb_logs_dir"):
         check_folder(Path(getattr(config.run, flag)), f"--{flag}")
-    caches = _open_caches(config, source, target)
-    # Everything that can be wrong with the input has been looked at; only now is a run folder made.
-    task = f"{config.data.source}_to_{config.data.target}"
-    parent = Path(config.run.checkpoints_dir)
-    folder = new_run_folder(parent, "--checkpoints_dir", task) if origin is None else origin.parent
-    remove_leftovers(folder)
-    trainer = Trainer(config, source, target, perceptual, device, folder, labels, inputs, validator, caches)
-    if checkpoint is not None:
-        trainer.restore(checkpoint, origin)
-        if flags.resume_to_epoch is not None:
-            trainer.move_to_step(_step_of_epoch(flags.resume_to_epoch, trainer))
-
     print(source.describe())
     print(target.describe())
     if labels is not None:
@@ -202,25 +232,81 @@ def main() -> None:
             print("WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators")
     print(f"precision {precision}{', compiled' if config.compute.compile else ''}")
     print(f"norm at scales 0..{config.network.num_scales}: {', '.join(config.network.norms)}")
-    print(f"steps at scales 0..{config.network.num_scales}: {', '.join(str(plan.steps) for plan in plans)}")
+    print(f"steps at scales 0..{config.network.num_scales}: {', '.join(str(plan.steps) for plan in plans)}", flush=True)
     if config.run.vgg_weights == "random":
         print("WARNING: --vgg_weights random: the perceptual net has random weights; style and content will be worse")
-    print(f"run folder: {folder}", flush=True)
-    progress = RunProgress(
-        plans, (trainer.scale, trainer.step), Path(config.run.tb_logs_dir) / folder.name, config.run.print_rate
-    )
-    def what_to_do() -> str:
-        batch = config.schedule.batch_size_list[trainer.scale]
-        return f" for batch {batch} at scale {trainer.scale}; lower --batch_size_list or --crop_size"
+    if flags.dry_run:
+        trainer = Trainer(config, source, target, perceptual, device, Path(), labels, inputs)
+        _dry_run(trainer, plans, origin.parent if origin else Path(flags.run_dir or config.run.checkpoints_dir))
+        return
 
+    caches = _open_caches(config, source, target)
+    # Everything that can be wrong with the input has been looked at; only now is a run folder made.
+    if origin is None:
+        folder = _new_folder(config, flags.run_dir)
+        claims.enter_context(claimed(folder, "--run_dir"))
+    else:
+        claims.enter_context(claimed(folder, "--continue_train_from_path"))
+        if origin.stat().st_mtime_ns != written:
+            raise UserError(f"{folder}: another process has gone on with this run meanwhile; run the command again")
+        set_damaged_aside(origin)
+    remove_leftovers(folder)
+    stop = claims.enter_context(StopRequests())
+    trainer = Trainer(config, source, target, perceptual, device, folder, labels, inputs, validator, caches, stop)
+    if checkpoint is not None:
+        trainer.restore(checkpoint, origin)
+        if flags.resume_to_epoch is not None:
+            trainer.move_to_step(_step_of_epoch(flags.resume_to_epoch, trainer))
+    made_with = environment(device, git_commit(Path(__file__).parent))
+    write_record(folder, config, inputs, made_with, (trainer.scale, trainer.step))
+    print(f"run folder: {folder}", flush=True)
+    log_dir = Path(config.run.tb_logs_dir) / folder.name
+    progress = RunProgress(plans, (trainer.scale, trainer.step), log_dir, config.run.print_rate)
     try:
-        with out_of_memory_means(what_to_do):
+        with out_of_memory_means(lambda: _less_memory(trainer)):
             trainer.fit(progress)
     finally:
         progress.close()
+    if trainer.skipped:
+        print(f"{len(trainer.skipped)} images or labels could not be used and were skipped:")
+        print("\n".join(f"  {reason}" for reason in trainer.skipped))
     for best in sorted(folder.glob(BEST_PATTERN)):
         print(f"best by {config.semseg.select_by}: {best} (the run folder itself stands for the last state)")
     print(f"finished; export with: python create_sit_dataset.py --trained_procst_path {folder} --sit_output_path OUT")
+
+
+def _new_folder(config: ProCSTConfig, run_dir: str) -> Path:
+    if run_dir:
+        return make_folder(Path(run_dir), "--run_dir").resolve()
+    task = f"{config.data.source}_to_{config.data.target}"
+    return new_run_folder(Path(config.run.checkpoints_dir), "--checkpoints_dir", task)
+
+
+def _less_memory(trainer: Trainer) -> str:
+    batch = trainer.config.schedule.batch_size_list[trainer.scale]
+    return f" for batch {batch} at scale {trainer.scale}; lower --batch_size_list or --crop_size"
+
+
+def _dry_run(trainer: Trainer, plans: Sequence[ScalePlan], folder: Path) -> None:
+    """Check every file, rehearse every scale, and say what a run takes.
+
+    Raises:
+        UserError: a file cannot be used, or memory or disk space do not suffice.
+    """
+    config = trainer.config
+    print(json.dumps(config.to_json(), indent=2))
+    check_every_file(trainer.source, with_labels=bool(trainer.source.data_set.label_path))
+    check_every_file(trainer.target, with_labels=False)
+    print(f"all {len(trainer.source)} + {len(trainer.target)} files have usable headers", flush=True)
+    with out_of_memory_means(lambda: _less_memory(trainer)):
+        rehearsals = rehearse(trainer, plans)
+    print("\n".join(describe(rehearsals, plans, trainer.device)))
+    needed = needed_bytes(rehearsals, with_best=trainer.labels is not None)
+    free = free_bytes(folder)
+    print(f"checkpoints: up to {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.1f} GB are free")
+    if needed > free:
+        raise UserError(f"{folder}: the checkpoints do not fit; free space, or choose another folder with --run_dir")
+    print("dry run finished, nothing was written")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def open_streams(
             crop=data.crop_size,
             labels=labels,
             resample=data.resample,
+            on_bad_image=data.on_bad_image,
         )
         return open_stream(files, drawn, pyramid, steps, data.num_workers, pin_memory, caches.get(domain))
 

@@ -1,34 +1,40 @@
 """Checkpoints: state dicts and configuration, loadable with `weights_only=True`, written atomically.
 
-A run folder holds `config.json`, `latest.pth` (everything needed to go on), `scale_<s>.pth` (the same, at the end of
-each scale) and the contact sheets.
+A run folder holds `config.json`, `latest.pth` (everything needed to go on), `previous.pth` (the one before it),
+`scale_<s>.pth` (the same, at the end of each scale) and the contact sheets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from core.config import NetworkConfig, ProCSTConfig
 from core.networks import Generator, freeze
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.tensor_files import load_network, read_tensor_file
+from utils.locks import say
+from utils.tensor_files import DamagedFileError, load_network, read_tensor_file
 
 FORMAT = "procst-checkpoint"
 VERSION = 1
 LATEST = "latest.pth"
+PREVIOUS = "previous.pth"
+DAMAGED = "damaged.pth"
 CONFIG = "config.json"
+State = TypeVar("State")
 NETWORK_NAMES = ("Dst", "Gst", "Dts", "Gts")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training state.
+    """A training state, complete: everything else follows from the configuration and the step, randomness included.
 
     Attributes:
         config: of the run.
@@ -39,6 +45,7 @@ class Checkpoint:
         optimizers: state dicts of the optimisers of the scale in training, by network name.
         inputs: fingerprints of what the run learns from (file lists, perceptual net), by a name for messages.
         segmentation: state dicts `target_net` and `optimizer` where the last scale trains with label losses.
+        skipped: what was wrong with images that were left out (`--on_bad_image skip`).
         validations: what the validations of the last scale found, in order: `step`, `miou` (None without target
             labels), `label_free`, `mean_confidence`, `iou` (by class name), the `score` selected by, and whether it was
             the `best` so far.
@@ -53,9 +60,15 @@ class Checkpoint:
     inputs: Mapping[str, str] = field(default_factory=dict)
     segmentation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     validations: Sequence[Mapping[str, Any]] = ()
+    skipped: Sequence[str] = ()
 
-    def save(self, path: Path) -> None:
-        """Write to `path` atomically."""
+    def size(self) -> int:
+        """Bytes of its tensors, which is nearly the size of its file."""
+        held = [self.networks, self.optimizers, self.segmentation]
+        return sum(tensor.nbytes for tensor in _tensors(held))
+
+    def save(self, path: Path, keep: Path | None = None) -> None:
+        """Write to `path` atomically; what stood there stays under the name `keep`."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -68,9 +81,20 @@ class Checkpoint:
             "inputs": dict(self.inputs),
             "segmentation": {name: dict(state) for name, state in self.segmentation.items()},
             "validations": [dict(validation) for validation in self.validations],
+            "skipped": list(self.skipped),
         }
-        atomic_write(path, lambda file: torch.save(content, file))
+        atomic_write(path, lambda file: torch.save(content, file), keep)
 
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -96,6 +120,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             inputs=content["inputs"],
             segmentation=content["segmentation"],
             validations=content.get("validations", ()),
+            skipped=[str(reason) for reason in content.get("skipped", ())],
         )
         counts = [len(checkpoint.networks[name]) for name in NETWORK_NAMES]
         optimizers = sorted(checkpoint.optimizers)
@@ -108,6 +133,34 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def read_newest(folder: Path, read: Callable[[Path], State]) -> tuple[State, Path]:
+    """What `read` makes of a run's newest checkpoint that is whole, and its path.
+
+    A line on stderr says where that is not the newest. Changes nothing; a damaged newest one has to be set aside
+    before the next save: see `set_damaged_aside`.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    problem = f"{latest} is missing"  # stopped between the two names of a save
+    if latest.is_file() or not previous.is_file():
+        try:
+            return read(latest), latest
+        except DamagedFileError as error:
+            if not previous.is_file():
+                raise
+            problem = str(error)
+    state = read(previous)
+    say(f"WARNING: {problem}; going on from the checkpoint before it, {previous}")
+    return state, previous
+
+
+def set_damaged_aside(used: Path) -> None:
+    """Rename the `latest.pth` that `read_newest` could not use: the next save would put it in the good one's place."""
+    latest = used.parent / LATEST
+    if used.name == PREVIOUS and latest.is_file():
+        os.replace(latest, used.parent / DAMAGED)
 
 
 def load_generators(checkpoint: Checkpoint, name: str, origin: Path | str) -> list[Generator]:

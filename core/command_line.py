@@ -22,6 +22,7 @@ from core.config import (
 from core.execution import PRECISIONS
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import RESAMPLINGS
+from data_handlers.stream import ON_BAD_IMAGE
 from models.segmentation import BACKBONES, MODELS, default_backbone
 from utils.devices import loader_workers
 from utils.errors import UserError
@@ -38,7 +39,8 @@ CONTINUE_FLAGS = frozenset(
     {
         "continue_train_from_path", "resume_to_epoch", "gpus", "num_workers", "src_data_dir", "trg_data_dir",
         "vgg_weights", "semseg_weights", "backbone_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate",
-        "pics_per_epoch", "precision", "compile", "cache_dir",
+        "pics_per_epoch", "precision", "compile", "cache_dir", "run_dir", "dry_run",
+        "save_checkpoint_minutes", "on_bad_image", "deterministic",
     }
 )  # fmt: skip
 
@@ -63,12 +65,22 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--checkpoints_dir", default="./TrainedModels", help="run folders go in here (default: %(default)s)")
     add("--tb_logs_dir", default="./runs", help="TensorBoard logs go in here (default: %(default)s)")
     add("--continue_train_from_path", default="", metavar="RUN", help="go on with the run in this folder")
+    add("--run_dir", default="", metavar="RUN",
+        help="folder of this run: made where it is not there, gone on with where it holds a checkpoint, so that the "
+        "same command starts a run and continues it (default: a new folder in --checkpoints_dir)")  # fmt: skip
     add("--resume_to_epoch", type=int, default=None, metavar="E",
         help="with --continue_train_from_path: set the step counter to the start of epoch E (from 1) of the scale in "
         "training; weights and optimisers stay those of the checkpoint")  # fmt: skip
     add("--print_rate", type=int, default=100, help="steps between two log entries (default: %(default)s)")
     add("--save_checkpoint_rate", type=int, default=1000, help="steps between two checkpoints (default: %(default)s)")
+    add("--save_checkpoint_minutes", type=float, default=30.0,
+        help="most minutes between two checkpoints (default: %(default)s)")  # fmt: skip
     add("--pics_per_epoch", type=int, default=10, help="TensorBoard picture rows an epoch (default: %(default)s)")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check everything, train a few steps of every scale in memory, tell time and memory, and write nothing",
+    )
     add("--debug_run", action="store_true", help="short run: stop every epoch and scale early, as the next two say")
     add("--debug_stop_iteration", type=int, default=15, help="steps an epoch with --debug_run (default: %(default)s)")
     add("--debug_stop_epoch", type=int, default=0, help="last epoch, from 0, with --debug_run (default: %(default)s)")
@@ -91,6 +103,9 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--cache_dir", default="", metavar="DIR",
         help="keep the resized images in memory-mapped files in this folder, made once: 2.1 MB for a GTA5 frame "
         "(default: read the data sets every time)")  # fmt: skip
+    add("--on_bad_image", choices=ON_BAD_IMAGE, default="stop",
+        help="an image or label that cannot be used ends the run, or another one takes its place and it is listed at "
+        "the end (default: %(default)s)")  # fmt: skip
     add("--resample", choices=RESAMPLINGS, default="fast",
         help="arithmetic of the bicubic filter: exact is Pillow's; fast is at most one level of 255 off "
         "(default: %(default)s)")  # fmt: skip
@@ -153,6 +168,9 @@ def _add_compute_flags(group: argparse._ArgumentGroup) -> None:
         "in each; auto: bf16 on hardware that computes in it, else fp32 (default: %(default)s)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="compile all networks but the discriminators, which takes minutes at the start (default: no)")  # fmt: skip
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=False,
+        help="on a GPU, take algorithms that give the same bits every time, which is slower; on the CPU they always do "
+        "(default: no)")  # fmt: skip
 
 
 def _add_segmentation_flags(group: argparse._ArgumentGroup) -> None:
@@ -237,6 +255,8 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCS
     """
     if not flags.gpus:
         raise UserError("--gpus is required: the index of a CUDA device, or cpu")
+    if flags.run_dir and "checkpoints_dir" in given:
+        raise UserError("--run_dir and --checkpoints_dir contradict each other; give one")
     if flags.resume_to_epoch is not None:
         raise UserError("--resume_to_epoch acts only with --continue_train_from_path")
     _check_segmentation_flags(flags, given)
@@ -269,6 +289,7 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCS
             num_workers=loader_workers(flags.num_workers, flags.gpus),
             cache_dir=flags.cache_dir,
             resample=flags.resample,
+            on_bad_image=flags.on_bad_image,
         ),
         network=NetworkConfig(
             num_scales=flags.num_scales,
@@ -312,9 +333,10 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCS
             print_rate=flags.print_rate,
             save_checkpoint_rate=flags.save_checkpoint_rate,
             pics_per_epoch=flags.pics_per_epoch,
+            save_checkpoint_minutes=flags.save_checkpoint_minutes,
         ),
         semseg=_semseg_config(flags, given),
-        compute=ComputeConfig(flags.precision, flags.compile),
+        compute=ComputeConfig(flags.precision, flags.compile, flags.deterministic),
     )
 
 
@@ -329,6 +351,8 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
         _refuse_segmentation_flags(given)
     known["no_pretrained_backbone"] = stored.semseg.backbone_weights == "random"
     known |= {"stride": 1, "padd_size": (stored.network.ker_size - 1) // 2}
+    batches = set(stored.schedule.batch_size_list)
+    known["batch_size"] = batches.pop() if len(batches) == 1 else stored.schedule.batch_size_list
     for name in sorted(given - CONTINUE_FLAGS):
         value = getattr(flags, name)
         if name == "norm":
@@ -342,11 +366,15 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
                 f"{flag_of(name)}: the run was started with {started}, the command line says {value}; a "
                 "continued run keeps its configuration, so leave the flag out or start a new run"
             )
-    data = {n: getattr(flags, n) for n in ("num_workers", "src_data_dir", "trg_data_dir", "cache_dir") if n in given}
-    reporting = ("vgg_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "pics_per_epoch")
+    places = ("num_workers", "src_data_dir", "trg_data_dir", "cache_dir", "on_bad_image")
+    data = {n: getattr(flags, n) for n in places if n in given}
+    reporting = (
+        "vgg_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "save_checkpoint_minutes", "pics_per_epoch",
+    )  # fmt: skip
     run = {n: getattr(flags, n) for n in reporting if n in given}
     if "gpus" in given:
         run["gpus"] = " ".join(flags.gpus)
+    computing = ("precision", "compile", "deterministic")
     semseg = {n: getattr(flags, n) for n in ("semseg_weights", "backbone_weights") if n in given}
     if "backbone_weights" in given and stored.semseg.backbone_weights == "random":
         raise UserError("--backbone_weights: the run was started from random weights; leave the flag out")
@@ -355,5 +383,5 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
         data=replace(stored.data, **data),
         run=replace(stored.run, **run),
         semseg=replace(stored.semseg, **semseg),
-        compute=replace(stored.compute, **{n: getattr(flags, n) for n in ("precision", "compile") if n in given}),
+        compute=replace(stored.compute, **{n: getattr(flags, n) for n in computing if n in given}),
     )

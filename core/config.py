@@ -16,6 +16,7 @@ from core.networks import NetworkShape, Norm, layers_at_scale, published_norm
 from core.pyramid import level_size
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import RESAMPLINGS
+from data_handlers.stream import ON_BAD_IMAGE
 from models.segmentation import SMALLEST_CROP, SegmentationShape
 from models.vgg import VGG16_POOLINGS
 from utils.errors import UserError
@@ -54,6 +55,7 @@ class DataConfig:
         num_workers: loader processes for each domain; 0 loads in the main process.
         cache_dir: folder of caches of the resized images, or ''.
         resample: `exact`, or `fast`, which is at most one level off.
+        on_bad_image: `stop`, or `skip`: another image takes the place of one that cannot be used.
     """
 
     source: str
@@ -68,9 +70,12 @@ class DataConfig:
     num_workers: int
     cache_dir: str = ""
     resample: str = "exact"
+    on_bad_image: str = "stop"
 
     def __post_init__(self) -> None:
         _require(self.resample in RESAMPLINGS, f"--resample {self.resample}: must be one of {', '.join(RESAMPLINGS)}")
+        known = self.on_bad_image in ON_BAD_IMAGE
+        _require(known, f"--on_bad_image {self.on_bad_image}: must be one of {', '.join(ON_BAD_IMAGE)}")
         for name in (self.source, self.target):
             _require(name in DATA_SETS, f"no data set is called {name}; there are {', '.join(sorted(DATA_SETS))}")
         for name in ("src_resize", "trg_resize", "crop_size"):
@@ -280,15 +285,15 @@ class ComputeConfig:
     Attributes:
         precision: `fp32`, `tf32` or `bf16`; `auto` is resolved when a run starts.
         compile: compile all networks but the discriminators.
+        deterministic: the same sums in the same order on a GPU, too, which takes longer.
     """
 
     precision: str = "fp32"
     compile: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            self.precision in PRECISIONS, f"--precision {self.precision}: must be one of {', '.join(PRECISIONS)}"
-        )
+        _require(self.precision in PRECISIONS, f"--precision {self.precision}: must be one of {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True)
@@ -298,6 +303,7 @@ class RunConfig:
     Attributes:
         gpus: `cpu`, or the index of the CUDA device.
         vgg_weights: `imagenet`, `random` or a file.
+        save_checkpoint_minutes: a checkpoint is also written when the last one is older than this.
     """
 
     gpus: str
@@ -309,9 +315,10 @@ class RunConfig:
     print_rate: int = 100
     save_checkpoint_rate: int = 1000
     pics_per_epoch: int = 10
+    save_checkpoint_minutes: float = 30.0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "print_rate", "save_checkpoint_rate")
+        _require_positive(self, "print_rate", "save_checkpoint_rate", "save_checkpoint_minutes")
         _require_not_negative(self, "pics_per_epoch", "manual_seed")
 
 

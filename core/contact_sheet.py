@@ -15,6 +15,7 @@ from core.networks import Generator
 from core.pyramid import image_pyramid, to_pixels, translate_pyramid
 from data_handlers.images import normalise, read_image
 from data_handlers.lists import FileList
+from utils.errors import UserError
 from utils.files import atomic_write_bytes
 
 COLUMNS = 6
@@ -52,15 +53,27 @@ def save_png(image: Image.Image, path: Path) -> Path:
 def _sample_pyramids(
     files: FileList, resize: tuple[int, int], config: ProCSTConfig, scale: int
 ) -> list[list[np.ndarray]]:
-    """Pyramids of evenly spaced images, cropped in the middle: the same pictures on the sheet of every scale."""
+    """Pyramids of evenly spaced images, cropped in the middle: the same pictures on the sheet of every scale.
+
+    Raises:
+        UserError: an image cannot be read, and such images are not to be skipped, or none can.
+    """
     network, crop = config.network, config.data.crop_size
     count = min(COLUMNS, len(files))
     x, y = ((r - c) // 2 for r, c in zip(resize, crop, strict=True))
     pyramids = []
     for k in range(count):
-        image = read_image(files.root / files.images[k * len(files) // count])
+        try:
+            image = read_image(files.root / files.images[k * len(files) // count])
+        except UserError as error:
+            if config.data.on_bad_image == "stop":
+                raise
+            problem = error
+            continue
         image = image.resize(resize, Image.Resampling.BICUBIC).crop((x, y, x + crop[0], y + crop[1]))
         pyramids.append(image_pyramid(image, network.num_scales, network.scale_factor, scale))
+    if not pyramids:
+        raise problem
     return pyramids
 
 

@@ -25,6 +25,8 @@ from data_handlers.lists import FileList
 from utils.devices import cpus_per_device
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write_bytes
+from utils.loaders import batches_in_order
+from utils.locks import say
 from utils.processes import Job, init_loader, run_jobs
 
 GO_ON = "the images translated so far stay, go on with --skip_created_files"
@@ -106,12 +108,19 @@ class PngWriter:
             self.pending.popleft().result()
 
 
-def _samples(images: SourceImages, num_workers: int) -> Iterator[tuple[str, list[Tensor]]]:
-    for sample in DataLoader(
-        images, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=init_loader
-    ):
+def _samples(images: SourceImages, num_workers: int, skip_unusable: bool) -> Iterator[tuple[str, list[Tensor]]]:
+    def loader_at(index: int) -> DataLoader:
+        return DataLoader(
+            images, batch_size=None, sampler=range(index, len(images)), num_workers=num_workers,
+            collate_fn=_as_it_is, worker_init_fn=init_loader,
+        )  # fmt: skip
+
+    for sample in batches_in_order(loader_at, GO_ON):
         if isinstance(sample, UserError):
-            raise UserError(f"{sample}; {GO_ON}")
+            if not skip_unusable:
+                raise UserError(f"{sample}; {GO_ON}, or leave such images out with --on_bad_image skip")
+            say(f"skipped: {sample}")
+            continue
         name, levels = sample
         yield name, [torch.from_numpy(level) for level in levels]
 
@@ -132,6 +141,7 @@ class ExportConfig:
         png_compression: of zlib, 0 to 9.
         precision: arithmetic of the generators; images that need tiles are computed in float32.
         max_pixels: most pixels a generator sees at once; None measures free memory.
+        skip_unusable: leave images out that cannot be read.
     """
 
     scale_factor: float
@@ -141,6 +151,7 @@ class ExportConfig:
     png_compression: int
     precision: Precision = "fp32"
     max_pixels: int | None = None
+    skip_unusable: bool = False
 
 
 def translate_images(
@@ -162,7 +173,7 @@ def translate_images(
         go_on: told after every batch how many images it had; the rest is left out where it returns False.
 
     Raises:
-        UserError: an image cannot be read or written, or a loader process was killed; whatever was translated before
+        UserError: an image cannot be read or written, or loader processes keep dying; whatever was translated before
             is on disk and whole.
     """
     set_convolution_precision(config.precision)
@@ -175,17 +186,13 @@ def translate_images(
     writer = PngWriter(root, config.png_compression, config.encoders)
     try:
         with _progress_bar(len(images), quiet) as bar:
-            for batch, levels in equal_size_batches(_samples(images, config.num_workers), config.batch_size):
+            samples = _samples(images, config.num_workers, config.skip_unusable)
+            for batch, levels in equal_size_batches(samples, config.batch_size):
                 for name, pixels in zip(batch, translator(levels), strict=True):
                     writer.put(outputs[name], pixels)
                 bar.update(len(batch))
                 if not go_on(len(batch)):
                     break
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        # Raised by a signal handler, wherever this process is at the moment; the message names process and signal.
-        raise UserError(f"{str(error).rstrip(' .')}; with fewer --num_workers memory lasts longer; {GO_ON}") from None
     finally:
         writer.finish()
 

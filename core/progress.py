@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from core.pyramid import level_size, to_unit_range
 from core.validation import Validation, log_validation, summary
 from models.segmentation import build_segmentation_net
 from models.vgg import VGG16_CONVS, VGG16_POOLINGS
-from utils.errors import UserError
 
 # Rough number of passes a network sees in a step, a backward counted as two forwards and the double backward of the
 # gradient penalty as six. Only ratios between scales matter, and only to the ETA.
@@ -90,6 +88,20 @@ def _weights(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+class Diverged(Exception):
+    """A loss is not finite; the message names it and the step."""
+
+
+def _require_finite(losses: Tensor, names: Sequence[str], scale: int, step: int) -> None:
+    """Check losses (steps, names), of which the last row is that of `step`."""
+    broken = (~losses.isfinite()).nonzero()
+    if len(broken):
+        row, column = broken[0].tolist()
+        value = float(losses[row, column])
+        at = step - len(losses) + 1 + row
+        raise Diverged(f"{tag_of(scale, names[column])} is {value} at step {at} of scale {scale}")
+
+
 def tag_of(scale: int, loss_name: str) -> str:
     """TensorBoard tag of a logged loss, as the reference names it."""
     return loss_name if loss_name.startswith("Semseg/") else f"Scale{scale}/{loss_name}"
@@ -124,8 +136,8 @@ class RunProgress:
         )  # fmt: skip
         # purge_step drops what an interrupted run logged after the checkpoint this one continues from.
         self.writer = SummaryWriter(str(log_dir), purge_step=first + 1 if first else None) if log_dir else None
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._names: list[str] = []
+        self._unread: list[Tensor] = []
         self._window_started = time.perf_counter()
 
     def _steps_before(self, scale: int, step: int) -> int:
@@ -133,12 +145,13 @@ class RunProgress:
 
     def step(self, scale: int, step: int, losses: Mapping[str, Tensor]) -> None:
         """Count a finished step: `step` of `scale`, 1 for the first."""
-        for name, value in losses.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
+        if list(losses) != self._names:
+            self.read_losses(scale, step - 1)  # as after the warm-up, where a term is added
+            self._names = list(losses)
+        self._unread.append(torch.stack(list(losses.values())))
         self.bar.update(1)
-        if self._count == self.print_rate or step in (1, self.plans[scale].steps):
-            self._read_losses(scale, step)
+        if len(self._unread) == self.print_rate or step in (1, self.plans[scale].steps):
+            self.read_losses(scale, step)
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -147,20 +160,22 @@ class RunProgress:
         yield
         self._window_started += time.perf_counter() - started
 
-    def _read_losses(self, scale: int, step: int) -> None:
-        names = list(self._sums)
-        means = (torch.stack([self._sums[name] for name in names]) / self._count).tolist()
+    def read_losses(self, scale: int, step: int) -> None:
+        """Log the means of the losses since the last reading; `step` is the last of these steps.
+
+        Raises:
+            Diverged: one of them is not finite.
+        """
+        if not self._unread:
+            return
+        losses = torch.stack(self._unread).cpu()
         # Reading waits for the device, so this is the true time of the steps since the last reading.
         now = time.perf_counter()
-        seconds = (now - self._window_started) / self._count
+        seconds = (now - self._window_started) / len(losses)
         self._window_started = now
-        self._sums, self._count = {}, 0
-        values = dict(zip(names, means, strict=True))
-        if broken := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise UserError(
-                f"training diverged: {tag_of(scale, broken[0])} is not finite at step {step} of scale {scale}; "
-                "the last checkpoint is untouched, lower --lr_g and --lr_d"
-            )
+        self._unread = []
+        _require_finite(losses, self._names, scale, step)
+        values = dict(zip(self._names, losses.mean(dim=0).tolist(), strict=True))
         overall = self._steps_before(scale, step)
         if self.writer:
             for name, value in values.items():
@@ -207,4 +222,3 @@ class RunProgress:
         self.bar.close()
         if self.writer:
             self.writer.close()
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import nn
 from torch.optim import Adam
 
 from core.batches import open_streams, penalty_alphas, step_batch
-from core.checkpoint import CONFIG, LATEST, NETWORK_NAMES, Checkpoint
+from core.checkpoint import LATEST, NETWORK_NAMES, PREVIOUS, Checkpoint
 from core.config import ProCSTConfig
 from core.contact_sheet import contact_sheet_path, save_contact_sheet
 from core.execution import Execution, micro_batch_size
+from core.label_networks import restore_momentum
 from core.networks import Discriminator, Generator, freeze, init_weights
-from core.progress import RunProgress
+from core.progress import Diverged, RunProgress
 from core.step import (
     LabelNetworks,
     PerceptualNet,
@@ -32,6 +34,7 @@ from data_handlers.stream import DomainBatch
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.seeds import seed_for
+from utils.stopping import Stopped
 from utils.tensor_files import load_network
 
 
@@ -48,6 +51,7 @@ class Trainer:
         inputs: fingerprints of what is learnt from, stored in the checkpoints and compared when a run is continued.
         validator: validates the segmentation net trained at the last scale; None goes without.
         caches: of the `source` and `target` images, where there are some.
+        stop: asked after every step whether to save and stop.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Trainer:
         inputs: Mapping[str, str] | None = None,
         validator: Validator | None = None,
         caches: Mapping[str, ImageCache] | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config = config
         self.source = source
@@ -73,7 +78,11 @@ class Trainer:
         self.inputs = dict(inputs or {})
         self.validator = validator
         self.caches = dict(caches or {})
+        self.stop = stop
         self.validations: list[Mapping[str, Any]] = []
+        self.skipped: list[str] = []
+        self.saved = (0, 0)
+        self._saved_at = time.monotonic()
         self.execution = Execution(config.compute.precision, config.compute.compile)
         self.epoch_length = max(len(source), len(target))
         self.scale = 0
@@ -133,6 +142,7 @@ class Trainer:
             inputs=self.inputs,
             segmentation=segmentation,
             validations=self.validations,
+            skipped=self.skipped,
         )
 
     def restore(self, checkpoint: Checkpoint, origin: Path) -> None:
@@ -160,31 +170,37 @@ class Trainer:
         if checkpoint.segmentation and self.labels is not None:
             self._restore_segmentation(checkpoint.segmentation, origin)
         self.validations = list(checkpoint.validations)
+        self.skipped = list(checkpoint.skipped)
+        self.saved = (self.scale, self.step)
 
     def _restore_segmentation(self, segmentation: Mapping[str, Any], origin: Path) -> None:
         load_network(self.labels.target_net, segmentation.get("target_net"), f"{origin}, segmentation net,")
         try:
-            self.labels.target_optimizer.load_state_dict(dict(segmentation["optimizer"]))
+            restore_momentum(self.labels.target_optimizer, segmentation["optimizer"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{origin}: the segmentation net's optimiser does not fit it ({error})") from None
 
     def _is_last_scale(self) -> bool:
         return self.scale == self.config.network.num_scales
 
-    def _save(self, *names: str) -> None:
-        """Write the state under each name, unless the training has diverged: a good checkpoint must outlive that."""
+    def _save(self, progress: RunProgress, *names: str) -> None:
+        """Write the state under each name, unless the training has diverged: a good checkpoint must outlive that.
+
+        Raises:
+            Diverged: a loss or a weight is not finite.
+        """
+        progress.read_losses(self.scale, self.step)
         trained = {name: networks[-1] for name, networks in self.networks.items()}
         if self.labels is not None and self._is_last_scale():
             trained["the segmentation net"] = self.labels.target_net
         for name, network in trained.items():
             if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
-                raise UserError(
-                    f"training diverged: {name} of scale {self.scale} has weights that are not finite at step "
-                    f"{self.step}; {self.run_folder / LATEST} keeps the state before, lower --lr_g and --lr_d"
-                )
+                raise Diverged(f"{name} of scale {self.scale} has weights that are not finite after step {self.step}")
         checkpoint = self.checkpoint()
         for name in names:
-            checkpoint.save(self.run_folder / name)
+            checkpoint.save(self.run_folder / name, self.run_folder / PREVIOUS if name == LATEST else None)
+        self.saved = (self.scale, self.step)
+        self._saved_at = time.monotonic()
 
     # --- training ------------------------------------------------------------------------------------------------
 
@@ -192,17 +208,27 @@ class Trainer:
         """Train from the present state to the end of the last scale.
 
         Raises:
-            UserError: an image or label cannot be used, or the run folder cannot be written to.
+            UserError: an image or label cannot be used, the run folder cannot be written to, or the training diverged.
+            Stopped: it was asked to.
         """
-        atomic_write_json(self.run_folder / CONFIG, self.config.to_json())
+        try:
+            self._fit(progress)
+        except Diverged as error:
+            scale, step = self.saved
+            raise UserError(
+                f"training diverged: {error}; the last good checkpoint, {self.run_folder / LATEST} of step {step} of "
+                f"scale {scale}, is kept; start again with lower --lr_g and --lr_d"
+            ) from None
+
+    def _fit(self, progress: RunProgress) -> None:
         if not self.networks["Gst"]:
             self.start_scale(0)
-            self._save(LATEST)
+            self._save(progress, LATEST)
         while True:
             if not self.scale_finished:
                 self._train_scale(progress)
                 self.finish_scale()
-                self._save(f"scale_{self.scale}.pth", LATEST)
+                self._save(progress, f"scale_{self.scale}.pth", LATEST)
                 self._draw_contact_sheet(progress)
             elif not contact_sheet_path(self.run_folder, self.scale).exists():
                 self._draw_contact_sheet(progress)  # the run was stopped between its checkpoint and its picture
@@ -221,7 +247,7 @@ class Trainer:
         steps = self.config.schedule.steps(self.scale, self.epoch_length)
         per_epoch = self.config.schedule.steps_per_epoch(self.scale, self.epoch_length)
         picture_rate = max(1, per_epoch // run.pics_per_epoch) if run.pics_per_epoch else 0
-        nets, optimizers = self._scale_networks(), ScaleOptimizers(**self.optimizers)
+        nets, optimizers = self.scale_networks(), ScaleOptimizers(**self.optimizers)
         if self._is_validation_step(per_epoch, steps) and all(v["step"] != self.step for v in self.validations):
             self._validate(progress)  # the run was stopped in it
         batches = open_streams(
@@ -229,16 +255,38 @@ class Trainer:
             with_labels=self.labels is not None and self._is_last_scale(), pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         for source, target in batches:
-            result = self._one_step(nets, optimizers, source, target, self.step // per_epoch)
+            result = self.one_step(nets, optimizers, source, target, self.step // per_epoch)
             self.step += 1
             progress.step(self.scale, self.step, result.losses)
+            self._note_skipped(progress, *source.skipped, *target.skipped)
             if picture_rate and (self.step % picture_rate == 0):
                 progress.pictures(self.scale, self.step, result.images)
             validates = self._is_validation_step(per_epoch, steps)
-            if validates or (self.step % run.save_checkpoint_rate == 0 and self.step < steps):
-                self._save(LATEST)
+            stopping = self.stop()
+            if validates or stopping or self._save_is_due(steps):
+                self._save(progress, LATEST)
+            if stopping:
+                raise Stopped(
+                    f"stopped at step {self.step} of scale {self.scale}, and saved; go on with "
+                    f"--continue_train_from_path {self.run_folder}"
+                )
             if validates:
                 self._validate(progress)
+
+    def _save_is_due(self, steps: int) -> bool:
+        run = self.config.run
+        if self.step == steps:
+            return False  # the finished scale is about to be saved
+        return (
+            self.step % run.save_checkpoint_rate == 0
+            or time.monotonic() - self._saved_at > 60.0 * run.save_checkpoint_minutes
+        )
+
+    def _note_skipped(self, progress: RunProgress, *reasons: str) -> None:
+        for reason in reasons:
+            if reason not in self.skipped:
+                self.skipped.append(reason)
+                progress.say(f"skipped: {reason}")
 
     def _is_validation_step(self, per_epoch: int, steps: int) -> bool:
         if self.validator is None or self.labels is None or not self._is_last_scale():
@@ -258,19 +306,21 @@ class Trainer:
         self.validations.append({"step": self.step, "score": score, "best": best, **found})
         atomic_write_json(self.run_folder / VALIDATIONS, self.validations)
         names = [best_name(self.step, validation)] if best else []
-        self._save(*names, LATEST)
+        self._save(progress, *names, LATEST)
         for name in names:
             for other in self.run_folder.glob(BEST_PATTERN):
                 if other.name != name:
                     other.unlink()
 
-    def _scale_networks(self) -> ScaleNetworks:
+    def scale_networks(self) -> ScaleNetworks:
+        """The networks that a step of the present scale works on."""
         finest = {name: nets[-1] for name, nets in self.networks.items()}
         return ScaleNetworks(**finest, lower_Gst=self.networks["Gst"][:-1], lower_Gts=self.networks["Gts"][:-1])
 
-    def _one_step(
+    def one_step(
         self, nets: ScaleNetworks, optimizers: ScaleOptimizers, source: DomainBatch, target: DomainBatch, epoch: int
     ) -> StepResult:
+        """Train on a batch; which step it is decides what is drawn at random."""
         labels = self.labels if self._is_last_scale() else None
         if labels is not None:
             # Dropout follows from the step number, so a continued run draws what an uninterrupted one would have drawn.

@@ -9,16 +9,12 @@ run can go on with a cache while others are built beside it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +25,17 @@ from tqdm import tqdm
 from data_handlers.images import Resample, image_size, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
-from utils.files import atomic_write_json, make_folder
+from utils.files import atomic_write_json, make_folder, read_json
+from utils.loaders import batches_in_order
+from utils.locks import only_builder, say
 from utils.processes import init_loader
 
 # To be raised when the code that reads or resizes images and labels changes what comes out.
 FORMAT = 1
 MANIFEST = "cache.json"
+UNUSABLE = "unusable.json"
 BUILDING = ".building-"
 
-# What file systems that cannot lock answer.
-NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 # What file systems that cannot reserve space answer.
 NO_RESERVING = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
@@ -55,18 +52,39 @@ class ImageCache:
         self._files = {"images": images, "labels": labels}
         # Opened where it is read: every worker process maps the files itself.
         self._arrays: dict[str, np.ndarray] = {}
+        self._unusable = {kind: _unusable(path.parent) for kind, path in self._files.items() if path}
+
+    def require_all_usable(self) -> None:
+        """Check that the cache holds every image and label of its list.
+
+        Raises:
+            UserError: it was built with `--on_bad_image skip`, and names what that left out.
+        """
+        for reasons in self._unusable.values():
+            for reason in reasons.values():
+                raise UserError(f"{reason}; or leave such images out with --on_bad_image skip")
 
     def image(self, index: int) -> np.ndarray:
-        """The resized image at a position of the list, uint8 (H,W,3), read-only."""
-        return self._array("images")[index]
+        """The resized image at a position of the list, uint8 (H,W,3), read-only.
+
+        Raises:
+            UserError: the file could not be used when the cache was built.
+        """
+        return self._at("images", index)
 
     def label(self, index: int) -> np.ndarray:
         """Its resized label, trainIds uint8 (H,W), read-only.
 
         Raises:
+            UserError: the file could not be used when the cache was built.
             ValueError: the cache was opened without labels.
         """
-        return self._array("labels")[index]
+        return self._at("labels", index)
+
+    def _at(self, kind: str, index: int) -> np.ndarray:
+        if reason := self._unusable.get(kind, {}).get(index):
+            raise UserError(reason)
+        return self._array(kind)[index]
 
     def _array(self, kind: str) -> np.ndarray:
         if kind not in self._arrays:
@@ -80,7 +98,13 @@ class ImageCache:
         return self._arrays[kind]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_files": self._files, "_arrays": {}}
+        return {"_files": self._files, "_arrays": {}, "_unusable": self._unusable}
+
+
+def _unusable(folder: Path) -> dict[int, str]:
+    """What is wrong with the files that a cache was built without, by position in the list."""
+    path = folder / UNUSABLE
+    return {int(index): reason for index, reason in read_json(path).items()} if path.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -157,7 +181,13 @@ class _Part:
 
 
 def open_cache(
-    cache_dir: Path, files: FileList, size: tuple[int, int], resample: Resample, with_labels: bool, num_workers: int
+    cache_dir: Path,
+    files: FileList,
+    size: tuple[int, int],
+    resample: Resample,
+    with_labels: bool,
+    num_workers: int,
+    skip_unusable: bool = False,
 ) -> ImageCache:
     """The cache of a list at a size; what there is not yet, of the files as they are now, is built first.
 
@@ -165,15 +195,21 @@ def open_cache(
     and on the disk, so a killed build is never taken for a cache. What does not fit is replaced where it is damaged,
     and left alone with a line on stderr where it is of another state of the files: a run may be using it.
 
+    Args:
+        skip_unusable: build it without the files that cannot be used; they raise when they are asked for.
+
     Raises:
         UserError: a file cannot be used or changed meanwhile, the disk is too small, or the cache cannot be read.
     """
     # Labels first: they take minutes, and find most of what can be wrong with the files.
-    labels = _open_part(cache_dir, _Part(files, size, None), num_workers) if with_labels else None
-    return ImageCache(_open_part(cache_dir, _Part(files, size, resample), num_workers), labels)
+    labels = _open_part(cache_dir, _Part(files, size, None), num_workers, skip_unusable) if with_labels else None
+    cache = ImageCache(_open_part(cache_dir, _Part(files, size, resample), num_workers, skip_unusable), labels)
+    if not skip_unusable:
+        cache.require_all_usable()
+    return cache
 
 
-def _open_part(cache_dir: Path, part: _Part, num_workers: int) -> Path:
+def _open_part(cache_dir: Path, part: _Part, num_workers: int, skip_unusable: bool) -> Path:
     """The file of the finished array."""
     description, state = part.description(), part.state()
     key = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
@@ -181,27 +217,24 @@ def _open_part(cache_dir: Path, part: _Part, num_workers: int) -> Path:
     folder = cache_dir / f"{stem}_{state[:16]}"
     manifest = {**description, "state": state}
     for other in sorted(set(cache_dir.glob(f"{stem}_*")) - {folder}):
-        _say(f"{other} is a cache of another state of these files; delete it if no run uses it any more")
+        say(f"{other} is a cache of another state of these files; delete it if no run uses it any more")
     if _defect(folder, part, manifest):
         make_folder(cache_dir, "--cache_dir")
-        with _only_builder(cache_dir / f"{key}.lock") as is_only_one:
+        with only_builder(cache_dir / f"{key}.lock", f"what killed builds left ({BUILDING}*)") as is_only_one:
             if is_only_one:
                 for leftover in cache_dir.glob(f"{BUILDING}{key}-*"):
                     shutil.rmtree(leftover, ignore_errors=True)  # another user's may have to stay
             # Asked again: another process may have built it in the meantime.
             if defect := _defect(folder, part, manifest):
                 if os.path.lexists(folder):
-                    _say(f"{folder}: {defect}; this cache is built anew")
-                _build(cache_dir / f"{BUILDING}{key}-{secrets.token_hex(4)}", folder, part, manifest, num_workers)
+                    say(f"{folder}: {defect}; this cache is built anew")
+                building = cache_dir / f"{BUILDING}{key}-{secrets.token_hex(4)}"
+                _build(building, folder, part, manifest, num_workers, skip_unusable)
     return _array_file(folder, part)
 
 
 def _array_file(folder: Path, part: _Part) -> Path:
     return folder / f"{part.kind}.npy"
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
 
 
 def _defect(folder: Path, part: _Part, manifest: dict[str, object]) -> str:
@@ -235,58 +268,17 @@ def _defect(folder: Path, part: _Part, manifest: dict[str, object]) -> str:
     return ""
 
 
-@contextmanager
-def _only_builder(path: Path) -> Iterator[bool]:
-    """Wait, with a line on stderr, until no other process is in such a block for `path`; True if it can be told.
-
-    Raises:
-        UserError: the file cannot be made or locked.
-    """
-    handle = None
-    try:
-        try:
-            with suppress(FileExistsError):
-                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-                os.fchmod(handle, 0o666)  # to lock it, other users must be able to write
-            if handle is None:
-                handle = os.open(path, os.O_RDWR)
-            is_locked = _lock(handle, path)
-        except OSError as error:
-            raise UserError(
-                f"--cache_dir {path.parent}: cannot lock {path.name} ({error.strerror}); choose another folder"
-            ) from None
-        yield is_locked
-    finally:
-        if handle is not None:
-            os.close(handle)  # this unlocks it; the file stays, as another process may be waiting for it
-
-
-def _lock(handle: int, path: Path) -> bool:
-    # The lock belongs to this process alone and ends with it; one of `flock` would also be held by the workers that
-    # the loader forks.
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            _say(
-                f"--cache_dir {path.parent}: this file system has no locks; runs started together build a cache each, "
-                f"and what killed builds left ({BUILDING}*) has to be deleted by hand"
-            )
-            return False
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        _say(f"--cache_dir {path.parent}: waiting for another process that is building this cache")
-        fcntl.lockf(handle, fcntl.LOCK_EX)
-    return True
-
-
-def _build(building: Path, folder: Path, part: _Part, manifest: dict[str, object], num_workers: int) -> None:
+def _build(
+    building: Path, folder: Path, part: _Part, manifest: dict[str, object], num_workers: int, skip_unusable: bool
+) -> None:
     """Build a cache in the folder `building`, and rename it to `folder` when it is complete."""
     try:
         _remove(folder)
         _require_space(folder.parent, math.prod(part.shape))
         building.mkdir()  # with the umask's mode: others may read it
-        _write_array(_array_file(building, part), part, num_workers)
+        unusable = _write_array(_array_file(building, part), part, num_workers, skip_unusable)
+        if unusable:
+            atomic_write_json(building / UNUSABLE, unusable)
         if part.state() != manifest["state"]:
             raise UserError(f"files of {part.files.root} changed while their cache was built; start again")
         atomic_write_json(building / MANIFEST, manifest)
@@ -329,23 +321,36 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_array(path: Path, part: _Part, num_workers: int) -> None:
-    """Write the part as a .npy file, and see to it that it is on the disk."""
-    samples = DataLoader(
+def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool) -> dict[int, str]:
+    """Write the part as a .npy file, and see to it that it is on the disk; returns what was wrong where zeros stand."""
+    samples = _Samples(part)
+
+    def loader_at(index: int) -> DataLoader:
         # Orphaned workers would hold the disk space of a half-built cache: they have inherited the open file.
-        _Samples(part), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=init_loader
-    )
+        return DataLoader(
+            samples, batch_size=None, sampler=range(index, len(samples)), num_workers=num_workers,
+            collate_fn=_as_it_is, worker_init_fn=init_loader,
+        )  # fmt: skip
+
+    unusable: dict[int, str] = {}
     # Written and not memory-mapped: in a mapped file, a full disk kills the process without a word.
     with open(path, "xb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": part.shape}
         np.lib.format.write_array_header_1_0(file, header)
         _reserve(file.fileno(), file.tell() + math.prod(part.shape))
-        for sample in tqdm(samples, desc=f"caching {part.kind} of {part.files.data_set.name}", unit="img"):
-            if isinstance(sample, UserError):
-                raise sample
-            file.write(sample)
+        loaded = batches_in_order(loader_at, "no cache was made")
+        named = f"caching {part.kind} of {part.files.data_set.name}"
+        for index, sample in enumerate(tqdm(loaded, desc=named, unit="img", total=len(samples))):
+            if not isinstance(sample, UserError):
+                file.write(sample)
+            elif skip_unusable:
+                unusable[index] = str(sample)
+                file.write(bytes(math.prod(part.shape[1:])))
+            else:
+                raise UserError(f"{sample}; or leave such images out with --on_bad_image skip")
         file.flush()
         os.fsync(file.fileno())
+    return unusable
 
 
 def _reserve(handle: int, size: int) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_handlers.images import normalise, read_image, read_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
+from utils.loaders import batches_in_order
 from utils.processes import init_loader
 from utils.transfer import to_device
 
@@ -81,15 +82,19 @@ def open_labelled(
     Raises:
         UserError: in the main process, when a file cannot be used.
     """
-    loader = DataLoader(
-        _Files(files, with_labels),
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=init_loader,
-        collate_fn=_as_it_is,
-        prefetch_factor=2 if num_workers else None,
-    )
-    for sample in loader:
+
+    def loader_at(index: int) -> DataLoader:
+        return DataLoader(
+            _Files(files, with_labels),
+            batch_size=None,
+            sampler=range(index, len(files)),
+            num_workers=num_workers,
+            worker_init_fn=init_loader,
+            collate_fn=_as_it_is,
+            prefetch_factor=2 if num_workers else None,
+        )
+
+    for sample in batches_in_order(loader_at, "nothing was written"):
         if isinstance(sample, UserError):
             raise sample
         name, pixels, label = sample

@@ -8,7 +8,7 @@ number never matters, and a resumed run continues the stream by starting at its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,10 +20,14 @@ from data_handlers.cache import ImageCache
 from data_handlers.images import Resample, check_label_header, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
+from utils.loaders import batches_in_order
 from utils.processes import init_loader
 
 DOMAINS = ("source", "target")
 LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
+OnBadImage = Literal["stop", "skip"]
+ON_BAD_IMAGE = ("stop", "skip")
+MOST_SKIPPED = 10  # so many unusable images one after the other are a fault of the disk, not of the images
 
 # Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
 PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -44,6 +48,7 @@ class StreamConfig:
         labels: whether labels are ignored, checked by their header, or read.
         flip: mirror every second sample, drawn at random, left to right.
         resample: how images are resized.
+        on_bad_image: `skip` takes the next image of the epoch in place of one that cannot be used.
     """
 
     seed: int
@@ -57,19 +62,34 @@ class StreamConfig:
     labels: LabelUse = "none"
     flip: bool = False
     resample: Resample = "exact"
+    on_bad_image: OnBadImage = "stop"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pyramid levels as uint8 (h_i,w_i,3), trainIds uint8 (H,W) where labels are read, and why images were skipped."""
+
+    levels: list[np.ndarray]
+    label: np.ndarray | None
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class DomainBatch:
-    """Pyramid levels as uint8 (B,h_i,w_i,3), and trainIds uint8 (B,H,W) where labels are read."""
+    """Pyramid levels as uint8 (B,h_i,w_i,3), and trainIds uint8 (B,H,W) where labels are read.
+
+    Attributes:
+        skipped: what was wrong with images that others were taken in place of.
+    """
 
     levels: list[Tensor]
     label: Tensor | None
+    skipped: tuple[str, ...] = field(default=())
 
     def pin_memory(self) -> DomainBatch:
         """Page-locked copy, for asynchronous transfer to a GPU; the DataLoader calls this."""
         label = None if self.label is None else self.label.pin_memory()
-        return DomainBatch([level.pin_memory() for level in self.levels], label)
+        return DomainBatch([level.pin_memory() for level in self.levels], label, self.skipped)
 
 
 class StreamSamples(Dataset):
@@ -85,15 +105,15 @@ class StreamSamples(Dataset):
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
-    def image_index(self, position: int) -> int:
-        """Index into the file list of the image at a stream position."""
+    def image_index(self, position: int, skipped: int = 0) -> int:
+        """Index into the file list of the image at a stream position, or of the n-th after it in the epoch's order."""
         config = self.config
         epoch, place = divmod(position, config.steps_per_epoch * config.batch_size)
         if epoch != self._epoch:
             rng = np.random.default_rng([config.seed, DOMAINS.index(config.domain), config.scale, 0, epoch])
             self._order = rng.permutation(config.epoch_length) % len(self.files)
             self._epoch = epoch
-        return int(self._order[place])
+        return int(self._order[(place + skipped) % len(self._order)])
 
     def crop_offset(self, position: int) -> tuple[int, int]:
         """(x,y) of the crop in the resized image; every offset that fits is possible, the last one included."""
@@ -108,23 +128,29 @@ class StreamSamples(Dataset):
         rng = np.random.default_rng([config.seed, DOMAINS.index(config.domain), config.scale, 2, position])
         return config.flip and bool(rng.integers(2))
 
-    def __getitem__(self, position: int) -> tuple[list[np.ndarray], np.ndarray | None] | UserError:
-        try:
-            return self._load(position)
-        except UserError as error:
-            # A worker's exception would reach the main process wrapped in its traceback; the message is meant to
-            # stand alone.
-            return error
+    def __getitem__(self, position: int) -> Sample | UserError:
+        wrong: list[str] = []
+        while True:
+            try:
+                return self._load(position, wrong)
+            except UserError as error:
+                # Returned: a worker's exception would reach the main process wrapped in its traceback, and the message
+                # is meant to stand alone.
+                if self.config.on_bad_image == "stop":
+                    return UserError(f"{error}; or leave such images out with --on_bad_image skip")
+                wrong.append(str(error))
+                if len(wrong) == MOST_SKIPPED:
+                    return UserError(f"{error}; and so are the {MOST_SKIPPED - 1} images before it: is the disk there?")
 
-    def _load(self, position: int) -> tuple[list[np.ndarray], np.ndarray | None]:
-        image, label = self._resized(self.image_index(position))
+    def _load(self, position: int, skipped: Sequence[str]) -> Sample:
+        image, label = self._resized(self.image_index(position, len(skipped)))
         x, y = self.crop_offset(position)
         width, height = self.config.crop
         window = np.s_[y : y + height, x : x + width]
         step = -1 if self.is_flipped(position) else 1
         image = np.array(image[window][:, ::step], order="C")  # a copy: the cache is read-only
         label = None if label is None else np.array(label[window][:, ::step], order="C")
-        return list(self.pyramid(image)), label
+        return Sample(list(self.pyramid(image)), label, tuple(skipped))
 
     def _resized(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The image and, where it is read, the label at their training size."""
@@ -145,13 +171,14 @@ class StreamSamples(Dataset):
         return read_label(path, self.files.data_set, size)
 
 
-def _collate(samples: Sequence[tuple[list[np.ndarray], np.ndarray | None] | UserError]) -> DomainBatch | UserError:
+def _collate(samples: Sequence[Sample | UserError]) -> DomainBatch | UserError:
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
-    levels = [torch.from_numpy(np.stack(level)) for level in zip(*(levels for levels, _ in samples), strict=True)]
-    labels = [label for _, label in samples if label is not None]
-    return DomainBatch(levels, torch.from_numpy(np.stack(labels)) if labels else None)
+    levels = [torch.from_numpy(np.stack(level)) for level in zip(*(sample.levels for sample in samples), strict=True)]
+    labels = [sample.label for sample in samples if sample.label is not None]
+    skipped = tuple(reason for sample in samples for reason in sample.skipped)
+    return DomainBatch(levels, torch.from_numpy(np.stack(labels)) if labels else None, skipped)
 
 
 def open_stream(
@@ -169,20 +196,23 @@ def open_stream(
         cache: of these files at the configured size; it replaces reading them.
 
     Raises:
-        UserError: in the main process, when a file of a step cannot be used.
+        UserError: in the main process, when a file of a step cannot be used or loader processes keep dying.
     """
-    positions = range(steps.start * config.batch_size, steps.stop * config.batch_size)
-    loader = DataLoader(
-        StreamSamples(files, config, pyramid, cache),
-        batch_size=config.batch_size,
-        sampler=positions,
-        num_workers=num_workers,
-        worker_init_fn=init_loader,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
-    )
-    for batch in loader:
+    samples = StreamSamples(files, config, pyramid, cache)
+
+    def loader_at(step: int) -> DataLoader:
+        return DataLoader(
+            samples,
+            batch_size=config.batch_size,
+            sampler=range((steps.start + step) * config.batch_size, steps.stop * config.batch_size),
+            num_workers=num_workers,
+            worker_init_fn=init_loader,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            prefetch_factor=4 if num_workers else None,
+        )
+
+    for batch in batches_in_order(loader_at, "the last checkpoint stays, go on from there"):
         if isinstance(batch, UserError):
             raise batch
         yield batch

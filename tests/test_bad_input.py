@@ -203,7 +203,7 @@ def test_continuing_with_other_settings(run_script, world, trained):
         ("batch_size_list", (1, 1, 1), "(2, 2, 1)"),
         ("lr_g", (1e-5,), "0.001"),
         ("body_layers", (6,), "5"),
-        ("batch_size", (2,), "its own setting"),
+        ("batch_size", (2,), "(2, 2, 1)"),
         ("padd_size", (2,), "1"),
     ):
         result = run_script(train_procst, "--continue_train_from_path", trained, f"--{flag}", *values)

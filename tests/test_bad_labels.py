@@ -149,7 +149,7 @@ def test_continuing_with_other_backbone_weights(run_script, world, monkeypatch):
         torch.save(build_segmentation_net(shape).backbone.state_dict(), world / name)
     changes = {"model": "DeepLabV2", "backbone": "resnet18", "backbone_weights": world / "start.pth"}
     flags = label_flags(world, world / "out", world / "resnet.pth", **changes)
-    monkeypatch.setattr(train_procst.Trainer, "_one_step", interrupt)
+    monkeypatch.setattr(train_procst.Trainer, "one_step", interrupt)
     assert run_script(train_procst, *flags).code == 130
     monkeypatch.undo()
     (world / "start.pth").rename(world / "moved.pth")
@@ -171,7 +171,7 @@ def test_memory_that_does_not_suffice(run_script, world, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(train_procst.Trainer, "_one_step", fail)
+    monkeypatch.setattr(train_procst.Trainer, "one_step", fail)
     monkeypatch.setattr(train_semseg_on_source.SourceTrainer, "_one_step", fail)
     result = run_script(train_procst, *label_flags(world, world / "out", world / "net.pth"))
     check_refusal(result, "memory", "batch 2 at scale 0", "--crop_size")
@@ -183,7 +183,7 @@ def test_other_errors_keep_their_traceback(world, monkeypatch):
     def fail(*_):
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(train_procst.Trainer, "_one_step", fail)
+    monkeypatch.setattr(train_procst.Trainer, "one_step", fail)
     with pytest.raises(RuntimeError, match="mistake of ours"):
         train_procst_in_process(monkeypatch, label_flags(world, world / "out", world / "net.pth"))
 

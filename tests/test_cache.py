@@ -49,9 +49,9 @@ def built(monkeypatch):
     kinds = []
     real = cache_module._write_array
 
-    def write(path, part, num_workers):
+    def write(path, part, *arguments):
         kinds.append(part.kind)
-        real(path, part, num_workers)
+        return real(path, part, *arguments)
 
     monkeypatch.setattr(cache_module, "_write_array", write)
     return kinds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import create_sit_dataset
 import train_procst
 import train_semseg_on_source
 from core.checkpoint import load_checkpoint
+from core.label_networks import restore_momentum
 from core.segmentation_files import SegmentationFile, load_segmentation_net, read_segmentation_file
 from core.source_training import SourceTrainer, poly_rate
 from core.trainer import Trainer
@@ -207,10 +210,10 @@ def test_flipped_samples_mirror_image_and_label(world):
     flips = [mirrored.is_flipped(position) for position in range(40)]
     assert 10 < sum(flips) < 30
     for position in range(6):
-        ([image], label), ([other], other_label) = plain[position], mirrored[position]
+        sample, other = plain[position], mirrored[position]
         step = -1 if flips[position] else 1
-        np.testing.assert_array_equal(image[:, ::step], other)
-        np.testing.assert_array_equal(label[:, ::step], other_label)
+        np.testing.assert_array_equal(sample.levels[0][:, ::step], other.levels[0])
+        np.testing.assert_array_equal(sample.label[:, ::step], other.label)
 
 
 # --- ProCST with label losses ------------------------------------------------------------------------------------
@@ -298,14 +301,14 @@ def whole_resnet_run(world, resnet_file, tmp_path_factory):
 
 
 def stop_in_step(scale, step):
-    real = Trainer._one_step
+    real = Trainer.one_step
 
     def stop(self, *arguments):
         if (self.scale, self.step) == (scale, step):
             raise KeyboardInterrupt
         return real(self, *arguments)
 
-    return Trainer, "_one_step", stop
+    return Trainer, "one_step", stop
 
 
 def stop_in_validation(number):
@@ -395,3 +398,28 @@ def test_warmup_epochs_hold_the_label_losses_back(world, tmp_path, run_script, s
     for scale in (0, 1):
         for key, value in without.networks["Gst"][scale].items():
             assert torch.equal(value, cold.networks["Gst"][scale][key])
+
+
+def test_momentum_of_another_memory_layout_fits_its_weights():
+    def net():
+        torch.manual_seed(0)
+        return nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+
+    whole, continued = net(), net()
+    image = torch.rand(2, 4, 6, 6)
+
+    def step(net, optimizer):
+        optimizer.zero_grad()
+        net(image).square().sum().backward()
+        optimizer.step()
+
+    optimizers = [torch.optim.SGD(n.parameters(), lr=1e-2, momentum=0.9, fused=True) for n in (whole, continued)]
+    step(whole, optimizers[0])
+    state = copy.deepcopy(optimizers[0].state_dict())
+    for held in state["state"].values():
+        held["momentum_buffer"] = held["momentum_buffer"].clone(memory_format=torch.contiguous_format)
+    continued.load_state_dict(whole.state_dict())
+    restore_momentum(optimizers[1], state)
+    for net, optimizer in zip((whole, continued), optimizers, strict=True):
+        step(net, optimizer)
+    torch.testing.assert_close(continued.weight, whole.weight)

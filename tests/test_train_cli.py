@@ -72,7 +72,7 @@ def test_run_folder(finished, tmp_path):
     assert "random" in result.out
     assert ":" not in run.name
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "latest.pth", "scale_0.pth", "scale_1.pth", "scale_2.pth",
+        ".lock", "config.json", "latest.pth", "previous.pth", "scale_0.pth", "scale_1.pth", "scale_2.pth",
         "contact_sheet_scale_0.png", "contact_sheet_scale_1.png", "contact_sheet_scale_2.png",
     }  # fmt: skip
     config = json.loads((run / "config.json").read_text())
@@ -121,7 +121,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(
 ):
     changes = request.node.callspec.params["finished"]
     out = tmp_path / "interrupted"
-    real_step, real_start, calls = train_procst.Trainer._one_step, train_procst.Trainer.start_scale, []
+    real_step, real_start, calls = train_procst.Trainer.one_step, train_procst.Trainer.start_scale, []
 
     def stop_in_step(self, *arguments):
         calls.append(1)
@@ -138,7 +138,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(
         if stop == "between scales":
             patch.setattr(train_procst.Trainer, "start_scale", stop_before_scale)
         else:
-            patch.setattr(train_procst.Trainer, "_one_step", stop_in_step)
+            patch.setattr(train_procst.Trainer, "one_step", stop_in_step)
         assert run_script(train_procst, *training_flags(world, out, save_checkpoint_rate=1, **changes)).code == 130
     run = only_run(out)
     stopped_at = load_checkpoint(run / "latest.pth")
@@ -167,13 +167,13 @@ def test_resume_to_epoch_sets_the_step_counter(world, tmp_path, run_script, monk
     result = run_script(train_procst, "--continue_train_from_path", run, "--resume_to_epoch", 3)
     assert result.code == 2
     assert "--resume_to_epoch 3" in result.err
-    real_step, seen = train_procst.Trainer._one_step, []
+    real_step, seen = train_procst.Trainer.one_step, []
 
     def record(self, *arguments):
         seen.append((self.scale, self.step))
         return real_step(self, *arguments)
 
-    monkeypatch.setattr(train_procst.Trainer, "_one_step", record)
+    monkeypatch.setattr(train_procst.Trainer, "one_step", record)
     line = ("--continue_train_from_path", run, "--resume_to_epoch", 2, "--stride", 1, "--padd_size", 1)
     assert run_script(train_procst, *line).code == 0
     assert seen == [(2, step) for step in range(5, 10)]

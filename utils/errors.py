@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from utils.stopping import STOPPED, Stopped
+
 
 class UserError(Exception):
     """Bad input from outside: the message is one line that says what, which file or flag, and what to do."""
@@ -33,7 +35,10 @@ def out_of_memory_means(what_to_do: Callable[[], str]) -> Iterator[None]:
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    `Stopped`, of a run that saved its state when it was asked to stop, becomes one line and exit code 75.
+    """
     try:
         main()
     except UserError as error:
@@ -44,6 +49,9 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
             raise
         print("error: out of memory; lower the sizes or the batch size", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

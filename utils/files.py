@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,11 +20,14 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
     """Let `write` fill a temporary file beside `path`, fsync it, then rename it to `path`.
 
     The temporary name starts with a dot, so that data set scans that skip hidden files never see it. On any failure
     the temporary file is removed and what stood at `path` is untouched.
+
+    Args:
+        keep: in the same folder; what stood at `path` stays under this name.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
@@ -37,6 +41,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fchmod(file.fileno(), 0o666 & ~_UMASK)
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            _keep(path, keep)
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -45,6 +51,18 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Give the file at `path` the other name, too; it has one of the two at any moment."""
+    link = name.with_name(f".{name.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        os.link(path, link)
+    except OSError:
+        os.replace(path, name)  # a file system without hard links: for a moment the file has the other name alone
+        return
+    os.replace(link, name)
+    link.unlink(missing_ok=True)  # where both were names of one file already, the rename did nothing
 
 
 def remove_leftovers(folder: Path) -> None:

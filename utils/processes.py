@@ -17,6 +17,8 @@ from typing import Any
 
 from utils.errors import UserError
 
+GRACE = 5.0  # seconds
+
 
 @dataclass(frozen=True)
 class Job:
@@ -45,9 +47,21 @@ def leave_the_end_to_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _end_later() -> None:
+    timer = threading.Timer(GRACE, os._exit, (0,))
+    timer.daemon = True  # a loader that comes to its end before does not wait
+    timer.start()
+
+
 def init_loader(worker_id: int) -> None:
-    """What every DataLoader worker starts with (`worker_init_fn`): PyTorch's own do not always notice a dead parent."""
+    """What every DataLoader worker starts with (`worker_init_fn`): PyTorch's own do not always notice a dead parent.
+
+    A scheduler sends its signals to all processes of a job, and a training must be able to finish its step. A loader
+    that is told to end, or stuck where its parent wants to end, does so after `GRACE` seconds.
+    """
     leave_the_end_to_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: _end_later())
 
 
 def run_jobs(jobs: Sequence[Job], progress: Callable[[int], object], if_killed: str) -> None:

@@ -14,11 +14,16 @@ from torch import nn
 from utils.errors import UserError
 
 
+class DamagedFileError(UserError):
+    """A file is not as it was written."""
+
+
 def read_tensor_file(path: Path) -> Any:
     """`torch.load` with `weights_only=True` on the CPU; None if the file names anything but tensors and plain values.
 
     Raises:
-        UserError: missing, or not a file that `torch.save` wrote.
+        UserError: missing.
+        DamagedFileError: not a file that `torch.save` wrote, or damaged since.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
@@ -29,7 +34,7 @@ def read_tensor_file(path: Path) -> Any:
     # A damaged file can make the reader fail in any way, and each means the same.
     except Exception as error:
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
+        raise DamagedFileError(f"{path} is damaged or not a checkpoint ({reason})") from None
 
 
 def weights_fingerprint(*networks: nn.Module) -> str:

@@ -1,0 +1,126 @@
+"""A rehearsal of a run: some steps of every scale, in memory alone, to tell how long it takes and what it needs."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from core.batches import open_streams
+from core.progress import ScalePlan
+from core.step import ScaleOptimizers
+from core.trainer import Trainer
+from data_handlers.images import check_label_header, image_size
+from data_handlers.lists import FileList
+from utils.errors import UserError
+
+STEPS = 3  # measured at every scale, after one that is not
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a scale takes.
+
+    Attributes:
+        seconds: of a step.
+        peak_bytes: most memory, of the GPU or, on a CPU, of the whole process.
+        checkpoint_bytes: size of a checkpoint at this scale.
+    """
+
+    seconds: float
+    peak_bytes: int
+    checkpoint_bytes: int
+
+
+def check_every_file(files: FileList, with_labels: bool) -> None:
+    """Look at the header of every image and label.
+
+    Raises:
+        UserError: how many cannot be used, and what is wrong with the first of them.
+    """
+    wrong: list[str] = []
+    for name in files.images:
+        try:
+            size = image_size(files.root / name)
+            if with_labels:
+                check_label_header(files.label_file(name), files.data_set, size)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError(f"{len(wrong)} of {len(files)} files of {files.root} cannot be used, the first: {wrong[0]}")
+
+
+def rehearse(trainer: Trainer, plans: Sequence[ScalePlan]) -> list[Rehearsal]:
+    """Train a few steps of every scale, from fresh networks; nothing is written, and the trainer is spent afterwards.
+
+    Raises:
+        UserError: an image or label cannot be used.
+    """
+    found = []
+    for scale, plan in enumerate(plans):
+        trainer.start_scale(scale)
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+        steps = range(min(1 + STEPS, plan.steps))
+        batches = open_streams(
+            trainer.config, scale, steps, trainer.source, trainer.target, trainer.caches,
+            with_labels=trainer.labels is not None and scale == len(plans) - 1,
+            pin_memory=trainer.device.type == "cuda",
+        )  # fmt: skip
+        nets, optimizers = trainer.scale_networks(), ScaleOptimizers(**trainer.optimizers)
+        started = time.perf_counter()
+        for step, (source, target) in enumerate(batches):
+            if step == 1:
+                _wait_for_device(trainer.device)
+                started = time.perf_counter()  # the first step also starts loaders and chooses algorithms
+            trainer.one_step(nets, optimizers, source, target, epoch=trainer.config.schedule.warmup_epochs)
+        _wait_for_device(trainer.device)
+        seconds = (time.perf_counter() - started) / max(1, len(steps) - 1)
+        found.append(Rehearsal(seconds, _peak_bytes(trainer.device), trainer.checkpoint().size()))
+        trainer.finish_scale()
+    return found
+
+
+def _wait_for_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def needed_bytes(rehearsals: Sequence[Rehearsal], with_best: bool) -> int:
+    """Disk space of a run's checkpoints: one of each scale, the newest, the one before, one being written, the best."""
+    last = rehearsals[-1].checkpoint_bytes
+    return sum(r.checkpoint_bytes for r in rehearsals) + (5 if with_best else 3) * last
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or will be."""
+    path = folder.absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
+def describe(rehearsals: Sequence[Rehearsal], plans: Sequence[ScalePlan], device: torch.device) -> list[str]:
+    """Lines for a person: time and memory of every scale, and the time of the whole run."""
+    memory = "GPU memory" if device.type == "cuda" else "memory of the process"
+    lines = [
+        f"scale {scale}: {plan.steps} steps of {found.seconds:.3g} s, {_duration(plan.steps * found.seconds)}; "
+        f"most {memory} {found.peak_bytes / 1e9:.2f} GB; checkpoint {found.checkpoint_bytes / 1e6:.1f} MB"
+        for scale, (plan, found) in enumerate(zip(plans, rehearsals, strict=True))
+    ]
+    total = sum(plan.steps * found.seconds for plan, found in zip(plans, rehearsals, strict=True))
+    return [*lines, f"whole run, without validations: {_duration(total)}"]
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

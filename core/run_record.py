@@ -1,0 +1,76 @@
+"""What a run was made with: `config.json` beside its checkpoints."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from core.checkpoint import CONFIG
+from core.config import ProCSTConfig
+from utils.errors import UserError
+from utils.files import atomic_write_json, read_json
+
+STARTS = "starts"
+
+
+def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """Versions and devices, as far as results depend on them."""
+    found: dict[str, Any] = {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "system": platform.platform(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        found |= {
+            "device_name": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the checkout a folder is in, with `+changes` where files differ from it; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_record(
+    folder: Path, config: ProCSTConfig, inputs: Mapping[str, str], made_with: Mapping[str, Any], step: tuple[int, int]
+) -> None:
+    """Write `config.json`: the configuration, fingerprints of all inputs, and what each start of the run was made with.
+
+    Args:
+        inputs: fingerprints of file lists and networks by a name.
+        made_with: see `environment`.
+        step: (scale, step) that this start begins with.
+    """
+    path = folder / CONFIG
+    starts = []
+    if path.exists():
+        try:
+            before = read_json(path)
+            starts = list(before.get(STARTS, ())) if isinstance(before, dict) else []
+        except UserError:
+            pass  # a record that cannot be read is no reason not to go on with the run
+    now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "scale": step[0], "step": step[1], **made_with}
+    atomic_write_json(path, {**config.to_json(), "inputs": dict(inputs), STARTS: [*starts, now]})

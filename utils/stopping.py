@@ -1,0 +1,61 @@
+"""Ending a long run in good order when it is asked to: by Ctrl-C, by a scheduler, or by its user."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+
+# SIGUSR1 is what SLURM is usually told to send some minutes before a job's time is over.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# EX_TEMPFAIL of sysexits.h: not finished, to be started again.
+STOPPED = 75
+# A group of processes and the process that leads it may both be sent what was meant as one signal.
+SAME_REQUEST = 1.0  # seconds
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state: exit code `STOPPED`, and the message as one line."""
+
+
+class StopRequests:
+    """Inside the block the first stop signal is remembered, and a second one ends the process with 128 + its number.
+
+    Call the object to ask whether a stop is wanted. To be entered in the main thread; processes forked inside the block
+    ignore what they are sent.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._time = 0.0
+        self._process = os.getpid()
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    def __enter__(self) -> StopRequests:
+        self._process = os.getpid()
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._time = signal.Signals(number), now
+            _say(f"{self.received.name}: finishing this step and saving; once more ends at once")
+        elif now - self._time > SAME_REQUEST:
+            _say(f"{signal.Signals(number).name} again: ended without saving; the last checkpoint stays")
+            os._exit(128 + number)
+
+
+def _say(line: str) -> None:
+    # Past Python's buffered streams, which the interrupted code may be in the middle of using.
+    os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())
