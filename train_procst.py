@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint import CONFIG, LATEST, PREVIOUS, load_checkpoint, read_newest, set_damaged_aside
+from core.checkpoint import LATEST, has_checkpoint, load_checkpoint, read_newest
 from core.command_line import build_parser, config_from_flags, continued_config
 from core.config import ProCSTConfig
 from core.dry_run import check_every_file, describe, free_bytes, needed_bytes, rehearse
 from core.execution import channels_last, resolve_precision, set_convolution_precision, set_determinism
 from core.label_networks import build_label_networks, load_source_net
 from core.progress import RunProgress, ScalePlan, scale_plans
+from core.run_folder import claim_run_folder, print_skipped, run_to_continue
 from core.run_record import environment, git_commit, write_record
 from core.trainer import Trainer
 from core.validation import BEST_PATTERN, Validator, scored_classes
@@ -32,9 +33,8 @@ from models.segmentation import require_classes
 from models.vgg import build_vgg
 from utils.devices import resolve_device
 from utils.errors import UserError, out_of_memory_means, run_cli
-from utils.files import check_folder, make_folder, new_run_folder, remove_leftovers
+from utils.files import check_folder, remove_leftovers
 from utils.flags import parse_flags
-from utils.locks import LOCK, claimed
 from utils.stopping import StopRequests
 from utils.tensor_files import weights_fingerprint
 
@@ -130,10 +130,6 @@ def _open_caches(config: ProCSTConfig, source: FileList, target: FileList) -> di
     }
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    return (folder / LATEST).is_file() or (folder / PREVIOUS).is_file()
-
-
 def _folder_to_continue(path: Path) -> Path:
     if path.is_file() and path.name != LATEST:
         # Going on from an older state in the same folder would overwrite the newer ones.
@@ -142,31 +138,9 @@ def _folder_to_continue(path: Path) -> Path:
             f"copy it into an empty folder under the name {LATEST}"
         )
     folder = path.parent if path.is_file() else path
-    if not folder.is_dir() or not _has_checkpoint(folder):
+    if not folder.is_dir() or not has_checkpoint(folder):
         raise UserError(f"--continue_train_from_path {path}: there is no {LATEST} to go on from")
     return folder.resolve()  # the folder's name names the TensorBoard log
-
-
-def _run_to_continue(flags: argparse.Namespace) -> Path | None:
-    """The run that the flags go on with, None for a new one.
-
-    Raises:
-        UserError: two runs are named, or `--run_dir` is no folder for a run.
-    """
-    if flags.run_dir and flags.continue_train_from_path:
-        raise UserError("--run_dir and --continue_train_from_path both name a run; give one")
-    if flags.continue_train_from_path:
-        return Path(flags.continue_train_from_path)
-    if not flags.run_dir:
-        return None
-    folder = Path(flags.run_dir)
-    check_folder(folder, "--run_dir")
-    if folder.is_dir() and _has_checkpoint(folder):
-        return folder
-    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:
-        # A run that was stopped before its first checkpoint leaves no more than these.
-        raise UserError(f"--run_dir {folder}: this folder holds files, but no checkpoint of a run; name another one")
-    return None
 
 
 def _step_of_epoch(epoch: int, trainer: Trainer) -> int:
@@ -188,7 +162,7 @@ def main() -> None:
 
 def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) -> None:
     origin, checkpoint = None, None
-    if (run := _run_to_continue(flags)) is not None:
+    if (run := run_to_continue(flags.continue_train_from_path, flags.run_dir)) is not None:
         folder = _folder_to_continue(run)
         checkpoint, origin = read_newest(folder, load_checkpoint)
         written = origin.stat().st_mtime_ns
@@ -242,14 +216,10 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
 
     caches = _open_caches(config, source, target)
     # Everything that can be wrong with the input has been looked at; only now is a run folder made.
-    if origin is None:
-        folder = _new_folder(config, flags.run_dir)
-        claims.enter_context(claimed(folder, "--run_dir"))
-    else:
-        claims.enter_context(claimed(folder, "--continue_train_from_path"))
-        if origin.stat().st_mtime_ns != written:
-            raise UserError(f"{folder}: another process has gone on with this run meanwhile; run the command again")
-        set_damaged_aside(origin)
+    task = f"{config.data.source}_to_{config.data.target}"
+    folder = claim_run_folder(origin, flags.run_dir, Path(config.run.checkpoints_dir), task, claims)
+    if origin is not None and origin.exists() and origin.stat().st_mtime_ns != written:
+        raise UserError(f"{folder}: another process has gone on with this run meanwhile; run the command again")
     remove_leftovers(folder)
     stop = claims.enter_context(StopRequests())
     trainer = Trainer(config, source, target, perceptual, device, folder, labels, inputs, validator, caches, stop)
@@ -267,19 +237,10 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
             trainer.fit(progress)
     finally:
         progress.close()
-    if trainer.skipped:
-        print(f"{len(trainer.skipped)} images or labels could not be used and were skipped:")
-        print("\n".join(f"  {reason}" for reason in trainer.skipped))
+    print_skipped(trainer.skipped)
     for best in sorted(folder.glob(BEST_PATTERN)):
         print(f"best by {config.semseg.select_by}: {best} (the run folder itself stands for the last state)")
     print(f"finished; export with: python create_sit_dataset.py --trained_procst_path {folder} --sit_output_path OUT")
-
-
-def _new_folder(config: ProCSTConfig, run_dir: str) -> Path:
-    if run_dir:
-        return make_folder(Path(run_dir), "--run_dir").resolve()
-    task = f"{config.data.source}_to_{config.data.target}"
-    return new_run_folder(Path(config.run.checkpoints_dir), "--checkpoints_dir", task)
 
 
 def _less_memory(trainer: Trainer) -> str:

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from core.checkpoint import LATEST
+from core.checkpoint import LATEST, has_checkpoint, read_newest
 from core.command_line import backbone_weights
 from core.config import SGDConfig, default_semseg_weights
 from core.execution import PRECISIONS, resolve_precision, set_convolution_precision
+from core.run_folder import claim_run_folder, print_skipped, run_to_continue
 from core.segmentation_files import SegmentationFile, read_segmentation_file, run_of
 from core.source_training import SourceTrainer, SourceTrainingConfig
 from core.validation import Validator, scored_classes
 from data_handlers.datasets import DATA_SETS
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, hold_out, list_images, require_labels
+from data_handlers.stream import ON_BAD_IMAGE
 from models.segmentation import (
     BACKBONES,
     MODELS,
@@ -36,13 +39,14 @@ from models.segmentation import (
 )
 from utils.devices import loader_workers, resolve_device
 from utils.errors import UserError, out_of_memory_means, run_cli
-from utils.files import check_folder, new_run_folder, remove_leftovers
+from utils.files import check_folder, remove_leftovers
 from utils.flags import OneLineParser, flag_of, parse_flags
 from utils.seeds import seed_for
+from utils.stopping import StopRequests
 
 # Flags that may differ when a run is continued: where things are and how they are reported, never what is computed.
 CONTINUE_FLAGS = ("gpus", "num_workers", "src_data_dir", "src_label_dir", "tb_logs_dir", "print_rate",
-                  "save_checkpoint_rate", "output", "precision")  # fmt: skip
+                  "save_checkpoint_rate", "output", "precision", "save_checkpoint_minutes", "on_bad_image")  # fmt: skip
 LABELLED = sorted(name for name, data_set in DATA_SETS.items() if data_set.label_path)
 
 
@@ -64,9 +68,14 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--checkpoints_dir", default="./TrainedModels", help="run folders go in here (default: %(default)s)")
     add("--tb_logs_dir", default="./runs", help="TensorBoard logs go in here (default: %(default)s)")
     add("--continue_train_from_path", default="", metavar="RUN", help="go on with the run in this folder")
+    add("--run_dir", default="", metavar="RUN",
+        help="folder of this run: made where it is not there, gone on with where it holds a checkpoint "
+        "(default: a new folder in --checkpoints_dir)")  # fmt: skip
     add("--manual_seed", type=int, default=1337, help="seed of weights, data order and crops (default: %(default)s)")
     add("--print_rate", type=int, default=100, help="steps between two log entries (default: %(default)s)")
     add("--save_checkpoint_rate", type=int, default=1000, help="steps between two checkpoints (default: %(default)s)")
+    add("--save_checkpoint_minutes", type=float, default=30.0,
+        help="most minutes between two checkpoints (default: %(default)s)")  # fmt: skip
     add("--validation_rate", type=int, default=0, help="steps between two validations (default: one epoch)")
     add("--precision", choices=PRECISIONS, default="fp32",
         help="arithmetic of the training; auto is bf16 where the device has it (default: %(default)s)")  # fmt: skip
@@ -84,6 +93,9 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--val_count", type=int, default=0, metavar="N",
         help="validate on the last N images, which are then not trained on (default: the data set's val split; GTA5 "
         "the last 500, SYNTHIA the last 300)")  # fmt: skip
+    add("--on_bad_image", choices=ON_BAD_IMAGE, default="stop",
+        help="an image or label that cannot be used ends the run, or another one takes its place and it is listed at "
+        "the end (default: %(default)s)")  # fmt: skip
     add("--src_resize", **size, help="size images are resized to for training (default: the data set's, GTA5 1126 619)")
     add("--crop_size", **size, help="random crop for training (default: the data set's, 1024 512)")
     add("--num_workers", type=int, default=None,
@@ -114,6 +126,8 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> Sourc
     """
     if not flags.gpus:
         raise UserError("--gpus is required: the index of a CUDA device, or cpu")
+    if flags.run_dir and "checkpoints_dir" in given:
+        raise UserError("--run_dir and --checkpoints_dir contradict each other; give one")
     if flags.val_list and flags.val_count:
         raise UserError("--val_list and --val_count contradict each other; give one")
     data_set = DATA_SETS[flags.source]
@@ -142,6 +156,8 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> Sourc
         print_rate=flags.print_rate,
         save_checkpoint_rate=flags.save_checkpoint_rate,
         precision=flags.precision,
+        save_checkpoint_minutes=flags.save_checkpoint_minutes,
+        on_bad_image=flags.on_bad_image,
     )
 
 
@@ -155,7 +171,7 @@ def continued_config(
     """
     known = stored.to_json()
     known |= known.pop("shape") | known.pop("sgd") | {"no_pretrained_backbone": stored.backbone_weights == "random"}
-    for name in sorted(given - {*CONTINUE_FLAGS, "continue_train_from_path"}):
+    for name in sorted(given - {*CONTINUE_FLAGS, "continue_train_from_path", "run_dir"}):
         value = getattr(flags, name)
         value = tuple(value) if isinstance(value, list) else value
         if name not in known or known[name] != value:
@@ -215,22 +231,26 @@ def _check_output(output: str, run: str | None) -> None:
 
 
 def _state_to_continue(path: Path) -> tuple[Path, SegmentationFile, SourceTrainingConfig]:
-    file = path / LATEST
-    if not file.is_file():
+    folder = path.resolve()  # the folder's name names the run, which '.' would not
+    if not has_checkpoint(folder):
         raise UserError(f"--continue_train_from_path {path}: there is no {LATEST} to go on from")
-    state = read_segmentation_file(file)
+    state, file = read_newest(folder, read_segmentation_file)
     if "config" not in state.training:
         raise UserError(f"{file} holds a finished net and no training state")
-    # The folder's name names the run, which '.' would not.
-    return path.resolve() / LATEST, state, SourceTrainingConfig.from_json(state.training["config"], file)
+    return file, state, SourceTrainingConfig.from_json(state.training["config"], file)
 
 
 def main() -> None:
     """Command line entry: start a run or continue one."""
     flags, given = parse_flags(build_parser())
+    with ExitStack() as claims:
+        _run(flags, given, claims)
+
+
+def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) -> None:
     origin, state = None, None
-    if flags.continue_train_from_path:
-        origin, state, stored = _state_to_continue(Path(flags.continue_train_from_path))
+    if (run := run_to_continue(flags.continue_train_from_path, flags.run_dir)) is not None:
+        origin, state, stored = _state_to_continue(run)
         config = continued_config(stored, flags, given)
     else:
         config = config_from_flags(flags, given)
@@ -255,13 +275,14 @@ def main() -> None:
 
     # Everything that can be wrong with the input has been looked at; only now is a run folder made.
     task = f"semseg_on_{config.source}"
-    folder = new_run_folder(Path(flags.checkpoints_dir), "--checkpoints_dir", task) if origin is None else origin.parent
+    folder = claim_run_folder(origin, flags.run_dir, Path(flags.checkpoints_dir), task, claims)
     remove_leftovers(folder)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     classes = scored_classes(config.shape.num_classes, data_set)
     validator = Validator(val, True, classes, config.shape.num_classes, device, config.num_workers)
-    trainer = SourceTrainer(config, net, train, validator, data_set.class_names, device, folder)
+    stop = claims.enter_context(StopRequests())
+    trainer = SourceTrainer(config, net, train, validator, data_set.class_names, device, folder, stop)
     if state is not None:
         trainer.restore(state, origin)
     print(f"training on {train.describe()}\nvalidating on {val.describe()}")
@@ -272,6 +293,7 @@ def main() -> None:
     print(f"run folder: {folder}", flush=True)
     with out_of_memory_means(lambda: "; lower --batch_size or --crop_size"):
         trainer.fit()
+    print_skipped(trainer.skipped)
     use = shlex.join(["train_procst.py", *config.shape.flags(), "--semseg_weights", str(trainer.best_file())])
     print(f"finished, best mIoU {100 * trainer.best_miou:.2f}; use it with: python {use}")
 

@@ -133,6 +133,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a state to go on from."""
+    return (folder / LATEST).is_file() or (folder / PREVIOUS).is_file()
+
+
 def read_newest(folder: Path, read: Callable[[Path], State]) -> tuple[State, Path]:
     """What `read` makes of a run's newest checkpoint that is whole, and its path.
 

@@ -39,8 +39,8 @@ class SegmentationFile:
     info: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
-        """Write to `path` atomically."""
+    def save(self, path: Path, keep: Path | None = None) -> None:
+        """Write to `path` atomically; what stood there stays under the name `keep`."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -49,7 +49,7 @@ class SegmentationFile:
             "info": dict(self.info),
             "training": dict(self.training),
         }
-        atomic_write(path, lambda file: torch.save(content, file))
+        atomic_write(path, lambda file: torch.save(content, file), keep)
 
     def net(self, origin: str) -> nn.Module:
         """The net, frozen and in eval mode, on the CPU.

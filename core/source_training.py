@@ -6,8 +6,8 @@ Random crop, mirroring, SGD with a poly schedule, validation after each epoch, t
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from core.checkpoint import CONFIG, LATEST
+from core.checkpoint import CONFIG, LATEST, PREVIOUS
 from core.config import SGDConfig, Size
 from core.execution import PRECISIONS, Execution
 from core.label_networks import segmentation_optimizer
@@ -27,11 +27,12 @@ from core.segmentation_files import BEST, SegmentationFile, read_segmentation_fi
 from core.validation import Validator, log_validation, summary
 from data_handlers.images import normalise
 from data_handlers.lists import FileList
-from data_handlers.stream import DomainBatch, StreamConfig, open_stream
+from data_handlers.stream import ON_BAD_IMAGE, DomainBatch, StreamConfig, open_stream
 from models.segmentation import HEAD_RATE, SMALLEST_CROP, SegmentationShape
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.seeds import seed_for
+from utils.stopping import Stopped
 from utils.tensor_files import load_network
 from utils.transfer import to_device
 
@@ -55,6 +56,8 @@ class SourceTrainingConfig:
         validation_rate: steps between two validations; 0 means one epoch.
         output: where the best net goes besides the run folder, or ''.
         precision: of the training; validation is float32.
+        save_checkpoint_minutes: a checkpoint is also written when the last one is older than this.
+        on_bad_image: `stop`, or `skip`: another image takes the place of one that cannot be used.
     """
 
     source: str
@@ -80,11 +83,15 @@ class SourceTrainingConfig:
     print_rate: int
     save_checkpoint_rate: int
     precision: str = "fp32"
+    save_checkpoint_minutes: float = 30.0
+    on_bad_image: str = "stop"
 
     def __post_init__(self) -> None:
+        if self.on_bad_image not in ON_BAD_IMAGE:
+            raise UserError(f"--on_bad_image {self.on_bad_image}: must be one of {', '.join(ON_BAD_IMAGE)}")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision {self.precision}: must be one of {', '.join(PRECISIONS)}")
-        for name in ("num_steps", "batch_size", "print_rate", "save_checkpoint_rate"):
+        for name in ("num_steps", "batch_size", "print_rate", "save_checkpoint_rate", "save_checkpoint_minutes"):
             if not 0 < getattr(self, name) < 1e15:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be greater than 0")
         for name in ("manual_seed", "validation_rate", "num_workers", "val_count"):
@@ -135,7 +142,8 @@ class SourceTrainer:
         train: labelled images to learn from.
         validator: for the held-out images.
         class_names: of trainIds 0, 1, ...
-        run_folder: existing folder for `config.json`, `latest.pth` and `best.pth`.
+        run_folder: existing folder for `config.json`, `latest.pth`, the `previous.pth` before it, and `best.pth`.
+        stop: asked after every step whether to save and stop.
     """
 
     def __init__(
@@ -147,8 +155,13 @@ class SourceTrainer:
         class_names: Sequence[str],
         device: torch.device,
         run_folder: Path,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config = config
+        self.stop = stop
+        self.skipped: list[str] = []
+        self.saved_step = 0
+        self._saved_at = time.monotonic()
         self.net = net
         self.train = train
         self.validator = validator
@@ -182,9 +195,11 @@ class SourceTrainer:
             "best_miou": self.best_miou,
             "config": self.config.to_json(),
             "inputs": self.inputs(),
+            "skipped": self.skipped,
         }
         state = SegmentationFile(self.config.shape, self.net.state_dict(), self._info(self.best_miou), training)
-        state.save(self.run_folder / LATEST)
+        state.save(self.run_folder / LATEST, self.run_folder / PREVIOUS)
+        self.saved_step, self._saved_at = self.step, time.monotonic()
 
     def restore(self, state: SegmentationFile, origin: Path) -> None:
         """Go on from `latest.pth`.
@@ -199,8 +214,10 @@ class SourceTrainer:
             self.optimizer.load_state_dict(state.training["optimizer"])
             self.step, self.best_miou = int(state.training["step"]), state.training["best_miou"]
             self.validated_step = int(state.training["validated_step"])
+            self.skipped = list(state.training.get("skipped", ()))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{origin}: the optimiser's state is incomplete ({error})") from None
+        self.saved_step = self.step
 
     def _info(self, miou: float | None) -> dict[str, Any]:
         return {"run": self.run_folder.name, "data_set": self.config.source, "step": self.step, "miou": miou}
@@ -208,9 +225,14 @@ class SourceTrainer:
     def _require_finite(self) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in self.net.state_dict().values()):
             raise UserError(
-                f"training diverged: the weights are not finite at step {self.step}; {self.run_folder} keeps the "
-                "state before, lower --lr_semseg"
+                f"training diverged: the weights are not finite at step {self.step}; {self._kept()}, start again with "
+                "a lower --lr_semseg"
             )
+
+    def _kept(self) -> str:
+        if not self.saved_step:
+            return "nothing was saved yet"
+        return f"the last good checkpoint, {self.run_folder / LATEST} of step {self.saved_step}, is kept"
 
     # --- training ------------------------------------------------------------------------------------------------
 
@@ -227,29 +249,44 @@ class SourceTrainer:
         writer = SummaryWriter(str(Path(config.tb_logs_dir) / self.run_folder.name), purge_step=purge_step)
         bar = tqdm(total=config.num_steps, initial=self.step, disable=quiet, unit="step", dynamic_ncols=True)
         self.net.train()
-        losses = torch.zeros((), device=self.device)
-        count = 0
         try:
             if self.best_miou is not None:
                 self._publish()
             if self._is_validation_step() and self.validated_step != self.step:
                 self._validate(bar, writer, quiet)  # the run was stopped in it
+            unread: list[torch.Tensor] = []
             for batch in self._stream():
-                losses += self._one_step(batch)
-                count += 1
+                unread.append(self._one_step(batch))
                 self.step += 1
                 bar.update(1)
-                last = self.step == config.num_steps
-                if count == config.print_rate or last:
-                    self._log_loss(float(losses) / count, bar, writer)
-                    losses, count = torch.zeros_like(losses), 0
-                if self._is_validation_step() or self.step % config.save_checkpoint_rate == 0:
+                self._note_skipped(batch.skipped)
+                stopping = self.stop()
+                saves = stopping or self._is_validation_step() or self._save_is_due()
+                if saves or len(unread) == config.print_rate or self.step == config.num_steps:
+                    self._log_losses(torch.stack(unread).cpu(), bar, writer)
+                    unread = []
+                if saves:
                     self.save_latest()
+                if stopping:
+                    raise Stopped(
+                        f"stopped at step {self.step}, and saved; go on with "
+                        f"--continue_train_from_path {self.run_folder}"
+                    )
                 if self._is_validation_step():
                     self._validate(bar, writer, quiet)
         finally:
             bar.close()
             writer.close()
+
+    def _save_is_due(self) -> bool:
+        minutes = (time.monotonic() - self._saved_at) / 60.0
+        return self.step % self.config.save_checkpoint_rate == 0 or minutes > self.config.save_checkpoint_minutes
+
+    def _note_skipped(self, reasons: Sequence[str]) -> None:
+        for reason in reasons:
+            if reason not in self.skipped:
+                self.skipped.append(reason)
+                tqdm.write(f"skipped: {reason}")
 
     def _stream(self) -> Iterator[DomainBatch]:
         config = self.config
@@ -264,6 +301,7 @@ class SourceTrainer:
             crop=config.crop_size,
             labels="read",
             flip=True,
+            on_bad_image=config.on_bad_image,
         )
         steps = range(self.step, config.num_steps)
         return open_stream(self.train, stream, _one_level, steps, config.num_workers, self.device.type == "cuda")
@@ -281,12 +319,16 @@ class SourceTrainer:
         self.optimizer.step()
         return loss.detach()
 
-    def _log_loss(self, loss: float, bar: tqdm, writer: SummaryWriter) -> None:
-        if not math.isfinite(loss):
+    def _log_losses(self, losses: torch.Tensor, bar: tqdm, writer: SummaryWriter) -> None:
+        """Log the mean of the losses of the last steps, (steps,)."""
+        broken = (~losses.isfinite()).nonzero()
+        if len(broken):
+            first = int(broken[0])
             raise UserError(
-                f"training diverged: the loss is not finite at step {self.step}; {self.run_folder} keeps the last "
-                "good state, lower --lr_semseg"
+                f"training diverged: {LOSS_TAG} is {float(losses[first])} at step "
+                f"{self.step - len(losses) + 1 + first}; {self._kept()}, start again with a lower --lr_semseg"
             )
+        loss = float(losses.mean())
         rate = self.optimizer.param_groups[0]["lr"]
         writer.add_scalar(LOSS_TAG, loss, self.step)
         writer.add_scalar("Semseg/LearningRate", rate, self.step)

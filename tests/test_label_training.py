@@ -80,7 +80,7 @@ def test_source_training_keeps_the_best_and_the_latest(world, tmp_path, run_scri
     result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
     assert result.code == 0, result.err
     run = only_run(tmp_path)
-    assert {path.name for path in run.iterdir()} == {"config.json", "latest.pth", "best.pth"}
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json", "latest.pth", "previous.pth", "best.pth"}
     latest, best = read_segmentation_file(run / "latest.pth"), read_segmentation_file(run / "best.pth")
     assert latest.training["step"] == 8
     assert best.info["miou"] == latest.training["best_miou"] > 0
