@@ -64,8 +64,11 @@ class Checkpoint:
 
     def size(self) -> int:
         """Bytes of its tensors, which is nearly the size of its file."""
-        held = [self.networks, self.optimizers, self.segmentation]
-        return sum(tensor.nbytes for tensor in _tensors(held))
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, with names that tell them apart."""
+        return _tensors("", [self.networks, self.optimizers, self.segmentation])
 
     def save(self, path: Path, keep: Path | None = None) -> None:
         """Write to `path` atomically; what stood there stays under the name `keep`."""
@@ -86,15 +89,15 @@ class Checkpoint:
         atomic_write(path, lambda file: torch.save(content, file), keep)
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        yield value
+        yield name, value
     elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
+        for key, inner in value.items():
+            yield from _tensors(f"{name}/{key}", inner)
     elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _tensors(inner)
+        for index, inner in enumerate(value):
+            yield from _tensors(f"{name}/{index}", inner)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

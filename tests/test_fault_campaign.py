@@ -1,0 +1,34 @@
+"""A short version of benchmarks/fault_campaign.py: real processes, really killed."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.fault_campaign import Campaign
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield Campaign(tmp_path_factory.mktemp("campaign"), kills=1, steps=5, images=12, seed=0)
+
+
+@pytest.mark.parametrize("in_writes", [False, True])
+def test_killed_training(campaign, in_writes):
+    assert campaign.killed_training(in_writes).passed
+
+
+def test_killed_export(campaign):
+    assert campaign.killed_export().passed
+
+
+def test_a_campaign_can_fail(campaign):
+    """What was made is compared: other weights, other pixels."""
+    weights, campaign.weights = campaign.weights, "other"
+    pixels, campaign.pixels = campaign.pixels, "other"
+    try:
+        assert not campaign.killed_loader().passed
+        assert not campaign.killed_export().passed
+    finally:
+        campaign.weights, campaign.pixels = weights, pixels
