@@ -185,3 +185,23 @@ def test_training_from_a_cache(world, run_script):
         run_script(train_procst, *training_flags(world, world / "bad", resample="best")), "--resample", "best"
     )
     assert Image.open(world / "gta/images/00001.png").size == (60, 44)
+
+
+def test_a_cache_without_what_cannot_be_read(world):
+    files = gta(world)
+    bad = world / "gta/images/00003.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    label = world / "gta/labels/00001.png"
+    label.write_bytes(label.read_bytes()[:200])
+    arguments = (world / "cache", files, SIZE, "fast", True, 1)
+    with pytest.raises(UserError, match="skip"):
+        open_cache(*arguments)
+    cache = open_cache(*arguments, skip_unusable=True)
+    assert cache.image(1).shape == (SIZE[1], SIZE[0], 3)
+    with pytest.raises(UserError, match="00003"):
+        cache.image(2)
+    with pytest.raises(UserError, match="labels/00001"):
+        pickle.loads(pickle.dumps(cache)).label(0)
+    # The finished cache is refused to a run that does not skip.
+    with pytest.raises(UserError, match="--on_bad_image skip"):
+        open_cache(*arguments)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from PIL import Image
 
 import create_sit_dataset
 import train_procst
+from core.export import SourceImages
 from test_bad_input import check_refusal
 from test_train_cli import export_flags, only_run, training_flags
 from utils.devices import cpus_per_device, default_workers
@@ -257,20 +257,58 @@ def test_an_error_in_one_of_several_processes(world, pictures, tmp_path, run_scr
     assert len(written) < MANY / 2
 
 
-def test_a_killed_loader(world, pictures, tmp_path, run_script):
-    out = tmp_path / "sit"
+def test_a_killed_loader_is_replaced(world, tmp_path, run_script, monkeypatch):
+    whole = export(run_script, world, tmp_path / "whole")
+    once, real = tmp_path / "killed", SourceImages.__getitem__
 
-    def kill():
-        wait_until(lambda: len(list(out.glob("*.png"))) > 3)
-        multiprocessing.active_children()[0].kill()
+    def die_once(self, index):
+        if index == 2 and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, index)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    result = run_script(create_sit_dataset, *many_flags(world, pictures, out, "cpu"))
-    killer.join()
-    # PyTorch notices by the signal of the child's death or by waiting for it in vain, and words the two differently.
-    check_refusal(result, "DataLoader worker", "--num_workers", "--skip_created_files")
-    assert 3 < len(list(out.glob("*.png"))) < MANY
+    monkeypatch.setattr(SourceImages, "__getitem__", die_once)
+    flags = export_flags(only_run(world), world, tmp_path / "disturbed", num_workers=1)
+    result = run_script(create_sit_dataset, *flags)
+    assert result.code == 0, result.err
+    assert once.exists()
+    assert "loading starts again" in result.err
+    for name, pixels in whole.items():
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "disturbed" / "images" / name)), pixels)
+
+
+@pytest.mark.parametrize("gpus", [("cpu",), ("cpu", "cpu")])
+def test_unreadable_images_are_left_out_and_listed(world, tmp_path, run_script, gpus):
+    whole = export(run_script, world, tmp_path / "whole")
+    bad = world / "gta" / "images" / "00002.png"
+    data = bad.read_bytes()
+    bad.write_bytes(data[:200])
+    flags = [*export_flags(only_run(world), world, tmp_path / "sit", gpus=gpus), "--skip_created_files"]
+    try:
+        check_refusal(run_script(create_sit_dataset, *flags), str(bad), "--on_bad_image skip", "--skip_created_files")
+        result = run_script(create_sit_dataset, *flags, "--on_bad_image", "skip")
+    finally:
+        bad.write_bytes(data)
+    assert result.code == 0, result.err
+    assert f"{COUNT - 1} SiT images" in result.out
+    assert result.out.strip().splitlines()[-1].strip() == str(bad)
+    manifest = json.loads((tmp_path / "sit" / "sit_manifest.json").read_text())
+    assert manifest["complete"] is False
+    assert run_script(create_sit_dataset, *flags).code == 0
+    for name, pixels in whole.items():
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "sit" / "images" / name)), pixels)
+
+
+def test_a_set_is_never_continued_in_another_precision(world, tmp_path, run_script):
+    flags = export_flags(only_run(world), world, tmp_path / "sit")
+    assert run_script(create_sit_dataset, *flags).code == 0
+    path = tmp_path / "sit" / "sit_manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("precision") == "fp32"
+    path.write_text(json.dumps(manifest))  # as sets were described before, which were float32
+    assert run_script(create_sit_dataset, *flags, "--skip_created_files").code == 0
+    path.write_text(json.dumps({**manifest, "precision": "bf16"}))
+    check_refusal(run_script(create_sit_dataset, *flags, "--skip_created_files"), "another precision")
 
 
 @pytest.mark.parametrize(
