@@ -1,0 +1,188 @@
+"""Training in several processes: gloo on the CPU against one process, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import test_golden_steps as golden_tests
+from core.shares import BatchShare
+from models.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
+from test_exact_step import DoubleStep
+from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
+from utils.distributed import Rank
+
+WORLD = 2
+
+
+def _in_process(index, folder, results, work, arguments):
+    """Main function of a forked process: `work(rank, *arguments)` with the others connected."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # asking for this machine's address by its name may take long
+    try:
+        store = dist.FileStore(str(Path(folder) / "store"), WORLD)
+        dist.init_process_group("gloo", store=store, rank=index, world_size=WORLD)
+        outcome = work(Rank(index, WORLD), *pickle.loads(arguments))
+        dist.destroy_process_group()
+    except Exception:
+        outcome = traceback.format_exc()
+    results.put(pickle.dumps((index, outcome)))
+
+
+def in_processes(work, *arguments):
+    """What `work(rank, *arguments)` returns in each of two processes, in order.
+
+    Both travel as bytes: tensors would be shared between the processes, and end with them.
+    """
+    # Processes forked from one that has imported everything, but never computed: threads do not survive a fork.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_distributed"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(
+                target=_in_process, args=(index, folder, results, work, pickle.dumps(arguments)), daemon=True
+            )
+            for index in range(WORLD)
+        ]
+        for process in processes:
+            process.start()
+        outcomes = dict(pickle.loads(results.get()) for _ in processes)
+        for process in processes:
+            process.join()
+    for outcome in outcomes.values():
+        assert not isinstance(outcome, str), outcome
+    return [outcomes[index] for index in range(WORLD)]
+
+
+def shared(kind, rank):
+    """A golden step, plain or in float64, of which a process computes its share."""
+
+    class SharedStep(kind):
+        def take_step(self, step, networks, optimizers, perceptual, batch, config, scale_factor, labels):
+            mine = rank.share(len(batch.source[0]))
+            samples = slice(mine.start, mine.stop)
+            for net in (*self.nets.values(), *([labels.target_net] if labels else [])):
+                synchronise_batch_norms(net)
+            part = replace(
+                batch,
+                source=[level[samples] for level in batch.source],
+                target=[level[samples] for level in batch.target],
+                label=None if batch.label is None else batch.label[samples],
+            )
+            share = BatchShare(len(mine) / len(batch.source[0]), rank.add_up)
+            result = step(networks, optimizers, perceptual, part, config, scale_factor, labels, share=share)
+            rank.add_up(list(result.losses.values()))
+            return result
+
+    return SharedStep
+
+
+# The batch of the batch norm file is 3, which gives shares of 2 and 1.
+EXACT = [
+    (path, scale, mode)
+    for path in FILES
+    for scale, mode in ((1, "plain"), (2, "plain"), (2, "recompute"))
+    if (scale, mode) != (2, "plain") or "batch" in path.stem
+]
+
+
+def _meets_the_reference(rank, path, scale, mode):
+    step = shared(GoldenStep, rank)(path, scale, mode)
+    golden_tests.test_optimizer_order(step)
+    golden_tests.test_losses(step)
+    golden_tests.test_gradients(step)
+    golden_tests.test_weights_after_the_step(step)
+    if step.labels:
+        golden_tests.test_segmentation_weights_after_the_step(step)
+    if rank.is_first:
+        golden_tests.test_images(step)
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_two_processes_meet_the_reference_numbers(path):
+    """At scale 0: at the finer ones single LeakyReLUs change side, in one process of one thread, too."""
+    in_processes(_meets_the_reference, path, 0, "plain")
+
+
+def _double_step(rank, path, scale, mode):
+    torch.Tensor.float = lambda self: self
+    step = shared(DoubleStep, rank)(path, scale, mode)
+    buffers = {f"{name} {key}": value for name, net in step.nets.items() for key, value in net.named_buffers()}
+    weights = {f"{name} {key}": value for name, net in step.nets.items() for key, value in net.state_dict().items()}
+    if step.labels:
+        weights |= {f"Q {key}": value for key, value in step.labels.target_net.state_dict().items()}
+    return step.order, step.result.losses, step.gradients, buffers, weights
+
+
+@pytest.mark.parametrize(("path", "scale", "mode"), EXACT, ids=[f"{p.stem}-scale{s}-{m}" for p, s, m in EXACT])
+def test_the_step_of_two_processes_is_that_of_one(path, scale, mode, monkeypatch):
+    one, two = in_processes(_double_step, path, scale, mode)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    alone = DoubleStep(path, scale, mode)
+    order, losses, gradients, buffers, weights = one
+    assert order == alone.order
+    for name, value in alone.result.losses.items():
+        assert float(losses[name]) == pytest.approx(float(value), rel=1e-11), name
+    for step, expected in alone.gradients.items():
+        net = alone.nets.get(step.split("#")[0])
+        noise = zero_gradient_biases(net) if net else set()
+        assert expected.keys() == gradients[step].keys()
+        for name in expected.keys() - noise:
+            assert relative_l2(gradients[step][name], expected[name]) < 1e-9, f"{step} {name}"
+    for name, value in buffers.items():
+        net, key = name.split()
+        torch.testing.assert_close(value, dict(alone.nets[net].named_buffers())[key], rtol=1e-9, atol=1e-9)
+    for name, value in weights.items():
+        assert torch.equal(value, two[4][name]), name
+
+
+def _twice_differentiated(norm, x):
+    """Output, and the gradients of a gradient penalty, which go back through the norm's backward."""
+    x = x.clone().requires_grad_(True)
+    y = norm(x)
+    (gradient,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    return y, torch.autograd.grad((gradient**2).sum(), (x, norm.weight, norm.bias))
+
+
+def _normalised(rank, norm, x):
+    norm = synchronise_batch_norms(torch.nn.Sequential(norm))[0]
+    assert isinstance(norm, SynchronisedBatchNorm2d)
+    mine = rank.share(len(x))
+    y, (to_x, *to_weights) = _twice_differentiated(norm, x[mine.start : mine.stop])
+    rank.add_up(to_weights)
+    with torch.no_grad():
+        norm.eval()
+        if rank.is_first:
+            norm(x)  # alone: in eval mode nobody is waited for
+    return y.detach(), to_x, to_weights, norm.state_dict()
+
+
+def test_synchronised_batch_norm_is_batch_norm_of_all_samples():
+    x = 1e3 + torch.randn(5, 4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    norm = torch.nn.BatchNorm2d(4, dtype=torch.float64)
+    shares = in_processes(_normalised, norm, x)
+    y, (to_x, *to_weights) = _twice_differentiated(norm, x)
+    torch.testing.assert_close(torch.cat([share[0] for share in shares]), y.detach())
+    torch.testing.assert_close(torch.cat([share[1] for share in shares]), to_x)
+    for share in shares:
+        torch.testing.assert_close(share[2], to_weights)
+        torch.testing.assert_close(dict(share[3]), dict(norm.state_dict()))
+
+
+@pytest.mark.parametrize(("batch", "shares"), [(3, [2, 1]), (4, [2, 2]), (2, [1, 1])])
+def test_shares_cover_the_batch(batch, shares):
+    ranges = [Rank(index, WORLD).share(batch) for index in range(WORLD)]
+    assert [k for share in ranges for k in share] == list(range(batch))
+    assert [len(share) for share in ranges] == shares
