@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +103,9 @@ class RunProgress:
         done: (scale, step) the run starts from.
         log_dir: TensorBoard folder, or None for no TensorBoard.
         print_rate: steps between two readings of the losses; scalars are means over these steps.
-        quiet: no bar (tests).
+        quiet: no bar (tests, and all processes but the first).
+        add_up: sums tensors in place over processes that each bring their part of the losses; all of them must then
+            count the same steps. None for a single process.
     """
 
     def __init__(
@@ -113,9 +115,11 @@ class RunProgress:
         log_dir: Path | None,
         print_rate: int,
         quiet: bool = False,
+        add_up: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
         self.plans = plans
         self.print_rate = print_rate
+        self.add_up = add_up
         first = self._steps_before(*done)
         total = sum(plan.steps for plan in plans)
         self.bar = tqdm(
@@ -149,7 +153,10 @@ class RunProgress:
 
     def _read_losses(self, scale: int, step: int) -> None:
         names = list(self._sums)
-        means = (torch.stack([self._sums[name] for name in names]) / self._count).tolist()
+        sums = torch.stack([self._sums[name] for name in names])
+        if self.add_up is not None:
+            self.add_up([sums])
+        means = (sums / self._count).tolist()
         # Reading waits for the device, so this is the true time of the steps since the last reading.
         now = time.perf_counter()
         seconds = (now - self._window_started) / self._count

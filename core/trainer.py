@@ -17,6 +17,7 @@ from core.contact_sheet import contact_sheet_path, save_contact_sheet
 from core.execution import Execution, micro_batch_size
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import RunProgress
+from core.shares import WHOLE, BatchShare
 from core.step import (
     LabelNetworks,
     PerceptualNet,
@@ -29,10 +30,12 @@ from core.validation import BEST_PATTERN, VALIDATIONS, Validator, best_name, rep
 from data_handlers.cache import ImageCache
 from data_handlers.lists import FileList
 from data_handlers.stream import DomainBatch
+from models.synchronised_norm import synchronise_batch_norms
+from utils.distributed import Rank
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.seeds import seed_for
-from utils.tensor_files import load_network
+from utils.tensor_files import load_network, weights_fingerprint
 
 
 class Trainer:
@@ -48,6 +51,7 @@ class Trainer:
         inputs: fingerprints of what is learnt from, stored in the checkpoints and compared when a run is continued.
         validator: validates the segmentation net trained at the last scale; None goes without.
         caches: of the `source` and `target` images, where there are some.
+        rank: of this process among those that share every batch; the first one keeps the run folder.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Trainer:
         inputs: Mapping[str, str] | None = None,
         validator: Validator | None = None,
         caches: Mapping[str, ImageCache] | None = None,
+        rank: Rank | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -73,6 +78,7 @@ class Trainer:
         self.inputs = dict(inputs or {})
         self.validator = validator
         self.caches = dict(caches or {})
+        self.rank = rank or Rank()
         self.validations: list[Mapping[str, Any]] = []
         self.execution = Execution(config.compute.precision, config.compute.compile)
         self.epoch_length = max(len(source), len(target))
@@ -93,6 +99,8 @@ class Trainer:
             generator = torch.Generator().manual_seed(seed_for(self.config.run.manual_seed, 3, scale, index))
             init_weights(network, generator)
             network.to(self.device).train()
+            if self.rank.count > 1:
+                synchronise_batch_norms(network)
             self.networks[name].append(network)
             rate = optim.lr_d if name.startswith("D") else optim.lr_g
             self.optimizers[name] = Adam(network.parameters(), lr=rate, betas=(optim.beta1, 0.999), fused=True)
@@ -173,6 +181,8 @@ class Trainer:
 
     def _save(self, *names: str) -> None:
         """Write the state under each name, unless the training has diverged: a good checkpoint must outlive that."""
+        if not self.rank.is_first:
+            return
         trained = {name: networks[-1] for name, networks in self.networks.items()}
         if self.labels is not None and self._is_last_scale():
             trained["the segmentation net"] = self.labels.target_net
@@ -194,7 +204,8 @@ class Trainer:
         Raises:
             UserError: an image or label cannot be used, or the run folder cannot be written to.
         """
-        atomic_write_json(self.run_folder / CONFIG, self.config.to_json())
+        if self.rank.is_first:
+            atomic_write_json(self.run_folder / CONFIG, self.config.to_json())
         if not self.networks["Gst"]:
             self.start_scale(0)
             self._save(LATEST)
@@ -211,6 +222,8 @@ class Trainer:
             self.start_scale(self.scale + 1)
 
     def _draw_contact_sheet(self, progress: RunProgress) -> None:
+        if not self.rank.is_first:
+            return
         path = save_contact_sheet(
             self.run_folder, self.config, self.source, self.target, self.networks["Gst"], self.device
         )
@@ -222,11 +235,13 @@ class Trainer:
         per_epoch = self.config.schedule.steps_per_epoch(self.scale, self.epoch_length)
         picture_rate = max(1, per_epoch // run.pics_per_epoch) if run.pics_per_epoch else 0
         nets, optimizers = self._scale_networks(), ScaleOptimizers(**self.optimizers)
+        self._require_equal_weights()
         if self._is_validation_step(per_epoch, steps) and all(v["step"] != self.step for v in self.validations):
             self._validate(progress)  # the run was stopped in it
         batches = open_streams(
             self.config, self.scale, range(self.step, steps), self.source, self.target, self.caches,
             with_labels=self.labels is not None and self._is_last_scale(), pin_memory=self.device.type == "cuda",
+            share=self.rank.share(self.config.schedule.batch_size_list[self.scale]),
         )  # fmt: skip
         for source, target in batches:
             result = self._one_step(nets, optimizers, source, target, self.step // per_epoch)
@@ -256,6 +271,8 @@ class Trainer:
         progress.validation(self.scale, self.step, validation, self.target.data_set.class_names)
         found = report(validation, self.target.data_set.class_names)
         self.validations.append({"step": self.step, "score": score, "best": best, **found})
+        if not self.rank.is_first:
+            return
         atomic_write_json(self.run_folder / VALIDATIONS, self.validations)
         names = [best_name(self.step, validation)] if best else []
         self._save(*names, LATEST)
@@ -263,6 +280,21 @@ class Trainer:
             for other in self.run_folder.glob(BEST_PATTERN):
                 if other.name != name:
                     other.unlink()
+
+    def _require_equal_weights(self) -> None:
+        """Check that all processes start from the same weights; from then on they compute the same changes."""
+        if self.rank.count == 1:
+            return
+        weights = {f"{name} of scale {self.scale}": weights_fingerprint(*nets) for name, nets in self.networks.items()}
+        if self.labels is not None and self._is_last_scale():
+            weights["net trained on SiT"] = weights_fingerprint(self.labels.target_net)
+        self.rank.require_equal({"checkpoint's step": self.step, **weights})
+
+    def _share(self) -> BatchShare:
+        if self.rank.count == 1:
+            return WHOLE
+        batch = self.config.schedule.batch_size_list[self.scale]
+        return BatchShare(len(self.rank.share(batch)) / batch, self.rank.add_up)
 
     def _scale_networks(self) -> ScaleNetworks:
         finest = {name: nets[-1] for name, nets in self.networks.items()}
@@ -274,7 +306,9 @@ class Trainer:
         labels = self.labels if self._is_last_scale() else None
         if labels is not None:
             # Dropout follows from the step number, so a continued run draws what an uninterrupted one would have drawn.
-            torch.manual_seed(seed_for(self.config.run.manual_seed, 4, self.scale, self.step))
+            # Processes draw for other samples, so each has its own; the first one's is that of a single process.
+            others = (self.rank.index,) if self.rank.index else ()
+            torch.manual_seed(seed_for(self.config.run.manual_seed, 4, self.scale, self.step, *others))
         alphas = penalty_alphas(self.config.run.manual_seed, self.scale, self.step)
         batch = step_batch(source, target, alphas, self.device)
         warmup = labels is not None and epoch < self.config.schedule.warmup_epochs
@@ -290,4 +324,5 @@ class Trainer:
             self.execution,
             recompute=self.device.type == "cuda",
             micro_batch=micro_batch_size(batch.source[-1].shape, nets.Gst.shape.norm, self.device),
+            share=self._share(),
         )

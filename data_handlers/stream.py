@@ -162,20 +162,22 @@ def open_stream(
     num_workers: int,
     pin_memory: bool = False,
     cache: ImageCache | None = None,
+    share: range | None = None,
 ) -> Iterator[DomainBatch]:
     """Yield the batches of the given steps in order.
 
     Args:
+        share: the samples of each batch that are wanted, None for all. It changes no sample.
         cache: of these files at the configured size; it replaces reading them.
 
     Raises:
         UserError: in the main process, when a file of a step cannot be used.
     """
-    positions = range(steps.start * config.batch_size, steps.stop * config.batch_size)
+    places = range(config.batch_size) if share is None else share
+    starts = range(steps.start * config.batch_size, steps.stop * config.batch_size, config.batch_size)
     loader = DataLoader(
         StreamSamples(files, config, pyramid, cache),
-        batch_size=config.batch_size,
-        sampler=positions,
+        batch_sampler=(range(start + places.start, start + places.stop) for start in starts),
         num_workers=num_workers,
         worker_init_fn=init_loader,
         collate_fn=_collate,

@@ -5,8 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +21,15 @@ import torch
 import torch.distributed as dist
 
 import test_golden_steps as golden_tests
+import train_procst
+from core.checkpoint import load_checkpoint
 from core.shares import BatchShare
 from models.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from test_exact_step import DoubleStep
 from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
+from test_train_cli import all_tensors, only_run, training_flags
 from utils.distributed import Rank
+from worlds import write_cityscapes, write_gta5
 
 WORLD = 2
 
@@ -186,3 +195,110 @@ def test_shares_cover_the_batch(batch, shares):
     ranges = [Rank(index, WORLD).share(batch) for index in range(WORLD)]
     assert [k for share in ranges for k in share] == list(range(batch))
     assert [len(share) for share in ranges] == shares
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def train(world, out, **changes):
+    """Flags of a run of two scales of three steps each, of 3 = 2 + 1 images."""
+    flags = {"num_scales": 1, "batch_size_list": (3, 2), "base_channels_list": 8, **changes}
+    return training_flags(world, out, **flags)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    write_gta5(root / "gta", count=5, size=(60, 44))
+    write_cityscapes(root / "cityscapes", count=4, size=(64, 40), labels=False)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread_each(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def run_apart(*arguments):
+    """train_procst.py in processes of its own, whose output pytest's `capsys` would not see."""
+    command = [sys.executable, train_procst.__file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(train_procst.__file__).parent)
+
+
+def weights_of(run):
+    checkpoint = load_checkpoint(run / "latest.pth")
+    assert checkpoint.scale_finished
+    return dict(all_tensors(checkpoint))
+
+
+def kill_a_process(out, others):
+    """Wait for a checkpoint after some steps, then kill one of the processes."""
+    while not (saved := list((out / "models").glob("*/latest.pth"))) or load_checkpoint(saved[0]).step < 2:
+        time.sleep(0.05)
+    folder = Path(tempfile.gettempdir())
+    first, *rest = (int(path.stem) for path in folder.glob("procst_ranks_*/*.rank"))
+    others += rest
+    os.kill(first, signal.SIGKILL)
+
+
+def test_a_killed_process_and_another_number_of_processes(world, tmp_path, run_script, monkeypatch):
+    flags = {"norm": "batch", "save_checkpoint_rate": 1, "steps_per_scale": 40}
+    out, others = tmp_path / "out", []
+    killer = threading.Thread(target=kill_a_process, args=(out, others))
+    killer.start()
+    result = run_apart(*train(world, out, gpus=("cpu", "cpu"), **flags))
+    killer.join()
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "(cpu) was ended by signal 9 (SIGKILL" in result.stderr
+    assert "--continue_train_from_path" in result.stderr
+    assert others
+    assert not any(Path(f"/proc/{process}").exists() for process in others)
+
+    run = only_run(out)
+    reached = load_checkpoint(run / "latest.pth").step
+    real_step, calls = train_procst.Trainer._one_step, []
+
+    def stop_in_step(self, *arguments):
+        calls.append(self.step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real_step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_procst.Trainer, "_one_step", stop_in_step)
+        result = run_script(train_procst, "--continue_train_from_path", run, "--gpus", "cpu")
+    assert result.code == 130
+    assert calls[0] == reached
+    result = run_apart("--continue_train_from_path", run, "--gpus", "cpu", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert "finished; export with" in result.stdout
+    assert result.stdout.count("run folder") == 1
+    print(out)
+    weights_of(run)
+
+
+def test_an_error_of_one_process_is_one_line(world, tmp_path):
+    shutil.copytree(world / "gta", tmp_path / "gta")
+    for path in (tmp_path / "gta" / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    result = run_apart(*train(world, tmp_path, gpus=("cpu", "cpu"), src_data_dir=tmp_path / "gta"))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size_list": (3, 1)}, "a batch of 1 cannot be shared by 2 processes"),
+        ({"gpus": ("cpu", "0")}, "--gpus"),
+        ({"gpus": ("0", "0")}, "names a device twice"),
+    ],
+)
+def test_devices_that_cannot_share_are_refused(world, tmp_path, run_script, changes, message):
+    result = run_script(train_procst, *train(world, tmp_path, **{"gpus": ("cpu", "cpu"), **changes}))
+    assert result.code == 2
+    assert message in result.err
+    assert not (tmp_path / "models").exists()
