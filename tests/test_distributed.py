@@ -23,11 +23,12 @@ import torch.distributed as dist
 import test_golden_steps as golden_tests
 import train_procst
 from core.checkpoint import load_checkpoint
+from core.networks import Discriminator, Generator
 from core.shares import BatchShare
 from models.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from test_exact_step import DoubleStep
 from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
-from test_train_cli import all_tensors, only_run, training_flags
+from test_train_cli import only_run, training_flags
 from utils.distributed import Rank
 from worlds import write_cityscapes, write_gta5
 
@@ -201,8 +202,8 @@ def test_shares_cover_the_batch(batch, shares):
 
 
 def train(world, out, **changes):
-    """Flags of a run of two scales of three steps each, of 3 = 2 + 1 images."""
-    flags = {"num_scales": 1, "batch_size_list": (3, 2), "base_channels_list": 8, **changes}
+    """Flags of a run of one scale, three steps of 3 = 2 + 1 images."""
+    flags = {"num_scales": 0, "batch_size_list": 3, "crop_size": (24, 20), **changes}
     return training_flags(world, out, **flags)
 
 
@@ -217,7 +218,8 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_thread_each(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 def run_apart(*arguments):
@@ -226,43 +228,44 @@ def run_apart(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(train_procst.__file__).parent)
 
 
-def weights_of(run):
-    checkpoint = load_checkpoint(run / "latest.pth")
-    assert checkpoint.scale_finished
-    return dict(all_tensors(checkpoint))
-
-
 def kill_a_process(out, others):
-    """Wait for a checkpoint after some steps, then kill one of the processes."""
-    while not (saved := list((out / "models").glob("*/latest.pth"))) or load_checkpoint(saved[0]).step < 2:
-        time.sleep(0.05)
+    """Wait for a checkpoint, then kill one of the processes."""
+    while not list(out.glob("models/*/latest.pth")):
+        time.sleep(0.02)
     folder = Path(tempfile.gettempdir())
     first, *rest = (int(path.stem) for path in folder.glob("procst_ranks_*/*.rank"))
     others += rest
     os.kill(first, signal.SIGKILL)
 
 
+def only_error_line(result):
+    """Check that one line, after the progress bar, says what is wrong."""
+    *before, last = result.stderr.splitlines()
+    assert last.startswith("error: ")
+    assert not [line for line in before if line.strip() and "steps [" not in line]
+
+
 def test_a_killed_process_and_another_number_of_processes(world, tmp_path, run_script, monkeypatch):
-    flags = {"norm": "batch", "save_checkpoint_rate": 1, "steps_per_scale": 40}
+    assert run_script(train_procst, *train(world, tmp_path / "whole")).code == 0
     out, others = tmp_path / "out", []
     killer = threading.Thread(target=kill_a_process, args=(out, others))
     killer.start()
-    result = run_apart(*train(world, out, gpus=("cpu", "cpu"), **flags))
+    result = run_apart(*train(world, out, gpus=("cpu", "cpu"), save_checkpoint_rate=1))
     killer.join()
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
+    only_error_line(result)
     assert "(cpu) was ended by signal 9 (SIGKILL" in result.stderr
     assert "--continue_train_from_path" in result.stderr
     assert others
     assert not any(Path(f"/proc/{process}").exists() for process in others)
 
     run = only_run(out)
-    reached = load_checkpoint(run / "latest.pth").step
+    before = load_checkpoint(run / "latest.pth")
     real_step, calls = train_procst.Trainer._one_step, []
 
     def stop_in_step(self, *arguments):
-        calls.append(self.step)
-        if len(calls) == 4:
+        calls.append((self.scale, self.step))
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return real_step(self, *arguments)
 
@@ -270,13 +273,20 @@ def test_a_killed_process_and_another_number_of_processes(world, tmp_path, run_s
         patch.setattr(train_procst.Trainer, "_one_step", stop_in_step)
         result = run_script(train_procst, "--continue_train_from_path", run, "--gpus", "cpu")
     assert result.code == 130
-    assert calls[0] == reached
+    assert calls[0] == (before.scale, before.step)
     result = run_apart("--continue_train_from_path", run, "--gpus", "cpu", "cpu")
     assert result.returncode == 0, result.stderr
     assert "finished; export with" in result.stdout
     assert result.stdout.count("run folder") == 1
-    print(out)
-    weights_of(run)
+    alone, together = (load_checkpoint(folder / "latest.pth") for folder in (only_run(tmp_path / "whole"), run))
+    assert together.scale_finished
+    # Three steps of Adam move a weight by up to 3e-3; but where only rounding makes a gradient, all of it is noise.
+    for name, (state,) in alone.networks.items():
+        network = (Discriminator if name.startswith("D") else Generator)(alone.config.network.shape(0))
+        for key, value in state.items():
+            if key not in golden_tests.zero_gradient_biases(network):
+                other = together.networks[name][0][key]
+                torch.testing.assert_close(other, value, rtol=0, atol=5e-4, msg=f"{name} {key}")
 
 
 def test_an_error_of_one_process_is_one_line(world, tmp_path):
@@ -285,14 +295,13 @@ def test_an_error_of_one_process_is_one_line(world, tmp_path):
         path.write_bytes(path.read_bytes()[:200])
     result = run_apart(*train(world, tmp_path, gpus=("cpu", "cpu"), src_data_dir=tmp_path / "gta"))
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: ")
+    only_error_line(result)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size_list": (3, 1)}, "a batch of 1 cannot be shared by 2 processes"),
+        ({"batch_size_list": 1}, "a batch of 1 cannot be shared by 2 processes"),
         ({"gpus": ("cpu", "0")}, "--gpus"),
         ({"gpus": ("0", "0")}, "names a device twice"),
     ],

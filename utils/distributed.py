@@ -299,6 +299,7 @@ def launch(script: Path, arguments: Sequence[str], devices: Sequence[torch.devic
         raise SystemExit(code)
     if received:
         raise SystemExit(128 + received[0])
+    print(file=sys.stderr)  # its progress bar was left without a line's end
     name = signal.Signals(-code).name
     hint = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
     raise UserError(f"process {index} ({devices[index]}) was ended by signal {-code} ({name}{hint}); {if_killed}")
