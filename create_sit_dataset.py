@@ -22,7 +22,7 @@ from data_handlers.datasets import DATA_SETS
 from data_handlers.images import image_size
 from data_handlers.lists import FileList, list_images
 from data_handlers.stream import ON_BAD_IMAGE
-from utils.devices import cpus_per_device, default_workers, resolve_device
+from utils.devices import cpus_per_device, default_workers, resolve_devices
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_json, make_folder, read_json, remove_leftovers
 from utils.flags import OneLineParser, parse_flags
@@ -173,8 +173,6 @@ def _check_flags(flags: argparse.Namespace) -> None:
         raise UserError(f"--encoders is {flags.encoders}; it must be greater than 0")
     if not 0 <= flags.png_compression <= 9:
         raise UserError(f"--png_compression is {flags.png_compression}; it must be 0 to 9")
-    if len(set(flags.gpus)) != len(flags.gpus) and set(flags.gpus) != {"cpu"}:
-        raise UserError(f"--gpus {' '.join(flags.gpus)} names a device twice")
     if flags.num_workers is not None and flags.num_workers < 0:
         raise UserError(f"--num_workers is {flags.num_workers}; it must be 0 or greater")
 
@@ -183,7 +181,7 @@ def main() -> None:
     """Command line entry."""
     flags, given = parse_flags(build_parser())
     _check_flags(flags)
-    devices = [resolve_device([gpu]) for gpu in flags.gpus]
+    devices = resolve_devices(flags.gpus)
     precisions = {resolve_precision(flags.precision, device) for device in devices}
     precision = precisions.pop() if len(precisions) == 1 else "fp32"  # auto on unlike devices: one set, one arithmetic
     trained = load_trained_generators(Path(flags.trained_procst_path))

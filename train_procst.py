@@ -1,12 +1,13 @@
 """Train the ProCST pyramid: source images are moved into the look of the target images, scale by scale.
 
-python train_procst.py --gpus 0 --batch_size_list 32 16 3
+    python train_procst.py --gpus 0 --batch_size_list 32 16 3
+    python train_procst.py --gpus 0 1 2 3 --batch_size_list 32 16 4
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from core.checkpoint import LATEST, has_checkpoint, load_checkpoint, read_newest
 from core.command_line import build_parser, config_from_flags, continued_config
 from core.config import ProCSTConfig
-from core.dry_run import check_every_file, describe, free_bytes, needed_bytes, rehearse
+from core.dry_run import report
 from core.execution import channels_last, resolve_precision, set_convolution_precision, set_determinism
 from core.label_networks import build_label_networks, load_source_net
 from core.progress import RunProgress, ScalePlan, scale_plans
@@ -30,8 +31,10 @@ from data_handlers.datasets import DATA_SETS
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
 from models.segmentation import require_classes
+from models.synchronised_norm import synchronise_batch_norms
 from models.vgg import build_vgg
-from utils.devices import resolve_device
+from utils.devices import training_devices
+from utils.distributed import Rank, is_launched, joined, launch
 from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import check_folder, remove_leftovers
 from utils.flags import parse_flags
@@ -85,7 +88,7 @@ def _resolve_selection(select_by: str, files: FileList | None, missing: int, tar
 
 
 def _validation(
-    config: ProCSTConfig, target: FileList, device: torch.device
+    config: ProCSTConfig, target: FileList, device: torch.device, rank: Rank
 ) -> tuple[ProCSTConfig, Validator | None, str]:
     """Resolve `--select_by`, and make what validates the last scale, with a line that says what is done.
 
@@ -109,7 +112,7 @@ def _validation(
         files = replace(target, images=tuple(target.images[k * len(target) // count] for k in range(count)))
     check_samples(files, labelled)
     classes = scored_classes(config.semseg.num_classes, target.data_set, DATA_SETS[config.data.source])
-    validator = Validator(files, labelled, classes, config.semseg.num_classes, device, config.data.num_workers)
+    validator = Validator(files, labelled, classes, config.semseg.num_classes, device, config.data.num_workers, rank)
     line = f"validating the last scale on {files.describe()}, best by {select_by}"
     return _with_selection(config, select_by), validator, line
 
@@ -153,24 +156,76 @@ def _step_of_epoch(epoch: int, trainer: Trainer) -> int:
     return step
 
 
+def _require_shares(config: ProCSTConfig, processes: int) -> None:
+    """Check that every process gets at least one image pair of every batch."""
+    if (smallest := min(config.schedule.batch_size_list)) < processes:
+        raise UserError(
+            f"--batch_size_list: a batch of {smallest} cannot be shared by {processes} processes, the batch sizes are "
+            "totals; raise it, or name fewer GPUs"
+        )
+
+
+def _require_one_run(config: ProCSTConfig, inputs: dict[str, str], rank: Rank) -> None:
+    """Check that all processes were asked for the same run and see the same files."""
+    plain = config.to_json()
+    compared = ("network", "loss", "optim", "schedule", "compute")
+    values = {f"configuration ({name})": plain[name] for name in compared}
+    paths = ("semseg_weights", "backbone_weights")
+    values["configuration (semseg)"] = {name: value for name, value in plain["semseg"].items() if name not in paths}
+    values["--manual_seed"] = config.run.manual_seed
+    rank.require_equal({**values, **inputs})
+
+
+def _describe_run(config: ProCSTConfig, trainer: Trainer, plans: Sequence[ScalePlan], validation_line: str) -> None:
+    """Print what is going to be trained, on what and where."""
+    source, target = trainer.source, trainer.target
+    print(source.describe())
+    print(target.describe())
+    if trainer.labels is not None:
+        print(f"label losses of the last scale: {config.semseg.shape()} from {config.semseg.semseg_weights}")
+        print(validation_line)
+        last, length = config.network.num_scales, max(len(source), len(target))
+        if config.schedule.warmup_epochs * config.schedule.steps_per_epoch(last, length) >= plans[-1].steps:
+            print("WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators")
+    if trainer.rank.count > 1:
+        print(f"{trainer.rank.count} processes share every batch")
+    print(f"precision {config.compute.precision}{', compiled' if config.compute.compile else ''}")
+    print(f"norm at scales 0..{config.network.num_scales}: {', '.join(config.network.norms)}")
+    print(f"steps at scales 0..{config.network.num_scales}: {', '.join(str(plan.steps) for plan in plans)}")
+    if config.run.vgg_weights == "random":
+        print("WARNING: --vgg_weights random: the perceptual net has random weights; style and content will be worse")
+
+
 def main() -> None:
-    """Command line entry: start a run or continue one."""
-    flags, given = parse_flags(build_parser(__doc__))
-    with ExitStack() as claims:
-        _run(flags, given, claims)
+    """Command line entry: alone, or as one of several processes."""
+    with joined() as rank, ExitStack() as claims:
+        flags, given = parse_flags(build_parser(__doc__))
+        _run(flags, given, rank, claims)
 
 
-def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) -> None:
-    origin, checkpoint = None, None
+def _run(flags: argparse.Namespace, given: frozenset[str], rank: Rank, claims: ExitStack) -> None:
+    """Start a run or continue one.
+
+    Args:
+        claims: holds what is to be given back at the end: the run folder's lock, the signal handlers.
+    """
+    origin, checkpoint, folder = None, None, None
     if (run := run_to_continue(flags.continue_train_from_path, flags.run_dir)) is not None:
         folder = _folder_to_continue(run)
         checkpoint, origin = read_newest(folder, load_checkpoint)
         written = origin.stat().st_mtime_ns
         config = continued_config(checkpoint.config, flags, given)
     else:
-        config = config_from_flags(flags, given)
+        config = config_from_flags(flags, given, rank.count if rank.count > 1 else None)
 
-    device = resolve_device(config.run.gpus.split())
+    devices = training_devices(config.run.gpus.split())
+    _require_shares(config, max(rank.count, len(devices)))
+    if rank.count == 1 and len(devices) > 1:
+        go_on = "the same command with --run_dir, or --continue_train_from_path RUN, goes on from the last checkpoint"
+        launch(Path(__file__), sys.argv[1:], devices, go_on)
+        return
+    rank = rank.at(devices)
+    device = rank.device
     set_determinism(config.compute.deterministic)
     precision = resolve_precision(config.compute.precision, device)
     config = replace(config, compute=replace(config.compute, precision=precision))
@@ -181,62 +236,71 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
     inputs = {"list of source images": source.fingerprint(), "list of target images": target.fingerprint()}
     if not config.run.no_semseg:
         require_classes(config.semseg.num_classes, source.data_set.name, source.data_set.id_map)
-        config, validator, validation_line = _validation(config, target, device)
+        config, validator, validation_line = _validation(config, target, device, rank)
         source_net = load_source_net(config)
         inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(source_net)
         fresh = checkpoint is None or not checkpoint.segmentation
         labels = build_label_networks(config.semseg, source_net, config.run.manual_seed, pretrained=fresh)
         if fresh:
             inputs["start of the net trained on SiT (--backbone_weights)"] = weights_fingerprint(labels.target_net)
+        if rank.count > 1:
+            synchronise_batch_norms(labels.target_net)
         channels_last(labels.source_net)
         channels_last(labels.target_net)
         check_samples(source)
     perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
     channels_last(perceptual)
     inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)
+    _require_one_run(config, inputs, rank)
     for flag in ("checkpoints_dir", "tb_logs_dir"):
         check_folder(Path(getattr(config.run, flag)), f"--{flag}")
-    print(source.describe())
-    print(target.describe())
-    if labels is not None:
-        print(f"label losses of the last scale: {config.semseg.shape()} from {config.semseg.semseg_weights}")
-        print(validation_line)
-        last, length = config.network.num_scales, max(len(source), len(target))
-        if config.schedule.warmup_epochs * config.schedule.steps_per_epoch(last, length) >= plans[-1].steps:
-            print("WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators")
-    print(f"precision {precision}{', compiled' if config.compute.compile else ''}")
-    print(f"norm at scales 0..{config.network.num_scales}: {', '.join(config.network.norms)}")
-    print(f"steps at scales 0..{config.network.num_scales}: {', '.join(str(plan.steps) for plan in plans)}", flush=True)
-    if config.run.vgg_weights == "random":
-        print("WARNING: --vgg_weights random: the perceptual net has random weights; style and content will be worse")
     if flags.dry_run:
-        trainer = Trainer(config, source, target, perceptual, device, Path(), labels, inputs)
-        _dry_run(trainer, plans, origin.parent if origin else Path(flags.run_dir or config.run.checkpoints_dir))
+        trainer = Trainer(config, source, target, perceptual, device, Path(), labels, inputs, rank=rank)
+        if rank.is_first:
+            _describe_run(config, trainer, plans, validation_line)
+        with out_of_memory_means(lambda: _less_memory(trainer)):
+            report(trainer, plans, origin.parent if origin else Path(flags.run_dir or config.run.checkpoints_dir))
         return
 
+    if not rank.is_first:
+        rank.wait_for_all()  # for the first one to build them
     caches = _open_caches(config, source, target)
+    if rank.is_first:
+        rank.wait_for_all()
     # Everything that can be wrong with the input has been looked at; only now is a run folder made.
-    task = f"{config.data.source}_to_{config.data.target}"
-    folder = claim_run_folder(origin, flags.run_dir, Path(config.run.checkpoints_dir), task, claims)
-    if origin is not None and origin.exists() and origin.stat().st_mtime_ns != written:
-        raise UserError(f"{folder}: another process has gone on with this run meanwhile; run the command again")
-    remove_leftovers(folder)
-    stop = claims.enter_context(StopRequests())
-    trainer = Trainer(config, source, target, perceptual, device, folder, labels, inputs, validator, caches, stop)
+    if rank.is_first:
+        task = f"{config.data.source}_to_{config.data.target}"
+        folder = claim_run_folder(origin, flags.run_dir, Path(config.run.checkpoints_dir), task, claims)
+        if origin is not None and origin.exists() and origin.stat().st_mtime_ns != written:
+            raise UserError(f"{folder}: another process has gone on with this run meanwhile; run the command again")
+        remove_leftovers(folder)
+    stop = claims.enter_context(StopRequests(quiet=is_launched() or not rank.is_first))
+    folder = rank.from_first(folder)
+    trainer = Trainer(config, source, target, perceptual, device, folder, labels, inputs, validator, caches, stop, rank)
     if checkpoint is not None:
         trainer.restore(checkpoint, origin)
         if flags.resume_to_epoch is not None:
             trainer.move_to_step(_step_of_epoch(flags.resume_to_epoch, trainer))
-    made_with = environment(device, git_commit(Path(__file__).parent))
-    write_record(folder, config, inputs, made_with, (trainer.scale, trainer.step))
-    print(f"run folder: {folder}", flush=True)
-    log_dir = Path(config.run.tb_logs_dir) / folder.name
-    progress = RunProgress(plans, (trainer.scale, trainer.step), log_dir, config.run.print_rate)
+    if rank.is_first:
+        made_with = environment(device, rank.count, git_commit(Path(__file__).parent))
+        write_record(folder, config, inputs, made_with, (trainer.scale, trainer.step))
+        _describe_run(config, trainer, plans, validation_line)
+        print(f"run folder: {folder}", flush=True)
+    progress = RunProgress(
+        plans,
+        (trainer.scale, trainer.step),
+        Path(config.run.tb_logs_dir) / folder.name if rank.is_first else None,
+        config.run.print_rate,
+        quiet=not rank.is_first,
+        add_up=rank.add_up if rank.count > 1 else None,
+    )
     try:
         with out_of_memory_means(lambda: _less_memory(trainer)):
             trainer.fit(progress)
     finally:
         progress.close()
+    if not rank.is_first:
+        return
     print_skipped(trainer.skipped)
     for best in sorted(folder.glob(BEST_PATTERN)):
         print(f"best by {config.semseg.select_by}: {best} (the run folder itself stands for the last state)")
@@ -246,28 +310,6 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
 def _less_memory(trainer: Trainer) -> str:
     batch = trainer.config.schedule.batch_size_list[trainer.scale]
     return f" for batch {batch} at scale {trainer.scale}; lower --batch_size_list or --crop_size"
-
-
-def _dry_run(trainer: Trainer, plans: Sequence[ScalePlan], folder: Path) -> None:
-    """Check every file, rehearse every scale, and say what a run takes.
-
-    Raises:
-        UserError: a file cannot be used, or memory or disk space do not suffice.
-    """
-    config = trainer.config
-    print(json.dumps(config.to_json(), indent=2))
-    check_every_file(trainer.source, with_labels=bool(trainer.source.data_set.label_path))
-    check_every_file(trainer.target, with_labels=False)
-    print(f"all {len(trainer.source)} + {len(trainer.target)} files have usable headers", flush=True)
-    with out_of_memory_means(lambda: _less_memory(trainer)):
-        rehearsals = rehearse(trainer, plans)
-    print("\n".join(describe(rehearsals, plans, trainer.device)))
-    needed = needed_bytes(rehearsals, with_best=trainer.labels is not None)
-    free = free_bytes(folder)
-    print(f"checkpoints: up to {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.1f} GB are free")
-    if needed > free:
-        raise UserError(f"{folder}: the checkpoints do not fit; free space, or choose another folder with --run_dir")
-    print("dry run finished, nothing was written")
 
 
 if __name__ == "__main__":

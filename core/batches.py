@@ -33,12 +33,14 @@ def open_streams(
     caches: Mapping[str, ImageCache],
     with_labels: bool,
     pin_memory: bool,
+    share: range | None = None,
 ) -> Iterator[tuple[DomainBatch, DomainBatch]]:
     """The source and target batches of the given steps of a scale, in order.
 
     Args:
         caches: of the `source` and `target` images, where there are some.
         with_labels: read the source's labels; otherwise only their headers are looked at.
+        share: the samples of each batch that are wanted, None for all.
 
     Raises:
         UserError: an image or label cannot be used.
@@ -54,6 +56,7 @@ def open_streams(
     )
 
     def stream(files: FileList, domain: str, resize: Size, labels: LabelUse) -> Iterator[DomainBatch]:
+        cache = caches.get(domain)
         drawn = StreamConfig(
             seed=config.run.manual_seed,
             domain=domain,
@@ -67,7 +70,7 @@ def open_streams(
             resample=data.resample,
             on_bad_image=data.on_bad_image,
         )
-        return open_stream(files, drawn, pyramid, steps, data.num_workers, pin_memory, caches.get(domain))
+        return open_stream(files, drawn, pyramid, steps, data.num_workers, pin_memory, cache, share)
 
     labels: LabelUse = "read" if with_labels else "check" if source.data_set.label_path else "none"
     return zip(

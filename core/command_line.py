@@ -60,7 +60,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--gpus", nargs="+", metavar="GPU", help="index of the CUDA device, or cpu (required for a new run)")
+    add("--gpus", nargs="+", metavar="GPU",
+        help="index of the CUDA device, or cpu (required for a new run); several share every batch, with one process "
+        "each")  # fmt: skip
     add("--manual_seed", type=int, default=1337, help="seed of weights, data order and crops (default: %(default)s)")
     add("--checkpoints_dir", default="./TrainedModels", help="run folders go in here (default: %(default)s)")
     add("--tb_logs_dir", default="./runs", help="TensorBoard logs go in here (default: %(default)s)")
@@ -247,8 +249,13 @@ def _per_scale(values: list[int], scales: int) -> tuple[int, ...]:
     return tuple(values) * scales if len(values) == 1 else tuple(values)
 
 
-def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCSTConfig:
+def config_from_flags(
+    flags: argparse.Namespace, given: frozenset[str], num_processes: int | None = None
+) -> ProCSTConfig:
     """Build and validate the configuration of a new run.
+
+    Args:
+        num_processes: that train together, on all machines; None where `--gpus` says it.
 
     Raises:
         UserError: names the flag that is missing, out of range or contradicts another.
@@ -296,7 +303,7 @@ def config_from_flags(flags: argparse.Namespace, given: frozenset[str]) -> ProCS
             scale_factor=flags.scale_factor,
             base_channels_list=_per_scale(list(channels), scales),
             body_layers=flags.body_layers,
-            norms=resolve_norms(flags.norm, batches, num_gpus=1),
+            norms=resolve_norms(flags.norm, batches, num_processes or len(flags.gpus)),
             groups_num=flags.groups_num,
             nc_im=flags.nc_im,
             ker_size=flags.ker_size,
@@ -356,7 +363,9 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
     for name in sorted(given - CONTINUE_FLAGS):
         value = getattr(flags, name)
         if name == "norm":
-            name, value = "norms", resolve_norms(value, stored.schedule.batch_size_list, num_gpus=1)
+            # What auto came to when the run was started holds for any number of GPUs.
+            batches = stored.schedule.batch_size_list
+            name, value = "norms", stored.network.norms if value == "auto" else resolve_norms(value, batches, 1)
         if isinstance(value, list):
             per_scale = isinstance(known.get(name), tuple) and name not in ("content_layers", "style_layers")
             value = _per_scale(value, len(known[name])) if per_scale else tuple(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import time
@@ -55,6 +56,33 @@ def check_every_file(files: FileList, with_labels: bool) -> None:
         raise UserError(f"{len(wrong)} of {len(files)} files of {files.root} cannot be used, the first: {wrong[0]}")
 
 
+def report(trainer: Trainer, plans: Sequence[ScalePlan], folder: Path) -> None:
+    """Check every file, rehearse every scale, and print what a run takes.
+
+    Args:
+        folder: where checkpoints will go.
+
+    Raises:
+        UserError: a file cannot be used, or disk space does not suffice.
+    """
+    source, target, first = trainer.source, trainer.target, trainer.rank.is_first
+    if first:
+        print(json.dumps(trainer.config.to_json(), indent=2))
+        check_every_file(source, with_labels=bool(source.data_set.label_path))
+        check_every_file(target, with_labels=False)
+        print(f"all {len(source)} + {len(target)} files have usable headers", flush=True)
+    rehearsals = rehearse(trainer, plans)
+    if not first:
+        return
+    print("\n".join(describe(rehearsals, plans, trainer.device)))
+    needed = needed_bytes(rehearsals, with_best=trainer.labels is not None)
+    free = free_bytes(folder)
+    print(f"checkpoints: up to {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.1f} GB are free")
+    if needed > free:
+        raise UserError(f"{folder}: the checkpoints do not fit; free space, or choose another folder with --run_dir")
+    print("dry run finished, nothing was written")
+
+
 def rehearse(trainer: Trainer, plans: Sequence[ScalePlan]) -> list[Rehearsal]:
     """Train a few steps of every scale, from fresh networks; nothing is written, and the trainer is spent afterwards.
 
@@ -71,6 +99,7 @@ def rehearse(trainer: Trainer, plans: Sequence[ScalePlan]) -> list[Rehearsal]:
             trainer.config, scale, steps, trainer.source, trainer.target, trainer.caches,
             with_labels=trainer.labels is not None and scale == len(plans) - 1,
             pin_memory=trainer.device.type == "cuda",
+            share=trainer.rank.share(trainer.config.schedule.batch_size_list[scale]),
         )  # fmt: skip
         nets, optimizers = trainer.scale_networks(), ScaleOptimizers(**trainer.optimizers)
         started = time.perf_counter()

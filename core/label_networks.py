@@ -28,7 +28,7 @@ def segmentation_optimizer(net: nn.Module, config: SGDConfig) -> SGD:
 def _training_command(config: ProCSTConfig) -> str:
     """The command that trains P for a run."""
     semseg, data = config.semseg, config.data
-    words = ["--gpus", config.run.gpus, "--source", data.source, "--src_data_dir", data.src_data_dir]
+    words = ["--gpus", config.run.gpus.split()[0], "--source", data.source, "--src_data_dir", data.src_data_dir]
     words += semseg.shape().flags()
     if semseg.semseg_weights != default_semseg_weights(data.source):
         words += ["--output", semseg.semseg_weights]

@@ -7,6 +7,8 @@ published rule that derives the norm from the batch size lives in `published_nor
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -164,3 +166,28 @@ def init_weights(network: nn.Module, generator: torch.Generator) -> None:
 def freeze(network: nn.Module) -> nn.Module:
     """Switch a finished network to eval mode, without gradients; returns it."""
     return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def without_gradients(*networks: nn.Module) -> Iterator[None]:
+    """Inside the block the networks' weights take no gradients, though gradients pass through to their inputs."""
+    for network in networks:
+        network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.requires_grad_(True)
+
+
+@contextmanager
+def without_statistics(network: nn.Module) -> Iterator[None]:
+    """Inside the block batch norms normalise by the batch, but do not add it to their running statistics."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -86,14 +86,18 @@ def discriminator_loss(
     config: LossConfig,
     forward: Forward,
     micro_batch: int | None = None,
+    weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """lambda_adversarial * (-mean D(real) + mean D(fake) + lambda_grad * penalty) and its logged parts.
+    """lambda_adversarial * (-mean D(real) + mean D(fake) + lambda_grad * penalty) and its logged parts, each weighted.
 
     All terms are means over samples, which a discriminator without batch norm treats one by one, so the batch may be
     taken in pieces of `micro_batch` samples.
     """
     found = [
-        (piece.weight, _discriminator_parts(discriminator, real[piece.samples], fake[piece.samples], alpha, forward))
+        (
+            piece.weight,
+            _discriminator_parts(discriminator, real[piece.samples], fake[piece.samples], alpha, forward, weight),
+        )
         for piece in pieces(len(real), micro_batch)
     ]
     parts = weighted_sum(found)
@@ -104,17 +108,17 @@ def discriminator_loss(
 
 
 def _discriminator_parts(
-    discriminator: Discriminator, real: Tensor, fake: Tensor, alpha: Tensor, forward: Forward
+    discriminator: Discriminator, real: Tensor, fake: Tensor, alpha: Tensor, forward: Forward, weight: float
 ) -> dict[str, Tensor]:
-    """-mean D(real), mean D(fake) and the gradient penalty, each with its gradients."""
+    """-mean D(real), mean D(fake) and the gradient penalty, each weighted and with its gradients."""
     score = partial(forward, discriminator)
     weights = tuple(discriminator.parameters())
     # One pass over both images would save launches, but the gradients of the score's bias nearly cancel between them:
     # taken apart, they are ten times as exact.
     return {
-        "real": -at_once(lambda *_: score(real).float().mean(), *weights),
-        "fake": at_once(lambda *_: score(fake).float().mean(), *weights),
-        "penalty": at_once(lambda *_: gradient_penalty(score, real, fake, alpha), *weights),
+        "real": -at_once(lambda *_: weight * score(real).float().mean(), *weights),
+        "fake": at_once(lambda *_: weight * score(fake).float().mean(), *weights),
+        "penalty": at_once(lambda *_: weight * gradient_penalty(score, real, fake, alpha), *weights),
     }
 
 
@@ -158,8 +162,9 @@ def adversarial_and_style_loss(
     other: PerceptualTargets,
     config: LossConfig,
     forward: Forward,
+    weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Adversarial plus style terms of one direction and their logged parts.
+    """Adversarial plus style terms of one direction and their logged parts, each weighted.
 
     `own` belongs to the image that was translated, `other` to the image of the other domain. The weights of the
     discriminator and the perceptual net must not take gradients.
@@ -167,18 +172,18 @@ def adversarial_and_style_loss(
     parts: dict[str, Tensor] = {}
 
     def adversarial_term(image: Tensor) -> Tensor:
-        return config.lambda_adversarial * -forward(discriminator, image).float().mean()
+        return weight * config.lambda_adversarial * -forward(discriminator, image).float().mean()
 
     def perceptual_term(image: Tensor) -> Tensor:
         features = forward(perceptual, image)
-        content = content_loss(features, own.features, config.content_layers)
-        style = style_loss(features, other.gram_matrices, config.style_layers)
+        content = weight * content_loss(features, own.features, config.content_layers)
+        style = weight * style_loss(features, other.gram_matrices, config.style_layers)
         parts.update(ContentLoss=content.detach(), StyleLoss=style.detach())
         return config.content_weight * content + config.style_weight * style
 
     adversarial = at_once(adversarial_term, fake)
     perceptual_loss = at_once(perceptual_term, fake)
-    tv = total_variation(fake)
+    tv = weight * total_variation(fake)
     total_style = perceptual_loss + config.tv_weight * tv
     parts |= {"LossAdversarial": adversarial, "TVLoss": tv, "TotalStyleLoss": total_style}
     total = adversarial + config.lambda_style * total_style

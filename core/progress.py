@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +115,9 @@ class RunProgress:
         done: (scale, step) the run starts from.
         log_dir: TensorBoard folder, or None for no TensorBoard.
         print_rate: steps between two readings of the losses; scalars are means over these steps.
-        quiet: no bar (tests).
+        quiet: no bar (tests, and all processes but the first).
+        add_up: sums tensors in place over processes that each bring their part of the losses; all of them must then
+            count the same steps. None for a single process.
     """
 
     def __init__(
@@ -125,9 +127,11 @@ class RunProgress:
         log_dir: Path | None,
         print_rate: int,
         quiet: bool = False,
+        add_up: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
         self.plans = plans
         self.print_rate = print_rate
+        self.add_up = add_up
         first = self._steps_before(*done)
         total = sum(plan.steps for plan in plans)
         self.bar = tqdm(
@@ -163,12 +167,17 @@ class RunProgress:
     def read_losses(self, scale: int, step: int) -> None:
         """Log the means of the losses since the last reading; `step` is the last of these steps.
 
+        Where several processes share the batches, all of them have to call it.
+
         Raises:
             Diverged: one of them is not finite.
         """
         if not self._unread:
             return
-        losses = torch.stack(self._unread).cpu()
+        losses = torch.stack(self._unread)
+        if self.add_up is not None:
+            self.add_up([losses])
+        losses = losses.cpu()
         # Reading waits for the device, so this is the true time of the steps since the last reading.
         now = time.perf_counter()
         seconds = (now - self._window_started) / len(losses)

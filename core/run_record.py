@@ -20,7 +20,7 @@ from utils.files import atomic_write_json, read_json
 STARTS = "starts"
 
 
-def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
+def environment(device: torch.device, processes: int, commit: str | None) -> dict[str, Any]:
     """Versions and devices, as far as results depend on them."""
     found: dict[str, Any] = {
         "commit": commit,
@@ -29,6 +29,7 @@ def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "system": platform.platform(),
         "device": str(device),
+        "processes": processes,
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":

@@ -6,8 +6,7 @@ being updated take no gradients. Nothing in here reads a device value back to th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from core.config import LossConfig
 from core.execution import Forward, run_plainly
 from core.losses import IGNORE_LABEL, label_loss
-from core.networks import Discriminator, Generator
+from core.networks import Discriminator, Generator, without_gradients, without_statistics
 from core.objectives import (
     PerceptualNet,
     PerceptualTargets,
@@ -32,6 +31,7 @@ from core.objectives import (
     weighted_sum,
 )
 from core.pyramid import cascade
+from core.shares import WHOLE, BatchShare
 
 
 @dataclass(frozen=True)
@@ -93,31 +93,6 @@ class StepResult:
 
     losses: dict[str, Tensor]
     images: dict[str, Tensor]
-
-
-@contextmanager
-def without_gradients(*networks: nn.Module) -> Iterator[None]:
-    """Inside the block the networks' weights take no gradients, though gradients pass through to their inputs."""
-    for network in networks:
-        network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for network in networks:
-            network.requires_grad_(True)
-
-
-@contextmanager
-def without_statistics(network: nn.Module) -> Iterator[None]:
-    """Inside the block batch norms normalise by the batch, but do not add it to their running statistics."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 @dataclass(frozen=True)
@@ -190,7 +165,8 @@ class GeneratorTerms:
     """Everything the generators' update minimises in one direction: adversarial, style, cycle and label terms.
 
     After `total`, `logged` holds the terms by their logged names and `returned` the image that came back, all without
-    gradient. The weights of discriminator, perceptual and segmentation net must not take gradients.
+    gradient. The weights of discriminator, perceptual and segmentation net must not take gradients. All terms but the
+    label loss, which has a weight of its own, are means over samples and multiplied by `weight`.
     """
 
     def __init__(
@@ -202,6 +178,7 @@ class GeneratorTerms:
         config: LossConfig,
         scale_factor: float,
         forward: Forward,
+        weight: float = 1.0,
     ) -> None:
         self.direction = direction
         self.perceptual = perceptual
@@ -210,6 +187,7 @@ class GeneratorTerms:
         self.config = config
         self.scale_factor = scale_factor
         self.forward = forward
+        self.weight = weight
         self.source_net: nn.Module | None = None
         self.label: Tensor | None = None
         self.label_weight: Tensor | float = 1.0
@@ -224,12 +202,14 @@ class GeneratorTerms:
         """The terms of some samples, as means over these."""
         own, other = self.own.part(piece.samples), self.other.part(piece.samples)
         direction = self.direction.part(piece.samples)
-        part = GeneratorTerms(direction, self.perceptual, own, other, self.config, self.scale_factor, self.forward)
+        part = GeneratorTerms(
+            direction, self.perceptual, own, other, self.config, self.scale_factor, self.forward, self.weight
+        )
         if self.source_net is not None:
             # A mean over labelled pixels, of which every sample has another number.
             labelled = self.label != IGNORE_LABEL
             share = labelled[piece.samples].sum() / labelled.sum().clamp(min=1)
-            part.watch_labels(self.source_net, self.label[piece.samples], share / piece.weight)
+            part.watch_labels(self.source_net, self.label[piece.samples], self.label_weight * share / piece.weight)
         return part
 
     def total(self, fake: Tensor | None, micro_batch: int | None = None) -> Tensor:
@@ -254,7 +234,7 @@ class GeneratorTerms:
     def _sum(self, fake: Tensor) -> Tensor:
         direction = self.direction
         total, logged = adversarial_and_style_loss(
-            fake, direction.discriminator, self.perceptual, self.own, self.other, self.config, self.forward
+            fake, direction.discriminator, self.perceptual, self.own, self.other, self.config, self.forward, self.weight
         )
         self._log(logged, direction.name)
         return total + at_once(self._cycle, fake, *direction.back.parameters())
@@ -262,7 +242,7 @@ class GeneratorTerms:
     def _cycle(self, fake: Tensor, *_: Tensor) -> Tensor:
         direction = self.direction
         returned = cycle_back(fake, direction.back, direction.lower_back, self.scale_factor, self.forward)
-        total = cycle = self.config.lambda_cyclic * F.l1_loss(returned, direction.image)
+        total = cycle = self.weight * self.config.lambda_cyclic * F.l1_loss(returned, direction.image)
         self._log({f"Loss{direction.name}{direction.name[0]}": cycle}, "Cyclic")
         if self.source_net is not None:
             label = at_once(self._label_loss, returned)
@@ -279,10 +259,11 @@ class GeneratorTerms:
         self.logged |= {name: value.detach() for name, value in _with_direction(prefix, losses).items()}
 
 
-def _backward_and_step(loss: Tensor, *optimizers: Optimizer) -> None:
+def _backward_and_step(loss: Tensor, share: BatchShare, *optimizers: Optimizer) -> None:
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    share.sum_gradients(*optimizers)
     for optimizer in optimizers:
         optimizer.step()
 
@@ -303,6 +284,7 @@ def training_step(
     forward: Forward = run_plainly,
     recompute: bool = False,
     micro_batch: int | None = None,
+    share: BatchShare = WHOLE,
 ) -> StepResult:
     """Update the four networks of a scale once, and at the last scale Q and Gst again.
 
@@ -315,10 +297,12 @@ def training_step(
             through the discriminators': three of some fifty forwards more, for the least memory. The sums are the same.
         micro_batch: samples whose losses are computed at once, None for the whole batch. The sums are the same;
             networks with batch norm need the whole batch, and Q always gets it.
+        share: what part of the batch of all processes `batch` is. Networks with batch norm must be synchronised ones
+            where it is not all of it.
 
     Returns:
-        Losses under `ST|TS/Discriminator|Generator/...`, `Cyclic/...`, `Semseg/...`, and the images `source`, `sit`,
-        `sitis`, `target`, `tis`, `tisit`.
+        Losses under `ST|TS/Discriminator|Generator/...`, `Cyclic/...`, `Semseg/...` (those of a share are to be summed
+        over the processes), and the images `source`, `sit`, `sitis`, `target`, `tis`, `tisit`.
     """
     directions = _directions(nets, optimizers, batch, scale_factor, forward)
     losses: dict[str, Tensor] = {}
@@ -328,31 +312,32 @@ def training_step(
     # (1) Discriminators, one after the other: together they would need twice the memory.
     for direction, fake in zip(directions, fakes, strict=True):
         loss, logged = discriminator_loss(
-            direction.discriminator, direction.real, fake.detach(), direction.alpha, config, forward, micro_batch
+            direction.discriminator, direction.real, fake.detach(), direction.alpha, config, forward, micro_batch,
+            share.weight,
         )
-        _backward_and_step(loss, direction.discriminator_optimizer)
+        _backward_and_step(loss, share, direction.discriminator_optimizer)
         losses |= _with_direction(direction.name, logged)
 
     # (2) Generators, against the discriminators just updated.
     with without_gradients(nets.Dst, nets.Dts):
         looks = perceptual_targets(*(direction.image for direction in directions), perceptual, config, forward)
         terms = [
-            GeneratorTerms(direction, perceptual, own, other, config, scale_factor, forward)
+            GeneratorTerms(direction, perceptual, own, other, config, scale_factor, forward, share.weight)
             for direction, own, other in zip(directions, looks, reversed(looks), strict=True)
         ]
         if labels is not None and not warmup:
-            terms[0].watch_labels(labels.source_net, batch.label)
+            terms[0].watch_labels(labels.source_net, batch.label, share.of_labelled(batch.label))
         total = sum(
             term.total(None if recompute else fake, micro_batch) for term, fake in zip(terms, fakes, strict=True)
         )
-        _backward_and_step(total, optimizers.Gst, optimizers.Gts)
+        _backward_and_step(total, share, optimizers.Gst, optimizers.Gts)
     for term in terms:
         losses |= term.logged
 
     # (3) Segmentation of the images that the updated Gst makes.
     if labels is not None:
         losses["Semseg/SemsegLoss"] = _segmentation_phase(
-            directions[0], optimizers.Gst, labels, batch.label, warmup, forward, recompute
+            directions[0], optimizers.Gst, labels, batch.label, warmup, forward, recompute, share
         )
     images = {
         "source": directions[0].image, "sit": fakes[0], "sitis": terms[0].returned,
@@ -372,6 +357,7 @@ def _segmentation_phase(
     warmup: bool,
     forward: Forward,
     recompute: bool,
+    share: BatchShare,
 ) -> Tensor:
     """Step Q on the freshly translated source and, after warm-up, Gst again on this gradient alone."""
     again = recompute and not warmup
@@ -379,13 +365,14 @@ def _segmentation_phase(
         sit = direction.translate(forward)
     if again:
         sit.requires_grad_(True)
-    loss = label_loss(forward(labels.target_net, sit), label)
+    loss = share.of_labelled(label) * label_loss(forward(labels.target_net, sit), label)
     optimizers = (labels.target_optimizer,) if warmup else (labels.target_optimizer, generator_optimizer)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if again:
         direction.translate_again(forward).backward(sit.grad)  # Q's graph is gone
+    share.sum_gradients(*optimizers)
     for optimizer in optimizers:
         optimizer.step()
     return loss

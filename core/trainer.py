@@ -19,6 +19,7 @@ from core.execution import Execution, micro_batch_size
 from core.label_networks import restore_momentum
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import Diverged, RunProgress
+from core.shares import WHOLE, BatchShare
 from core.step import (
     LabelNetworks,
     PerceptualNet,
@@ -31,11 +32,15 @@ from core.validation import BEST_PATTERN, VALIDATIONS, Validator, best_name, rep
 from data_handlers.cache import ImageCache
 from data_handlers.lists import FileList
 from data_handlers.stream import DomainBatch
+from models.synchronised_norm import synchronise_batch_norms
+from utils.distributed import Rank
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.seeds import seed_for
 from utils.stopping import Stopped
-from utils.tensor_files import load_network
+from utils.tensor_files import load_network, weights_fingerprint
+
+GO_ON, SAVE, STOP = range(3)
 
 
 class Trainer:
@@ -52,6 +57,7 @@ class Trainer:
         validator: validates the segmentation net trained at the last scale; None goes without.
         caches: of the `source` and `target` images, where there are some.
         stop: asked after every step whether to save and stop.
+        rank: of this process among those that share every batch; the first one keeps the run folder.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Trainer:
         validator: Validator | None = None,
         caches: Mapping[str, ImageCache] | None = None,
         stop: Callable[[], bool] = lambda: False,
+        rank: Rank | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -79,6 +86,7 @@ class Trainer:
         self.validator = validator
         self.caches = dict(caches or {})
         self.stop = stop
+        self.rank = rank or Rank()
         self.validations: list[Mapping[str, Any]] = []
         self.skipped: list[str] = []
         self.saved = (0, 0)
@@ -102,6 +110,8 @@ class Trainer:
             generator = torch.Generator().manual_seed(seed_for(self.config.run.manual_seed, 3, scale, index))
             init_weights(network, generator)
             network.to(self.device).train()
+            if self.rank.count > 1:
+                synchronise_batch_norms(network)
             self.networks[name].append(network)
             rate = optim.lr_d if name.startswith("D") else optim.lr_g
             self.optimizers[name] = Adam(network.parameters(), lr=rate, betas=(optim.beta1, 0.999), fused=True)
@@ -186,21 +196,28 @@ class Trainer:
     def _save(self, progress: RunProgress, *names: str) -> None:
         """Write the state under each name, unless the training has diverged: a good checkpoint must outlive that.
 
+        All processes have to call it; the first one writes.
+
         Raises:
             Diverged: a loss or a weight is not finite.
         """
         progress.read_losses(self.scale, self.step)
+        self.skipped = list(dict.fromkeys(reason for part in self.rank.gather(self.skipped) for reason in part))
+        if self.rank.is_first:
+            self._require_finite_weights()
+            checkpoint = self.checkpoint()
+            for name in names:
+                checkpoint.save(self.run_folder / name, self.run_folder / PREVIOUS if name == LATEST else None)
+        self.saved = (self.scale, self.step)
+        self._saved_at = time.monotonic()
+
+    def _require_finite_weights(self) -> None:
         trained = {name: networks[-1] for name, networks in self.networks.items()}
         if self.labels is not None and self._is_last_scale():
             trained["the segmentation net"] = self.labels.target_net
         for name, network in trained.items():
             if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
                 raise Diverged(f"{name} of scale {self.scale} has weights that are not finite after step {self.step}")
-        checkpoint = self.checkpoint()
-        for name in names:
-            checkpoint.save(self.run_folder / name, self.run_folder / PREVIOUS if name == LATEST else None)
-        self.saved = (self.scale, self.step)
-        self._saved_at = time.monotonic()
 
     # --- training ------------------------------------------------------------------------------------------------
 
@@ -237,6 +254,8 @@ class Trainer:
             self.start_scale(self.scale + 1)
 
     def _draw_contact_sheet(self, progress: RunProgress) -> None:
+        if not self.rank.is_first:
+            return
         path = save_contact_sheet(
             self.run_folder, self.config, self.source, self.target, self.networks["Gst"], self.device
         )
@@ -248,11 +267,13 @@ class Trainer:
         per_epoch = self.config.schedule.steps_per_epoch(self.scale, self.epoch_length)
         picture_rate = max(1, per_epoch // run.pics_per_epoch) if run.pics_per_epoch else 0
         nets, optimizers = self.scale_networks(), ScaleOptimizers(**self.optimizers)
+        self._require_equal_weights()
         if self._is_validation_step(per_epoch, steps) and all(v["step"] != self.step for v in self.validations):
             self._validate(progress)  # the run was stopped in it
         batches = open_streams(
             self.config, self.scale, range(self.step, steps), self.source, self.target, self.caches,
             with_labels=self.labels is not None and self._is_last_scale(), pin_memory=self.device.type == "cuda",
+            share=self.rank.share(self.config.schedule.batch_size_list[self.scale]),
         )  # fmt: skip
         for source, target in batches:
             result = self.one_step(nets, optimizers, source, target, self.step // per_epoch)
@@ -262,10 +283,10 @@ class Trainer:
             if picture_rate and (self.step % picture_rate == 0):
                 progress.pictures(self.scale, self.step, result.images)
             validates = self._is_validation_step(per_epoch, steps)
-            stopping = self.stop()
-            if validates or stopping or self._save_is_due(steps):
+            wish = self.rank.agree(self._wish(steps))
+            if validates or wish >= SAVE:
                 self._save(progress, LATEST)
-            if stopping:
+            if wish == STOP:
                 raise Stopped(
                     f"stopped at step {self.step} of scale {self.scale}, and saved; go on with "
                     f"--continue_train_from_path {self.run_folder}"
@@ -273,14 +294,16 @@ class Trainer:
             if validates:
                 self._validate(progress)
 
-    def _save_is_due(self, steps: int) -> bool:
+    def _wish(self, steps: int) -> int:
+        """What this process wants done after a step; all processes do the most that one of them wants."""
         run = self.config.run
+        if self.stop():
+            return STOP
         if self.step == steps:
-            return False  # the finished scale is about to be saved
-        return (
-            self.step % run.save_checkpoint_rate == 0
-            or time.monotonic() - self._saved_at > 60.0 * run.save_checkpoint_minutes
-        )
+            return GO_ON  # the finished scale is about to be saved
+        minutes = (time.monotonic() - self._saved_at) / 60.0
+        due = self.step % run.save_checkpoint_rate == 0 or minutes > run.save_checkpoint_minutes
+        return SAVE if due else GO_ON
 
     def _note_skipped(self, progress: RunProgress, *reasons: str) -> None:
         for reason in reasons:
@@ -304,13 +327,29 @@ class Trainer:
         progress.validation(self.scale, self.step, validation, self.target.data_set.class_names)
         found = report(validation, self.target.data_set.class_names)
         self.validations.append({"step": self.step, "score": score, "best": best, **found})
-        atomic_write_json(self.run_folder / VALIDATIONS, self.validations)
+        if self.rank.is_first:
+            atomic_write_json(self.run_folder / VALIDATIONS, self.validations)
         names = [best_name(self.step, validation)] if best else []
         self._save(progress, *names, LATEST)
-        for name in names:
+        for name in names if self.rank.is_first else ():
             for other in self.run_folder.glob(BEST_PATTERN):
                 if other.name != name:
                     other.unlink()
+
+    def _require_equal_weights(self) -> None:
+        """Check that all processes start from the same weights; from then on they compute the same changes."""
+        if self.rank.count == 1:
+            return
+        weights = {f"{name} of scale {self.scale}": weights_fingerprint(*nets) for name, nets in self.networks.items()}
+        if self.labels is not None and self._is_last_scale():
+            weights["net trained on SiT"] = weights_fingerprint(self.labels.target_net)
+        self.rank.require_equal({"checkpoint's step": self.step, **weights})
+
+    def _share(self) -> BatchShare:
+        if self.rank.count == 1:
+            return WHOLE
+        batch = self.config.schedule.batch_size_list[self.scale]
+        return BatchShare(len(self.rank.share(batch)) / batch, self.rank.add_up)
 
     def scale_networks(self) -> ScaleNetworks:
         """The networks that a step of the present scale works on."""
@@ -324,7 +363,9 @@ class Trainer:
         labels = self.labels if self._is_last_scale() else None
         if labels is not None:
             # Dropout follows from the step number, so a continued run draws what an uninterrupted one would have drawn.
-            torch.manual_seed(seed_for(self.config.run.manual_seed, 4, self.scale, self.step))
+            # Processes draw for other samples, so each has its own; the first one's is that of a single process.
+            others = (self.rank.index,) if self.rank.index else ()
+            torch.manual_seed(seed_for(self.config.run.manual_seed, 4, self.scale, self.step, *others))
         alphas = penalty_alphas(self.config.run.manual_seed, self.scale, self.step)
         batch = step_batch(source, target, alphas, self.device)
         warmup = labels is not None and epoch < self.config.schedule.warmup_epochs
@@ -340,4 +381,5 @@ class Trainer:
             self.execution,
             recompute=self.device.type == "cuda",
             micro_batch=micro_batch_size(batch.source[-1].shape, nets.Gst.shape.norm, self.device),
+            share=self._share(),
         )

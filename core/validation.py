@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from data_handlers.labelled import LabelledImage, open_labelled
 from data_handlers.lists import FileList
 from models.evaluation import CONFIDENCE_BINS, PredictionStatistics, evaluate
 from utils.confusion import Scores, scores_of
+from utils.distributed import Rank
 
 VALIDATIONS = "validations.json"
 BEST_PATTERN = "best_step_*.pth"
@@ -70,6 +71,7 @@ class Validator:
         num_classes: of the net.
         device: of the net.
         num_workers: loader processes.
+        rank: of this process among those that share the images.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Validator:
         num_classes: int,
         device: torch.device,
         num_workers: int,
+        rank: Rank | None = None,
     ) -> None:
         self.files = files
         self.with_labels = with_labels
@@ -87,9 +90,10 @@ class Validator:
         self.num_classes = num_classes
         self.device = device
         self.num_workers = num_workers
+        self.rank = rank or Rank()
 
     def __call__(self, net: nn.Module) -> Validation:
-        """Predict every image once, at native size.
+        """Predict every image once, at native size, each process its share. The pictures are of this process's images.
 
         Raises:
             UserError: an image or label cannot be used, or the net has diverged.
@@ -101,11 +105,14 @@ class Validator:
             if len(pictures) < PICTURES:
                 pictures.append(_picture(sample, prediction))
 
-        samples = open_labelled(self.files, self.num_workers, self.device, self.with_labels)
+        files = replace(self.files, images=self.files.images[self.rank.index :: self.rank.count])
+        samples = open_labelled(files, self.num_workers, self.device, self.with_labels)
         with exact_convolutions():
             matrix = evaluate(
                 net, samples, self.num_classes, self.device, statistics=statistics, on_prediction=keep_picture
             )
+        self.rank.add_up([matrix])
+        statistics.add_up(self.rank.add_up)
         return Validation(
             scores=scores_of(matrix, self.classes) if self.with_labels else None,
             label_free=statistics.mutual_information(),

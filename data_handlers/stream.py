@@ -189,22 +189,26 @@ def open_stream(
     num_workers: int,
     pin_memory: bool = False,
     cache: ImageCache | None = None,
+    share: range | None = None,
 ) -> Iterator[DomainBatch]:
     """Yield the batches of the given steps in order.
 
     Args:
+        share: the samples of each batch that are wanted, None for all. It changes no sample.
         cache: of these files at the configured size; it replaces reading them.
 
     Raises:
         UserError: in the main process, when a file of a step cannot be used or loader processes keep dying.
     """
     samples = StreamSamples(files, config, pyramid, cache)
+    places = range(config.batch_size) if share is None else share
 
     def loader_at(step: int) -> DataLoader:
+        first = (steps.start + step) * config.batch_size
+        starts = range(first, steps.stop * config.batch_size, config.batch_size)
         return DataLoader(
             samples,
-            batch_size=config.batch_size,
-            sampler=range((steps.start + step) * config.batch_size, steps.stop * config.batch_size),
+            batch_sampler=(range(start + places.start, start + places.stop) for start in starts),
             num_workers=num_workers,
             worker_init_fn=init_loader,
             collate_fn=_collate,

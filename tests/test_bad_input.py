@@ -131,7 +131,7 @@ def test_16_bit_labels_where_8_bit_ids_belong(run_script, world):
         ({"manual_seed": -1}, ("--manual_seed",)),
         ({"num_workers": -1}, ("--num_workers",)),
         ({"gpus": 3}, ("--gpus 3",)),
-        ({"gpus": ("0", "1")}, ("--gpus 0 1",)),
+        ({"gpus": ("0", "0")}, ("--gpus 0 0",)),
         ({"gpus": "zero"}, ("--gpus zero",)),
         ({"gpus": None}, ("--gpus is required",)),
         ({"source": "kitti"}, ("--source", "gta5")),

@@ -183,7 +183,8 @@ class GoldenStep:
         if self.mode == "literal":
             step = literal_step
             collect_gradients(self.perceptual, *([self.labels.source_net] if self.labels else []))
-        self.result = step(
+        self.result = self.take_step(
+            step,
             self.scale_networks,
             ScaleOptimizers(**optimizers),
             self.perceptual,
@@ -192,6 +193,9 @@ class GoldenStep:
             meta["scale_factor"],
             self.labels,
         )
+
+    def take_step(self, step, *arguments):
+        return step(*arguments)
 
     def _take_noise_from_reference(self, optimizer, args, kwargs):
         """Give the biases without a true gradient the values that the reference's rounding noise gave them.

@@ -30,6 +30,30 @@ def resolve_device(gpus: Sequence[str]) -> torch.device:
     return torch.device("cuda", int(name))
 
 
+def resolve_devices(gpus: Sequence[str]) -> list[torch.device]:
+    """The devices of `--gpus`, one for each process: CUDA devices, each once, or `cpu` any number of times.
+
+    Raises:
+        UserError: no device, one that is named twice, or one that this machine does not have.
+    """
+    names = [name.lower() for name in gpus]
+    if len(set(names)) != len(names) and set(names) != {"cpu"}:
+        raise UserError(f"--gpus {' '.join(gpus)} names a device twice")
+    return [resolve_device([name]) for name in gpus]
+
+
+def training_devices(gpus: Sequence[str]) -> list[torch.device]:
+    """`resolve_devices` for processes that compute one step together, which unlike devices cannot.
+
+    Raises:
+        UserError: see there; also GPUs mixed with `cpu`.
+    """
+    devices = resolve_devices(gpus)
+    if len({device.type for device in devices}) > 1:
+        raise UserError(f"--gpus {' '.join(gpus)}: GPUs and the CPU cannot share a training step; name GPUs, or cpu")
+    return devices
+
+
 def cpus_per_device(devices: Sequence[torch.device] = ()) -> int:
     """CPUs that this process may run on, divided among the devices; at least 1."""
     # The CPUs a batch system or a container gives, where the system tells; a quota of CPU time does not show here.
@@ -53,4 +77,5 @@ def loader_workers(wanted: int | None, gpus: Sequence[str]) -> int:
     """`--num_workers` as given, or the default for the devices that `--gpus` names."""
     if wanted is not None:
         return wanted
-    return default_workers([torch.device("cpu")] if [name.lower() for name in gpus] == ["cpu"] else ())
+    device = torch.device("cpu" if {name.lower() for name in gpus} == {"cpu"} else "cuda")
+    return default_workers([device] * len(gpus))

@@ -25,9 +25,13 @@ class StopRequests:
 
     Call the object to ask whether a stop is wanted. To be entered in the main thread; processes forked inside the block
     ignore what they are sent.
+
+    Args:
+        quiet: say nothing about the first one, as where several processes are sent the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.received: signal.Signals | None = None
         self._time = 0.0
         self._process = os.getpid()
@@ -50,10 +54,16 @@ class StopRequests:
         now = time.monotonic()
         if self.received is None:
             self.received, self._time = signal.Signals(number), now
-            _say(f"{self.received.name}: finishing this step and saving; once more ends at once")
+            if not self.quiet:
+                announce(self.received)
         elif now - self._time > SAME_REQUEST:
             _say(f"{signal.Signals(number).name} again: ended without saving; the last checkpoint stays")
             os._exit(128 + number)
+
+
+def announce(number: signal.Signals) -> None:
+    """Tell what follows a first signal."""
+    _say(f"{number.name}: finishing this step and saving; once more ends at once")
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,372 @@
+"""Training in several processes: gloo on the CPU against one process, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import test_golden_steps as golden_tests
+import train_procst
+from conftest import ScriptResult
+from core.checkpoint import load_checkpoint
+from core.shares import BatchShare
+from core.validation import Validator
+from data_handlers.datasets import DATA_SETS
+from data_handlers.lists import list_images
+from models.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
+from test_exact_step import DoubleStep
+from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
+from test_train_cli import only_run, training_flags
+from utils.distributed import Rank
+from worlds import write_cityscapes, write_gta5
+
+WORLD = 2
+
+
+def _in_process(index, folder, results, work, arguments):
+    """Main function of a forked process: `work(rank, *arguments)` with the others connected."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # asking for this machine's address by its name may take long
+    try:
+        store = dist.FileStore(str(Path(folder) / "store"), WORLD)
+        dist.init_process_group("gloo", store=store, rank=index, world_size=WORLD)
+        outcome = work(Rank(index, WORLD), *pickle.loads(arguments))
+        dist.destroy_process_group()
+    except Exception:
+        outcome = traceback.format_exc()
+    results.put(pickle.dumps((index, outcome)))
+
+
+def in_processes(work, *arguments):
+    """What `work(rank, *arguments)` returns in each of two processes, in order.
+
+    Both travel as bytes: tensors would be shared between the processes, and end with them.
+    """
+    # Processes forked from one that has imported everything, but never computed: threads do not survive a fork.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_distributed"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(
+                target=_in_process, args=(index, folder, results, work, pickle.dumps(arguments)), daemon=True
+            )
+            for index in range(WORLD)
+        ]
+        for process in processes:
+            process.start()
+        outcomes = dict(pickle.loads(results.get()) for _ in processes)
+        for process in processes:
+            process.join()
+    for outcome in outcomes.values():
+        assert not isinstance(outcome, str), outcome
+    return [outcomes[index] for index in range(WORLD)]
+
+
+def shared(kind, rank):
+    """A golden step, plain or in float64, of which a process computes its share."""
+
+    class SharedStep(kind):
+        def take_step(self, step, networks, optimizers, perceptual, batch, config, scale_factor, labels):
+            mine = rank.share(len(batch.source[0]))
+            samples = slice(mine.start, mine.stop)
+            for net in (*self.nets.values(), *([labels.target_net] if labels else [])):
+                synchronise_batch_norms(net)
+            part = replace(
+                batch,
+                source=[level[samples] for level in batch.source],
+                target=[level[samples] for level in batch.target],
+                label=None if batch.label is None else batch.label[samples],
+            )
+            share = BatchShare(len(mine) / len(batch.source[0]), rank.add_up)
+            result = step(networks, optimizers, perceptual, part, config, scale_factor, labels, share=share)
+            rank.add_up(list(result.losses.values()))
+            return result
+
+    return SharedStep
+
+
+# The batch of the batch norm file is 3, which gives shares of 2 and 1.
+EXACT = [
+    (path, scale, mode)
+    for path in FILES
+    for scale, mode in ((1, "plain"), (2, "recompute"))
+]
+
+
+def _meets_the_reference(rank, path, scale, mode):
+    step = shared(GoldenStep, rank)(path, scale, mode)
+    golden_tests.test_optimizer_order(step)
+    golden_tests.test_losses(step)
+    golden_tests.test_gradients(step)
+    golden_tests.test_weights_after_the_step(step)
+    if step.labels:
+        golden_tests.test_segmentation_weights_after_the_step(step)
+    if rank.is_first:
+        golden_tests.test_images(step)
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_two_processes_meet_the_reference_numbers(path):
+    """At scale 0: at the finer ones single LeakyReLUs change side, in one process of one thread, too."""
+    in_processes(_meets_the_reference, path, 0, "plain")
+
+
+def _double_step(rank, path, scale, mode):
+    torch.Tensor.float = lambda self: self
+    step = shared(DoubleStep, rank)(path, scale, mode)
+    buffers = {f"{name} {key}": value for name, net in step.nets.items() for key, value in net.named_buffers()}
+    weights = {f"{name} {key}": value for name, net in step.nets.items() for key, value in net.state_dict().items()}
+    if step.labels:
+        weights |= {f"Q {key}": value for key, value in step.labels.target_net.state_dict().items()}
+    return step.order, step.result.losses, step.gradients, buffers, weights
+
+
+@pytest.mark.parametrize(("path", "scale", "mode"), EXACT, ids=[f"{p.stem}-scale{s}-{m}" for p, s, m in EXACT])
+def test_the_step_of_two_processes_is_that_of_one(path, scale, mode, monkeypatch):
+    one, two = in_processes(_double_step, path, scale, mode)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    alone = DoubleStep(path, scale, mode)
+    order, losses, gradients, buffers, weights = one
+    assert order == alone.order
+    for name, value in alone.result.losses.items():
+        assert float(losses[name]) == pytest.approx(float(value), rel=1e-11), name
+    for step, expected in alone.gradients.items():
+        net = alone.nets.get(step.split("#")[0])
+        noise = zero_gradient_biases(net) if net else set()
+        assert expected.keys() == gradients[step].keys()
+        for name in expected.keys() - noise:
+            assert relative_l2(gradients[step][name], expected[name]) < 1e-9, f"{step} {name}"
+    for name, value in buffers.items():
+        net, key = name.split()
+        torch.testing.assert_close(value, dict(alone.nets[net].named_buffers())[key], rtol=1e-9, atol=1e-9)
+    for name, value in weights.items():
+        assert torch.equal(value, two[4][name]), name
+
+
+def _twice_differentiated(norm, x):
+    """Output, and the gradients of a gradient penalty, which go back through the norm's backward."""
+    x = x.clone().requires_grad_(True)
+    y = norm(x)
+    (gradient,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    return y, torch.autograd.grad((gradient**2).sum(), (x, norm.weight, norm.bias))
+
+
+def _normalised(rank, norm, x):
+    norm = synchronise_batch_norms(torch.nn.Sequential(norm))[0]
+    assert isinstance(norm, SynchronisedBatchNorm2d)
+    mine = rank.share(len(x))
+    y, (to_x, *to_weights) = _twice_differentiated(norm, x[mine.start : mine.stop])
+    rank.add_up(to_weights)
+    with torch.no_grad():
+        norm.eval()
+        if rank.is_first:
+            norm(x)  # alone: in eval mode nobody is waited for
+    return y.detach(), to_x, to_weights, norm.state_dict()
+
+
+def test_synchronised_batch_norm_is_batch_norm_of_all_samples():
+    x = 1e3 + torch.randn(5, 4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    norm = torch.nn.BatchNorm2d(4, dtype=torch.float64)
+    shares = in_processes(_normalised, norm, x)
+    y, (to_x, *to_weights) = _twice_differentiated(norm, x)
+    torch.testing.assert_close(torch.cat([share[0] for share in shares]), y.detach())
+    torch.testing.assert_close(torch.cat([share[1] for share in shares]), to_x)
+    for share in shares:
+        torch.testing.assert_close(share[2], to_weights)
+        torch.testing.assert_close(dict(share[3]), dict(norm.state_dict()))
+
+
+@pytest.mark.parametrize(("batch", "shares"), [(3, [2, 1]), (4, [2, 2]), (2, [1, 1])])
+def test_shares_cover_the_batch(batch, shares):
+    ranges = [Rank(index, WORLD).share(batch) for index in range(WORLD)]
+    assert [k for share in ranges for k in share] == list(range(batch))
+    assert [len(share) for share in ranges] == shares
+
+
+def _validated(rank, root):
+    files = list_images(DATA_SETS["cityscapes"], root, "--trg_data_dir", split="val", training=False)
+    torch.manual_seed(1)
+    return Validator(files, True, range(19), 19, torch.device("cpu"), 0, rank)(torch.nn.Conv2d(3, 19, 3, padding=1))
+
+
+def test_a_shared_validation_finds_the_same(tmp_path):
+    write_cityscapes(tmp_path, count=3, split="val")
+    first, second = in_processes(_validated, tmp_path)
+    alone = _validated(Rank(), tmp_path)
+    for shared_one in (first, second):
+        assert shared_one.scores == alone.scores
+        assert shared_one.label_free == pytest.approx(alone.label_free, rel=1e-12)
+        assert shared_one.mean_confidence == pytest.approx(alone.mean_confidence, rel=1e-12)
+        assert shared_one.confidence_histogram.tolist() == alone.confidence_histogram.tolist()
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def train(world, out, **changes):
+    """Flags of a run of one scale, three steps of 3 = 2 + 1 images."""
+    flags = {"num_scales": 0, "batch_size_list": 3, "crop_size": (24, 20), **changes}
+    return training_flags(world, out, **flags)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    write_gta5(root / "gta", count=5, size=(60, 44))
+    write_cityscapes(root / "cityscapes", count=4, size=(64, 40), labels=False)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread_each(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+def run_apart(*arguments, disturb=None):
+    """train_procst.py in processes of its own, whose output pytest's `capsys` would not see."""
+    command = [sys.executable, train_procst.__file__, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if disturb is not None:
+        disturb(process)
+    out, err = process.communicate()
+    return ScriptResult(process.returncode, out, err)
+
+
+def only_error_line(result):
+    """Check that one line, after the progress bar, says what is wrong."""
+    *before, last = result.err.splitlines()
+    assert last.startswith("error: ")
+    assert not [line for line in before if line.strip() and "steps [" not in line]
+
+
+def ranks():
+    return [int(path.stem) for path in Path(tempfile.gettempdir()).glob("procst_ranks_*/*.rank")]
+
+
+def test_stopped_and_killed_processes_go_on_as_if_nothing_had_happened(world, tmp_path):
+    out, others = tmp_path / "out", []
+    run = out / "run"
+
+    def command(*gpus):
+        flags = {"checkpoints_dir": None, "run_dir": run, "save_checkpoint_rate": 1, "steps_per_scale": 4}
+        return train(world, out, gpus=gpus, **flags)
+
+    def wait_for_checkpoint(newer_than=0):
+        while not (run / "latest.pth").exists() or (run / "latest.pth").stat().st_mtime_ns <= newer_than:
+            time.sleep(0.02)
+
+    def stop(launcher):
+        wait_for_checkpoint()
+        launcher.send_signal(signal.SIGUSR1)
+
+    result = run_apart(*command("cpu", "cpu"), disturb=stop)
+    assert result.code == 75, result.err
+    assert result.err.count("finishing this step") == 1
+    assert result.err.strip().splitlines()[-1].startswith("stopped at step 1 of scale 0")
+
+    def kill(launcher):
+        while len(ranks()) < 2:
+            time.sleep(0.02)
+        first, *rest = ranks()
+        others.extend(rest)
+        wait_for_checkpoint(newer_than=before)
+        os.kill(first, signal.SIGKILL)
+
+    before = (run / "latest.pth").stat().st_mtime_ns
+    result = run_apart(*command("cpu", "cpu"), disturb=kill)
+    assert result.code == 2
+    only_error_line(result)
+    assert "(cpu) was ended by signal 9 (SIGKILL" in result.err
+    assert "--continue_train_from_path" in result.err
+    assert not any(Path(f"/proc/{process}").exists() for process in others)
+
+    result = run_apart(*command("cpu", "cpu"))
+    assert result.code == 0, result.err
+    assert "finished; export with" in result.out
+    assert result.out.count("run folder") == 1
+    # The same number of processes makes the same bits.
+    undisturbed = tmp_path / "undisturbed"
+    flags = train(world, undisturbed, gpus=("cpu", "cpu"), steps_per_scale=4)
+    assert run_apart(*flags).code == 0
+    whole, disturbed = (load_checkpoint(folder / "latest.pth") for folder in (only_run(undisturbed), run))
+    assert disturbed.scale_finished
+    for (name, expected), (_, found) in zip(whole.tensors(), disturbed.tensors(), strict=True):
+        assert torch.equal(expected, found), name
+
+
+def test_two_processes_and_one_take_turns(world, tmp_path, run_script, monkeypatch):
+    run = tmp_path / "run"
+    real_step = train_procst.Trainer.one_step
+
+    def command(*gpus):
+        return train(world, tmp_path, gpus=gpus, checkpoints_dir=None, run_dir=run)
+
+    def stop_after_step(self, *arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return real_step(self, *arguments)
+
+    def stop(launcher):
+        while not (run / "latest.pth").exists():
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGUSR1)
+
+    assert run_apart(*command("cpu", "cpu"), disturb=stop).code == 75
+    with monkeypatch.context() as patch:
+        patch.setattr(train_procst.Trainer, "one_step", stop_after_step)
+        assert run_script(train_procst, *command("cpu")).code == 75
+    assert load_checkpoint(run / "latest.pth").step == 2
+    assert run_apart(*command("cpu", "cpu")).code == 0
+    state = load_checkpoint(run / "latest.pth")
+    assert (state.step, state.scale_finished) == (3, True)
+    starts = json.loads((run / "config.json").read_text())["starts"]
+    assert [(start["processes"], start["step"]) for start in starts] == [(2, 0), (1, 1), (2, 2)]
+    assert run_script(train_procst, *train(world, tmp_path / "whole")).code == 0
+    whole = load_checkpoint(only_run(tmp_path / "whole") / "latest.pth")
+    # Three steps of Adam move a weight by up to 3e-3. Biases before a norm are moved as far by rounding alone.
+    for name, (expected,) in whole.networks.items():
+        for key in (key for key in expected if key.endswith("weight")):
+            other = state.networks[name][0][key]
+            torch.testing.assert_close(other, expected[key], rtol=0, atol=5e-4, msg=f"{name} {key}")
+
+
+def test_an_error_of_one_process_is_one_line(world, tmp_path):
+    shutil.copytree(world / "gta", tmp_path / "gta")
+    for path in (tmp_path / "gta" / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    result = run_apart(*train(world, tmp_path, gpus=("cpu", "cpu"), src_data_dir=tmp_path / "gta"))
+    assert result.code == 2
+    only_error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size_list": 1}, "a batch of 1 cannot be shared by 2 processes"),
+        ({"gpus": ("cpu", "0")}, "--gpus"),
+        ({"gpus": ("0", "0")}, "names a device twice"),
+    ],
+)
+def test_devices_that_cannot_share_are_refused(world, tmp_path, run_script, changes, message):
+    result = run_script(train_procst, *train(world, tmp_path, **{"gpus": ("cpu", "cpu"), **changes}))
+    assert result.code == 2
+    assert message in result.err
+    assert not (tmp_path / "models").exists()
