@@ -328,11 +328,11 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
     if stored.run.no_semseg:
         _refuse_segmentation_flags(given)
     known["no_pretrained_backbone"] = stored.semseg.backbone_weights == "random"
-    known |= {"stride": 1, "padd_size": (stored.network.ker_size - 1) // 2}
+    known |= {"norm": stored.network.norms, "stride": 1, "padd_size": (stored.network.ker_size - 1) // 2}
     for name in sorted(given - CONTINUE_FLAGS):
         value = getattr(flags, name)
         if name == "norm":
-            name, value = "norms", resolve_norms(value, stored.schedule.batch_size_list, num_gpus=1)
+            value = resolve_norms(value, stored.schedule.batch_size_list, num_gpus=1)
         if isinstance(value, list):
             per_scale = isinstance(known.get(name), tuple) and name not in ("content_layers", "style_layers")
             value = _per_scale(value, len(known[name])) if per_scale else tuple(value)
