@@ -9,8 +9,9 @@ Every source image becomes an 8-bit RGB PNG of its native size, under its own na
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -20,11 +21,12 @@ from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import MIN_TILE_PIXELS
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import image_size
-from data_handlers.lists import FileList, list_images
+from data_handlers.labelled import check_samples
+from data_handlers.lists import FileList, Listing, list_images, replace_suffix
 from data_handlers.stream import ON_BAD_IMAGE
 from utils.devices import cpus_per_device, default_workers, resolve_devices
 from utils.errors import UserError, run_cli
-from utils.files import atomic_write_json, make_folder, read_json, remove_leftovers
+from utils.files import atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
 from utils.flags import OneLineParser, parse_flags
 from utils.png import RGB, SIGNATURE, PngHeader, is_complete_rgb8, read_png_header
 
@@ -77,7 +79,7 @@ def output_names(files: FileList) -> dict[str, str]:
     outputs: dict[str, str] = {}
     taken: dict[str, str] = {}
     for image in files.images:
-        output = str(PurePosixPath(image).with_suffix(".png"))
+        output = replace_suffix(image, ".png")
         if output in taken:
             raise UserError(f"{files.root}: {taken[output]} and {image} would both become {output}; rename one")
         taken[output] = image
@@ -85,12 +87,18 @@ def output_names(files: FileList) -> dict[str, str]:
     return outputs
 
 
+def folders_of(outputs: dict[str, str]) -> set[str]:
+    """Folders of the output paths, relative to the output folder; '' is that one."""
+    return {name.rpartition("/")[0] for name in outputs.values()}
+
+
 def _check_output(
     root: Path, outputs: dict[str, str], files: FileList, manifest: dict[str, object], skip: bool
 ) -> None:
     """Refuse to overwrite the source or foreign files, and to mix two models or sources in one data set."""
-    for folder in {str(PurePosixPath(name).parent) for name in outputs.values()}:
-        if (root / folder).resolve() == (files.root / folder).resolve():
+    check_folder(root, "--sit_output_path")
+    for folder in folders_of(outputs):
+        if os.path.realpath(root / folder) == os.path.realpath(files.root / folder):
             raise UserError(f"--sit_output_path {root} would overwrite the source images; choose another folder")
     if (root / MANIFEST).exists():
         held = read_json(root / MANIFEST)
@@ -103,7 +111,8 @@ def _check_output(
                     "choose another folder, or delete that one"
                 )
         return
-    present = [(image, root / output) for image, output in outputs.items() if (root / output).exists()]
+    listing = Listing(root)
+    present = [(image, root / output) for image, output in outputs.items() if output in listing]
     if present and not skip:
         raise UserError(
             f"--sit_output_path {root} already holds images that this program did not write; choose another folder, "
@@ -209,7 +218,9 @@ def main() -> None:
         "images": len(outputs),
     }
     _check_output(root, outputs, files, manifest, flags.skip_created_files)
-    for path in {root, *((root / name).parent for name in outputs.values())}:
+    if flags.on_bad_image == "stop":
+        check_samples(files, "none")
+    for path in (root / folder for folder in {"", *folders_of(outputs)}):
         remove_leftovers(make_folder(path, "--sit_output_path"))
 
     print(files.describe())
@@ -224,11 +235,11 @@ def main() -> None:
     else:
         translate_on_devices(trained.generators, devices, files, wanted, root, config)
     seconds = time.perf_counter() - started
-    missing = [image for image, output in outputs.items() if not (root / output).is_file()]
+    listing = Listing(root)
+    missing = [image for image, output in outputs.items() if output not in listing]
     if missing and not config.skip_unusable:
-        raise UserError(
-            f"{len(missing)} images are missing in {root}, first {outputs[missing[0]]}: run the command again"
-        )
+        first = outputs[missing[0]]
+        raise UserError(f"{len(missing)} images are missing in {root}, first {first}: run the command again")
     atomic_write_json(root / MANIFEST, {**manifest, "complete": not missing})
     kept = len(outputs) - len(names)
     translated = len(names) - len(missing)

@@ -21,14 +21,14 @@ from core.segmentation_files import load_segmentation_net
 from core.validation import CONVENTION, score_table
 from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.label_maps import SYNTHIA_13, SYNTHIA_16, colourise, to_label_ids
-from data_handlers.labelled import LabelledImage, open_labelled
+from data_handlers.labelled import LabelledImage, check_samples, open_labelled
 from data_handlers.lists import FileList, list_validation, require_labels
 from models.evaluation import evaluate
 from models.segmentation import require_classes
 from utils.confusion import Scores, scores_of
 from utils.devices import loader_workers, resolve_device
 from utils.errors import UserError, out_of_memory_means, run_cli
-from utils.files import atomic_write_bytes, atomic_write_json, check_folder, make_folder
+from utils.files import atomic_write_bytes, atomic_write_json, check_folder, check_output_file, make_folder
 from utils.flags import OneLineParser, parse_flags
 
 LABELLED = sorted(name for name, data_set in DATA_SETS.items() if data_set.label_path)
@@ -79,9 +79,7 @@ def _check_flags(flags: argparse.Namespace, given: frozenset[str]) -> None:
     if "prediction_format" in given and not flags.save_predictions:
         raise UserError("--prediction_format acts only with --save_predictions")
     if flags.json:
-        check_folder(Path(flags.json).parent, "--json")
-        if Path(flags.json).is_dir():
-            raise UserError(f"--json {flags.json} is a folder; name a file")
+        check_output_file(Path(flags.json), "--json")
     if flags.save_predictions:
         folder = Path(flags.save_predictions)
         check_folder(folder, "--save_predictions")
@@ -150,6 +148,7 @@ def main() -> None:
             f"{len(data_set.class_names)}"
         )
     classes = _scored_classes(flags, data_set, shape.num_classes)
+    check_samples(files)
     net.to(device)
     folder = PredictionFolder(Path(flags.save_predictions), flags.prediction_format) if flags.save_predictions else None
     if flags.json:

@@ -15,7 +15,7 @@ from data_handlers.lists import FileList, list_images
 from models.vgg import build_vgg
 from utils.devices import resolve_device
 from utils.errors import UserError, run_cli
-from utils.files import atomic_write_json, make_folder
+from utils.files import atomic_write_json, check_output_file, make_folder
 from utils.flags import OneLineParser, parse_flags
 from utils.frechet import GaussianFit, frechet_distance
 
@@ -47,6 +47,8 @@ def main() -> None:
     size = tuple(flags.size or DATA_SETS[flags.target].resize)
     if min(size) < 16 or flags.max_images < 1:
         raise UserError("--size needs at least 16 pixels a side, and --max_images at least 1")
+    if flags.json:
+        check_output_file(Path(flags.json), "--json")
     device = resolve_device(flags.gpus)
     set_convolution_precision("fp32")
     sets = {

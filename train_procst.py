@@ -110,7 +110,7 @@ def _validation(
     if files is None:
         count = min(LABEL_FREE_IMAGES, len(target))
         files = replace(target, images=tuple(target.images[k * len(target) // count] for k in range(count)))
-    check_samples(files, labelled)
+    check_samples(files, "read" if labelled else "none")
     classes = scored_classes(config.semseg.num_classes, target.data_set, DATA_SETS[config.data.source])
     validator = Validator(files, labelled, classes, config.semseg.num_classes, device, config.data.num_workers, rank)
     line = f"validating the last scale on {files.describe()}, best by {select_by}"
@@ -247,7 +247,9 @@ def _run(flags: argparse.Namespace, given: frozenset[str], rank: Rank, claims: E
             synchronise_batch_norms(labels.target_net)
         channels_last(labels.source_net)
         channels_last(labels.target_net)
-        check_samples(source)
+    if config.data.on_bad_image == "stop":
+        check_samples(source, "check" if config.run.no_semseg else "read")
+        check_samples(target, "none")
     perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
     channels_last(perceptual)
     inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)

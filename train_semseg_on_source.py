@@ -262,8 +262,9 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
     data_set = DATA_SETS[config.source]
     require_classes(config.shape.num_classes, data_set.name, data_set.id_map)
     train, val = file_lists(config)
-    for files in (train, val):
-        check_samples(files)
+    if config.on_bad_image == "stop":
+        check_samples(train)
+    check_samples(val)
     check_folder(Path(flags.checkpoints_dir), "--checkpoints_dir")
     check_folder(Path(config.tb_logs_dir), "--tb_logs_dir")
     _check_output(config.output, None if origin is None else origin.parent.name)

@@ -357,7 +357,7 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
     if stored.run.no_semseg:
         _refuse_segmentation_flags(given)
     known["no_pretrained_backbone"] = stored.semseg.backbone_weights == "random"
-    known |= {"stride": 1, "padd_size": (stored.network.ker_size - 1) // 2}
+    known |= {"norm": stored.network.norms, "stride": 1, "padd_size": (stored.network.ker_size - 1) // 2}
     batches = set(stored.schedule.batch_size_list)
     known["batch_size"] = batches.pop() if len(batches) == 1 else stored.schedule.batch_size_list
     for name in sorted(given - CONTINUE_FLAGS):
@@ -365,7 +365,7 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
         if name == "norm":
             # What auto came to when the run was started holds for any number of GPUs.
             batches = stored.schedule.batch_size_list
-            name, value = "norms", stored.network.norms if value == "auto" else resolve_norms(value, batches, 1)
+            value = stored.network.norms if value == "auto" else resolve_norms(value, batches, 1)
         if isinstance(value, list):
             per_scale = isinstance(known.get(name), tuple) and name not in ("content_layers", "style_layers")
             value = _per_scale(value, len(known[name])) if per_scale else tuple(value)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from core.networks import Generator, NetworkShape, freeze
 from models.segmentation import SegmentationShape, build_segmentation_net
 from utils.errors import UserError
-from utils.tensor_files import load_network
+from utils.tensor_files import check_archive, load_network
 
 _STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -217,6 +217,7 @@ def read_inert(path: Path) -> Any:
     Raises:
         UserError: not such a file, damaged, or naming anything outside the fixed lists.
     """
+    check_archive(path)
     try:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_handlers.images import normalise, read_image, read_label
+from data_handlers.images import check_label_header, normalise, read_image, read_label
 from data_handlers.lists import FileList
+from data_handlers.stream import LabelUse
 from utils.errors import UserError
 from utils.loaders import batches_in_order
 from utils.processes import init_loader
@@ -59,19 +60,22 @@ def _as_it_is(sample: object) -> object:
     return sample
 
 
-def check_samples(files: FileList, with_labels: bool = True, count: int = 5) -> None:
-    """Decode a few images spread evenly over a list, with their labels.
+def check_samples(files: FileList, labels: LabelUse = "read", count: int = 5) -> None:
+    """Decode a few images spread evenly over a list, and look at their labels.
 
-    Labels of a wrong kind are a mistake about the whole data set; this finds it before hours of training do.
+    Files of a wrong kind are a mistake about the whole data set; this finds it before anything is written, and before
+    hours of training do.
 
     Raises:
         UserError: a file cannot be used.
     """
-    chosen = sorted({k * (len(files) - 1) // max(1, count - 1) for k in range(count)})
-    for index in chosen:
-        sample = _Files(files, with_labels)[index]
-        if isinstance(sample, UserError):
-            raise sample
+    for index in sorted({k * (len(files) - 1) // max(1, count - 1) for k in range(count)}):
+        name = files.images[index]
+        image = read_image(files.root / name)
+        if files.data_set.label_path and labels == "check":
+            check_label_header(files.label_file(name), files.data_set, image.size)
+        elif labels == "read":
+            read_label(files.label_file(name), files.data_set, image.size)
 
 
 def open_labelled(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -74,7 +75,8 @@ def list_images(
         training: leave out the images whose labels are known not to fit, too.
 
     Raises:
-        UserError: missing or empty folder, a list file that is missing, empty or names a missing image.
+        UserError: missing or empty folder, a name that is not UTF-8 or a folder where an image should be, a list file
+            that is missing, empty or names a missing image.
     """
     root = Path(root)
     if not root.is_dir():
@@ -84,10 +86,11 @@ def list_images(
     if list_file:
         found = _read_list(data_set, root, split, Path(list_file))
     else:
-        found = [path for pattern in data_set.images[split] for path in sorted(_glob(root, pattern))]
+        found = [path for pattern in data_set.images[split] for path in sorted(_matching(root, pattern))]
+    _require_utf8(root, found)
     excluded = data_set.never_used | (data_set.not_for_training if training else frozenset())
-    images = tuple(path for path in found if PurePosixPath(path).stem not in excluded)
-    left_out = tuple(path for path in found if PurePosixPath(path).stem in excluded)
+    left_out = tuple(path for path in found if _stem(path) in excluded) if excluded else ()
+    images = tuple(path for path in found if path not in left_out) if left_out else tuple(found)
     if not images:
         patterns = " or ".join(data_set.images[split])
         raise UserError(f"{flag} {root}: no images found; {data_set.name} expects {patterns} in it")
@@ -146,17 +149,63 @@ def missing_labels(files: FileList) -> list[tuple[str, str]]:
     """(image, label) relative paths where the label file is missing; none for a data set that declares no labels."""
     if not files.data_set.label_path:
         return []
-    present: dict[str, set[str]] = {}
-    missing = []
-    for image in files.images:
-        label = PurePosixPath(files.label_of(image))
-        folder = str(label.parent)
-        if folder not in present:
-            path = (files.label_root or files.root) / folder
-            present[folder] = {entry.name for entry in os.scandir(path)} if path.is_dir() else set()
-        if label.name not in present[folder]:
-            missing.append((image, str(label)))
-    return missing
+    labels = Listing(files.label_root or files.root)
+    pairs = ((image, files.label_of(image)) for image in files.images)
+    return [(image, label) for image, label in pairs if label not in labels]
+
+
+class Listing:
+    """Which files lie below a folder: each folder asked about is listed once, as a million questions take minutes.
+
+    What a symbolic link points to is not looked at.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._names: dict[str, frozenset[str]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        """Whether there is a file at the POSIX path relative to the root.
+
+        Raises:
+            UserError: its folder cannot be listed.
+        """
+        folder, _, name = path.rpartition("/")
+        if folder not in self._names:
+            entries = _entries(self.root / folder)
+            self._names[folder] = frozenset(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
+        return name in self._names[folder]
+
+
+def replace_suffix(path: str, suffix: str) -> str:
+    """`str(PurePosixPath(path).with_suffix(suffix))`, in a twentieth of the time."""
+    start = path.rfind("/") + 1
+    dot = path.rfind(".", start)
+    return (path[:dot] if start < dot < len(path) - 1 else path) + suffix
+
+
+def _stem(path: str) -> str:
+    return replace_suffix(path, "").rpartition("/")[2]
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What a folder holds, nothing where there is no folder; the kind of an entry is known without asking the disk."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {error.strerror}; check the folder and its permissions") from None
+
+
+def _require_utf8(root: Path, paths: list[str]) -> None:
+    try:
+        "\n".join(paths).encode()
+    except UnicodeEncodeError:
+        bad = next(path for path in paths if not path.isascii() and path != path.encode("utf-8", "replace").decode())
+        shown = bad.encode("utf-8", "backslashreplace").decode()
+        raise UserError(f"{root}: the name of {shown} is not UTF-8; rename it") from None
 
 
 def _fixed_part(pattern: str) -> list[str]:
@@ -168,28 +217,28 @@ def _fixed_part(pattern: str) -> list[str]:
     return parts
 
 
-def _glob(root: Path, pattern: str) -> Iterator[str]:
-    """Relative POSIX paths of files that match, hidden ones left out: temporary files have hidden names."""
+def _matching(root: Path, pattern: str) -> list[str]:
+    """Relative POSIX paths of files that match, hidden ones left out: temporary files have hidden names.
 
-    def walk(relative: str, parts: tuple[str, ...]) -> Iterator[str]:
-        part, rest = parts[0], parts[1:]
-        try:
-            entries = os.scandir(root / relative)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            raise UserError(f"cannot list {root / relative}: {error.strerror}") from None
-        with entries:
-            for entry in entries:
-                if entry.name.startswith(".") or not fnmatch.fnmatchcase(entry.name, part):
-                    continue
-                path = f"{relative}/{entry.name}" if relative else entry.name
-                if rest:
-                    yield from walk(path, rest)
-                else:
-                    yield path
+    Raises:
+        UserError: a folder cannot be listed, or has the name of an image.
+    """
+    *folders, files = PurePosixPath(pattern).parts
+    found = [""]
+    for part in folders:
+        found = [f"{path}{entry.name}/" for path in found for entry in _visible(root / path, part)]
+    images = []
+    for path in found:
+        for entry in _visible(root / path, files):
+            if entry.is_dir(follow_symlinks=False):
+                raise UserError(f"{entry.path} is a folder with the name of an image; move it away")
+            images.append(path + entry.name)
+    return images
 
-    return walk("", PurePosixPath(pattern).parts)
+
+def _visible(folder: Path, pattern: str) -> Iterator[os.DirEntry[str]]:
+    matches = re.compile(fnmatch.translate(pattern)).match
+    return (entry for entry in _entries(folder) if matches(entry.name) and not entry.name.startswith("."))
 
 
 def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> list[str]:
@@ -198,16 +247,18 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list file {list_file}: {error}") from None
     folders = ["", *("/".join(_fixed_part(pattern)) for pattern in data_set.images[split])]
+    present = Listing(root)
     images = []
     for number, line in enumerate(lines, start=1):
         name = line.strip().replace("\\", "/")
         if not name or name.startswith("#"):
             continue
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or len(name) > 1000:
+        parts = name.split("/")
+        if not parts[0] or ".." in parts or len(name) > 1000 or "\0" in name:
             raise UserError(f"{list_file} line {number}: give the image relative to {root}, without '..'")
-        name = str(PurePosixPath(name))
-        candidates = [f"{folder}/{name}" if folder else name for folder in folders]
-        image = next((c for c in candidates if (root / c).is_file()), None)
+        name = "/".join(part for part in parts if part not in ("", "."))
+        candidates = (f"{folder}/{name}" if folder else name for folder in folders)
+        image = next((path for path in candidates if path in present), None)
         if image is None:
             raise UserError(f"{list_file} line {number}: no image {name} in {root}")
         images.append(image)

@@ -1,20 +1,19 @@
-"""Bad input gets one clear line, exit code 2, no traceback, and nothing is written."""
+"""Bad input to training and export that takes more than a command line to tell; see `bad_cases` for the many others."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import create_sit_dataset
 import train_procst
+from refusals import check_refusal, tree
 from test_train_cli import export_flags, only_run, training_flags
-from worlds import noise_image, write_cityscapes, write_gta5, write_png16, write_synthia
+from worlds import noise_image, write_cityscapes, write_gta5, write_png16
 
 
 @pytest.fixture
@@ -22,20 +21,6 @@ def world(tmp_path):
     write_gta5(tmp_path / "gta", count=4, size=(60, 44))
     write_cityscapes(tmp_path / "cityscapes", count=3, size=(64, 40), labels=False)
     return tmp_path
-
-
-def tree(root):
-    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("*")}
-
-
-def check_refusal(result, *parts):
-    assert result.code == 2, result.out + result.err
-    lines = [line for line in result.err.splitlines() if line.strip() and "%|" not in line]
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in result.err
-    for part in parts:
-        assert str(part) in lines[0], lines[0]
 
 
 def check_training_refused(run_script, world, *parts, **changes):
@@ -56,44 +41,13 @@ def test_empty_folder(run_script, world):
     check_training_refused(run_script, world, "no images", "leftImg8bit", trg_data_dir=world / "empty")
 
 
-def test_image_without_label(run_script, world):
-    (world / "gta/labels/00003.png").unlink()
-    check_training_refused(run_script, world, "1 of 4", "images/00003.png", "labels/00003.png")
-
-
-def test_label_of_another_size(run_script, world):
-    Image.fromarray(np.zeros((44, 61), np.uint8)).save(world / "gta/labels/00003.png")
-    result = run_script(train_procst, *training_flags(world, world / "out", batch_size_list=(4, 2, 1)))
-    check_refusal(result, "00003.png", "61x44", "60x44")
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_truncated_image(run_script, world, workers):
-    path = world / "gta/images/00002.png"
+    write_gta5(world / "more", count=8, size=(60, 44))
+    path = world / "more/images/00003.png"  # not among the few that are looked at before the training
     path.write_bytes(path.read_bytes()[:900])
-    flags = training_flags(world, world / "out", batch_size_list=(4, 2, 1), num_workers=workers)
-    check_refusal(run_script(train_procst, *flags), path, "truncated")
-
-
-def test_files_that_are_no_images(run_script, world):
-    for data in (b"", b"not an image at all"):
-        (world / "gta/images/00002.png").write_bytes(data)
-        flags = training_flags(world, world / "out", batch_size_list=(4, 2, 1))
-        check_refusal(run_script(train_procst, *flags), "00002.png")
-
-
-def test_synthia_labels_in_8_bit_files(run_script, world):
-    write_synthia(world / "synthia", count=2)
-    for k in range(2):
-        noise_image((48, 32), k).save(world / f"synthia/GT/LABELS/{k:07d}.png")
-    flags = training_flags(world, world / "out", source="synthia", src_data_dir=world / "synthia")
-    check_refusal(run_script(train_procst, *flags), "GT/LABELS", "16-bit", "8-bit")
-
-
-def test_16_bit_labels_where_8_bit_ids_belong(run_script, world):
-    for k in range(1, 5):
-        Image.fromarray(np.zeros((44, 60), np.uint16)).save(world / f"gta/labels/{k:05d}.png")
-    check_refusal(run_script(train_procst, *training_flags(world, world / "out")), "labels/", "16-bit")
+    changes = {"src_data_dir": world / "more", "batch_size_list": (4, 2, 1), "num_workers": workers}
+    check_refusal(run_script(train_procst, *training_flags(world, world / "out", **changes)), path, "truncated")
 
 
 @pytest.mark.parametrize(
@@ -178,48 +132,11 @@ def test_vgg_weights_that_are_something_else(run_script, world):
     check_training_refused(run_script, world, "module.pth", vgg_weights=world / "module.pth")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_output_folder(run_script, world):
-    (world / "locked").mkdir(mode=0o555)
-    check_training_refused(run_script, world, "--checkpoints_dir", checkpoints_dir=world / "locked")
-
-
-def test_unwritable_output_folder(run_script, world):
-    (world / "file").write_text("")
-    check_training_refused(run_script, world, "--checkpoints_dir", checkpoints_dir=world / "file" / "models")
-
-
 @pytest.fixture
 def trained(run_script, world):
     result = run_script(train_procst, *training_flags(world, world / "out", steps_per_scale=1))
     assert result.code == 0, result.err
     return only_run(world / "out")
-
-
-def test_continuing_with_other_settings(run_script, world, trained):
-    before = tree(world)
-    for flag, values, part in (
-        ("base_channels_list", (16, 16, 16), "(8, 8, 8)"),
-        ("batch_size_list", (1, 1, 1), "(2, 2, 1)"),
-        ("lr_g", (1e-5,), "0.001"),
-        ("body_layers", (6,), "5"),
-        ("batch_size", (2,), "(2, 2, 1)"),
-        ("padd_size", (2,), "1"),
-    ):
-        result = run_script(train_procst, "--continue_train_from_path", trained, f"--{flag}", *values)
-        check_refusal(result, f"--{flag}", part)
-    assert tree(world) == before
-
-
-def test_a_checkpoint_of_other_channel_widths(run_script, world, trained):
-    state = torch.load(trained / "latest.pth", weights_only=True)
-    state["config"]["network"]["base_channels_list"] = [16, 8, 8]
-    torch.save(state, trained / "latest.pth")
-    before = tree(world)
-    check_refusal(run_script(train_procst, "--continue_train_from_path", trained), "Dst of scale 0", "(8, 3, 3, 3)")
-    result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit"))
-    check_refusal(result, "Gst of scale 0", "(16, 3, 3, 3)")
-    assert tree(world) == before
 
 
 def rewrite_pickle(path, change):
@@ -229,22 +146,6 @@ def rewrite_pickle(path, change):
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in entries.items():
             archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
-
-
-def test_damaged_and_foreign_checkpoints(run_script, world, trained):
-    good = (trained / "latest.pth").read_bytes()
-    contents = {"foreign": None, "damaged": good[: len(good) // 2], "empty": b"", "absent": None, "cut": good}
-    for name, data in contents.items():
-        (world / name).mkdir()
-        if data is not None:
-            (world / name / "latest.pth").write_bytes(data)
-    torch.save({"weights": torch.zeros(3)}, world / "foreign" / "latest.pth")
-    rewrite_pickle(world / "cut" / "latest.pth", lambda data: data[: len(data) // 2])
-    for name in contents:
-        before = tree(world)
-        check_refusal(run_script(train_procst, "--continue_train_from_path", world / name), name)
-        check_refusal(run_script(create_sit_dataset, *export_flags(world / name, world, world / "sit")), name)
-        assert tree(world) == before
 
 
 def test_flipped_bytes_in_a_checkpoint_never_give_a_traceback(run_script, world, trained):
@@ -266,19 +167,6 @@ def test_flipped_bytes_in_a_checkpoint_never_give_a_traceback(run_script, world,
         refused += result.code == 2
         shutil.rmtree(world / "sit", ignore_errors=True)
     assert refused > 5
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"scale": 7}, {"scale": -1}, {"step": -5}, {"optimizers": {}}, {"networks": {}}, {"config": {}}, {"version": 99}],
-)
-def test_checkpoints_with_impossible_contents(run_script, world, trained, change):
-    state = torch.load(trained / "latest.pth", weights_only=True)
-    torch.save(state | change, trained / "latest.pth")
-    before = tree(world)
-    check_refusal(run_script(train_procst, "--continue_train_from_path", trained), "latest.pth")
-    check_refusal(run_script(create_sit_dataset, *export_flags(trained, world, world / "sit")), "latest.pth")
-    assert tree(world) == before
 
 
 def test_going_on_from_an_older_checkpoint_would_overwrite_newer_ones(run_script, world, trained):
@@ -325,24 +213,6 @@ def test_exporting_a_run_that_has_not_reached_its_last_scale(run_script, world, 
     result = run_script(create_sit_dataset, *export_flags(trained / "scale_0.pth", world, world / "sit"))
     check_refusal(result, "scale 0 of 0..2")
     assert not (world / "sit").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "parts"),
-    [
-        ({"gpus": 3}, ("--gpus 3",)),
-        ({"batch_size": 0}, ("--batch_size",)),
-        ({"num_workers": -1}, ("--num_workers",)),
-        ({"max_pixels": 100}, ("--max_pixels", "9216")),
-        ({"scale_factor": 0.7}, ("--scale_factor",)),
-        ({"source": "synthia"}, ("--src_data_dir",)),
-        ({"src_data_dir": "nowhere"}, ("--src_data_dir nowhere",)),
-    ],
-)
-def test_export_flags(run_script, world, trained, changes, parts):
-    before = tree(world)
-    check_refusal(run_script(create_sit_dataset, *export_flags(trained, world, world / "sit", **changes)), *parts)
-    assert tree(world) == before
 
 
 def test_export_never_overwrites_the_source_or_foreign_images(run_script, world, trained):
@@ -435,7 +305,9 @@ def test_export_into_an_unwritable_folder(run_script, world, trained):
 
 
 def test_export_stops_at_a_truncated_image_and_goes_on_after_its_repair(run_script, world, trained):
-    path = world / "gta/images/00003.png"
+    for k in range(5, 9):
+        noise_image((60, 44), k).save(world / f"gta/images/{k:05d}.png")
+    path = world / "gta/images/00003.png"  # not among the few that are looked at before the export
     good = path.read_bytes()
     path.write_bytes(good[:900])
     check_refusal(run_script(create_sit_dataset, *export_flags(trained, world, world / "sit")), path, "truncated")
@@ -443,4 +315,4 @@ def test_export_stops_at_a_truncated_image_and_goes_on_after_its_repair(run_scri
     path.write_bytes(good)
     result = run_script(create_sit_dataset, *export_flags(trained, world, world / "sit", skip_created_files=()))
     assert result.code == 0, result.err
-    assert "2 translated" in result.out
+    assert "6 translated" in result.out

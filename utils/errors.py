@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,12 +38,20 @@ def out_of_memory_means(what_to_do: Callable[[], str]) -> Iterator[None]:
 def run_cli(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    `Stopped`, of a run that saved its state when it was asked to stop, becomes one line and exit code 75.
+    `Stopped`, of a run that saved its state when it was asked to stop, becomes one line and exit code 75. A file or
+    folder that the system refuses, where nobody has put it into better words, is a `UserError`, too.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a file's name is no error
     try:
         main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; check the path and its permissions", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

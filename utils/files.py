@@ -67,8 +67,10 @@ def _keep(path: Path, name: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that a killed `atomic_write` left in `folder`; not while another one writes there."""
-    for path in Path(folder).glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    # `Path.glob` takes long where a million images lie.
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.startswith(".") and name.endswith(TEMPORARY):
+            (Path(folder) / name).unlink(missing_ok=True)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -105,6 +107,17 @@ def check_folder(path: Path, flag: str) -> None:
     nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path}: {nearest} is not a folder that can be written to")
+
+
+def check_output_file(path: Path, flag: str) -> None:
+    """Check that a file can be written to `path` after `make_folder` made its folder.
+
+    Raises:
+        UserError: names `flag` when `path` is a folder, or its folder cannot be made or written to.
+    """
+    check_folder(path.parent, flag)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; name a file")
 
 
 def make_folder(path: Path, flag: str) -> Path:

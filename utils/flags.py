@@ -22,6 +22,17 @@ def flag_of(name: str) -> str:
     return "--weight-decay" if name == "weight_decay" else f"--{name}"
 
 
+def _require_utf8(arguments: Sequence[str]) -> None:
+    """Paths go into checkpoints, manifests and messages, all of them UTF-8."""
+    flag = ""
+    for argument in arguments:
+        flag = argument.partition("=")[0] if argument.startswith("--") else flag
+        # Python passes the bytes that are not UTF-8 on as lone surrogates.
+        if argument.encode("utf-8", "replace").decode() != argument:
+            shown = argument.encode("utf-8", "backslashreplace").decode()
+            raise UserError(f"{flag} {shown}: not UTF-8; rename the file or folder")
+
+
 class _NotGiven:
     """Stands for the value of a flag that is not on the command line."""
 
@@ -33,8 +44,12 @@ def parse_flags(
 
     Returns:
         The values, and the destinations of the flags that were given explicitly.
+
+    Raises:
+        UserError: an unknown flag, a value of the wrong kind, or one that is not UTF-8.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    _require_utf8(arguments)
     # argparse fills in a default only where the namespace has no value yet.
     actions = [a for a in parser._actions if a.dest not in (argparse.SUPPRESS, "help")]
     values = parser.parse_args(arguments, argparse.Namespace(**{a.dest: _NotGiven for a in actions}))

@@ -3,19 +3,105 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
+
+_ARCHIVE_START = b"PK\x03\x04"
+_OLD_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that began a file before PyTorch 1.6
+_ENCRYPTED = 1  # in the flags of a record
+_FOLDER = 0x10  # in its attributes
+_CHUNK = 1 << 20
 
 
 class DamagedFileError(UserError):
     """A file is not as it was written."""
+
+
+def check_archive(path: Path) -> None:
+    """Check a file of `torch.save` before `torch.load` sees it, which compares no checksum and believes every size.
+
+    Every byte of every record is compared with its checksum. A file that is no zip archive passes: `torch.save` wrote
+    one pickle after another before PyTorch 1.6, and such a file has no checksums.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+        DamagedFileError: it is damaged, or an archive as no `torch.save` makes one: records that are compressed,
+            encrypted or larger than the file, that share a name or whose name leads out of the archive.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - what is wrong inside means something else than not getting inside
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    with file:
+        try:
+            oddity = _oddity_of_archive(file)
+        # A damaged archive can make the reader fail in any way, and each means the same.
+        except Exception as error:
+            reason = f"{path} is damaged or cut short ({_reason(error)}); use another copy of it"
+            raise DamagedFileError(reason) from None
+    if oddity:
+        raise DamagedFileError(f"{path} is no file of torch.save: {oddity}; it is not loaded, use the original file")
+
+
+def _oddity_of_archive(file: BinaryIO) -> str:
+    """As `_oddity`; where there is none, every record is compared with its checksum."""
+    if not _is_archive(file):
+        return ""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if oddity := _oddity(records, os.fstat(file.fileno()).st_size):
+            return oddity
+        for record in records:
+            with archive.open(record) as data:
+                while data.read(_CHUNK):  # the last read compares the checksum
+                    pass
+    return ""
+
+
+def _is_archive(file: BinaryIO) -> bool:
+    start = file.read(len(_OLD_START))
+    file.seek(0)
+    # The second question is for an archive whose first bytes are damaged.
+    return start.startswith(_ARCHIVE_START) or (start != _OLD_START and zipfile.is_zipfile(file))
+
+
+def _oddity(records: list[zipfile.ZipInfo], file_size: int) -> str:
+    """What shows that `torch.save` did not make the archive, '' if nothing does; decided before a record is read."""
+    seen = set()
+    for record in records:
+        name = record.filename
+        shown = repr(name[:100])
+        if name in seen:
+            return f"it holds {shown} twice"
+        seen.add(name)
+        # `orig_filename` still has what follows a null byte.
+        if name.startswith("/") or ".." in name.split("/") or not {"\\", "\0"}.isdisjoint(record.orig_filename):
+            return f"its record {shown} leads out of the archive"
+        if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & _ENCRYPTED:
+            return f"its record {shown} is compressed or encrypted"
+        # For a folder, PyTorch's reader hands out memory that nothing was read into.
+        if name.endswith("/") or record.external_attr & _FOLDER:
+            return f"its record {shown} is a folder"
+        if record.file_size != record.compress_size:
+            return f"its record {shown} claims {record.file_size:,} bytes and has {record.compress_size:,}"
+    if (claimed := sum(record.file_size for record in records)) > file_size:
+        return f"its records claim {claimed:,} bytes, and the file has {file_size:,}"
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "it asks for more memory than there is"
+    return str(error).splitlines()[0][:150] if str(error) else type(error).__name__
 
 
 def read_tensor_file(path: Path) -> Any:
@@ -23,18 +109,18 @@ def read_tensor_file(path: Path) -> Any:
 
     Raises:
         UserError: missing.
-        DamagedFileError: not a file that `torch.save` wrote, or damaged since.
+        DamagedFileError: damaged, or not a file that `torch.save` wrote; see `check_archive`.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+    check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return None
     # A damaged file can make the reader fail in any way, and each means the same.
     except Exception as error:
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise DamagedFileError(f"{path} is damaged or not a checkpoint ({reason})") from None
+        raise DamagedFileError(f"{path} is damaged or not a checkpoint ({_reason(error)})") from None
 
 
 def weights_fingerprint(*networks: nn.Module) -> str:
@@ -82,13 +168,16 @@ def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, An
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file (give a file, {alternatives})")
     try:
+        check_archive(path)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{flag} {path}: not a state dict of plain tensors; nothing else is loaded") from None
     # A damaged file can make the reader fail in any way, and each means the same.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{flag} {path}: not a readable state dict ({reason})") from None
+        raise UserError(f"{flag} {path}: not a readable state dict ({_reason(error)})") from None
     if not isinstance(state, Mapping):
         raise UserError(f"{flag} {path}: holds a {type(state).__name__}, not a state dict")
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):

@@ -1,0 +1,139 @@
+"""Bad input to every script: exit code 2, one line that names the flag or the file, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train_procst
+import train_semseg_on_source
+from bad_cases import CASES
+from conftest import ScriptResult
+from core.segmentation_files import SegmentationFile
+from data_handlers.images import read_image, read_pixels
+from hostile_files import BAIT, Command, jpeg
+from models.segmentation import SegmentationShape, build_segmentation_net
+from refusals import check_refusal, tree
+from test_bad_input import write_vgg
+from test_label_training import source_flags
+from test_train_cli import only_run, training_flags
+from utils.errors import run_cli
+from worlds import write_cityscapes, write_gta5, write_synthia
+
+REPOSITORY = Path(__file__).parent.parent
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """Data sets, weights, a run of each training: what the cases spoil copies of."""
+    root = tmp_path_factory.mktemp("template")
+    write_gta5(root / "gta", count=4, size=(60, 44))
+    write_cityscapes(root / "cityscapes", count=3, size=(64, 40), labels=False)
+    write_cityscapes(root / "cityscapes", count=2, size=(64, 40), split="val")
+    write_synthia(root / "synthia", count=2)
+    shape = SegmentationShape("UNet", "none", 19)
+    SegmentationFile(shape, build_segmentation_net(shape).state_dict()).save(root / "net.pth")
+    write_vgg(root / "vgg.pth", last_conv=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        flags = training_flags(Path(), Path("made"), steps_per_scale=1)
+        finish(patch, train_procst, flags)
+        only_run(root / "made").rename(root / "run")
+        finish(patch, train_semseg_on_source, source_flags(Path(), Path("made"), num_steps=1, output=""))
+        only_run(root / "made").rename(root / "source_run")
+        for run in ("run", "source_run"):
+            (root / run / "previous.pth").unlink()  # which would stand in for a damaged latest.pth
+    shutil.rmtree(root / "made")
+    for path in (root / "run").glob("scale_*.pth"):
+        path.unlink()
+    return root
+
+
+def finish(patch, script, flags):
+    patch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(script.main)
+    assert stop.value.code == 0
+
+
+@pytest.fixture
+def world(template, tmp_path, monkeypatch):
+    """A copy of everything, which is the working folder, in a folder with spaces and letters of two scripts."""
+    root = shutil.copytree(template, tmp_path / "wörld with späces 日本")
+    monkeypatch.chdir(root)
+    yield root
+    for folder, _, files in os.walk(root):
+        for path in (folder, *(os.path.join(folder, name) for name in files)):
+            if not os.path.islink(path):
+                os.chmod(path, 0o755)  # what a case locked, pytest must be able to delete
+
+
+def drop_the_rights_of_root():
+    """For a program that is about to be executed: permissions then bind it even if it is run by root."""
+    libc = ctypes.CDLL(None)
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def run_process(script, flags):
+    command = [sys.executable, str(REPOSITORY / f"{script}.py"), *map(str, flags)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, preexec_fn=drop_the_rights_of_root, timeout=300
+    )
+    return ScriptResult(result.returncode, result.stdout, result.stderr)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bad_input(world, run_script, case):
+    case.spoil(world)
+    before = tree(world.parent)
+    if case.own_process:
+        result = run_process(case.script, case.flags)
+    else:
+        result = run_script(importlib.import_module(case.script), *case.flags)
+    check_refusal(result, *case.parts)
+    assert len(result.err.splitlines()) == 1, result.err
+    assert tree(world.parent) == before
+
+
+def test_every_script_is_among_the_cases_and_is_once_run_as_a_process():
+    scripts = {path.stem for path in REPOSITORY.glob("*.py")}
+    assert {case.script for case in CASES} == scripts
+    assert {case.script for case in CASES if case.own_process} == scripts
+    assert len({str(case) for case in CASES}) == len(CASES)
+
+
+def test_the_bait_is_real(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, arguments = Command().__reduce__()
+    command(*arguments)
+    assert (tmp_path / BAIT).exists()
+
+
+def test_good_input_is_not_refused(world, run_script):
+    """The command lines of the cases are sound where nothing is spoilt, in a folder with spaces and unicode."""
+    sound = {}
+    for case in CASES:
+        if case.script in ("create_sit_dataset", "evaluate", "measure_domain_distance") and case.own_process:
+            sound[case.script] = case.flags
+    for script, flags in sound.items():
+        absolute = [world / flag if (world / str(flag)).exists() else flag for flag in flags]
+        result = run_script(importlib.import_module(script), *absolute)
+        assert result.code == 0, result.err
+
+
+def test_a_jpeg_called_png_is_read_by_what_it_is(tmp_path):
+    jpeg(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "JPEG"
+    assert read_image(tmp_path / "a.png").size == (60, 44)
+    assert read_pixels(tmp_path / "a.png").shape == (44, 60, 3)
