@@ -30,6 +30,7 @@ from data_handlers.cache import ImageCache, open_cache
 from data_handlers.datasets import DATA_SETS
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
+from data_handlers.stream import OR_SKIP
 from models.segmentation import require_classes
 from models.synchronised_norm import synchronise_batch_norms
 from models.vgg import build_vgg
@@ -248,8 +249,8 @@ def _run(flags: argparse.Namespace, given: frozenset[str], rank: Rank, claims: E
         channels_last(labels.source_net)
         channels_last(labels.target_net)
     if config.data.on_bad_image == "stop":
-        check_samples(source, "check" if config.run.no_semseg else "read")
-        check_samples(target, "none")
+        check_samples(source, "check" if config.run.no_semseg else "read", OR_SKIP)
+        check_samples(target, "none", OR_SKIP)
     perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
     channels_last(perceptual)
     inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)

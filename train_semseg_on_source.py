@@ -27,7 +27,7 @@ from core.validation import Validator, scored_classes
 from data_handlers.datasets import DATA_SETS
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, hold_out, list_images, require_labels
-from data_handlers.stream import ON_BAD_IMAGE
+from data_handlers.stream import ON_BAD_IMAGE, OR_SKIP
 from models.segmentation import (
     BACKBONES,
     MODELS,
@@ -263,7 +263,7 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
     require_classes(config.shape.num_classes, data_set.name, data_set.id_map)
     train, val = file_lists(config)
     if config.on_bad_image == "stop":
-        check_samples(train)
+        check_samples(train, or_else=OR_SKIP)
     check_samples(val)
     check_folder(Path(flags.checkpoints_dir), "--checkpoints_dir")
     check_folder(Path(config.tb_logs_dir), "--tb_logs_dir")

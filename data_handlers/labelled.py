@@ -60,22 +60,31 @@ def _as_it_is(sample: object) -> object:
     return sample
 
 
-def check_samples(files: FileList, labels: LabelUse = "read", count: int = 5) -> None:
+def check_samples(files: FileList, labels: LabelUse = "read", or_else: str = "", count: int = 5) -> None:
     """Decode a few images spread evenly over a list, and look at their labels.
 
     Files of a wrong kind are a mistake about the whole data set; this finds it before anything is written, and before
     hours of training do.
 
+    Args:
+        or_else: what else there is to do about it, as the end of the message.
+
     Raises:
         UserError: a file cannot be used.
     """
-    for index in sorted({k * (len(files) - 1) // max(1, count - 1) for k in range(count)}):
-        name = files.images[index]
-        image = read_image(files.root / name)
-        if files.data_set.label_path and labels == "check":
-            check_label_header(files.label_file(name), files.data_set, image.size)
-        elif labels == "read":
-            read_label(files.label_file(name), files.data_set, image.size)
+    try:
+        for index in sorted({k * (len(files) - 1) // max(1, count - 1) for k in range(count)}):
+            _check_sample(files, files.images[index], labels)
+    except UserError as error:
+        raise UserError(f"{error}{or_else}") from None
+
+
+def _check_sample(files: FileList, name: str, labels: LabelUse) -> None:
+    image = read_image(files.root / name)
+    if files.data_set.label_path and labels == "check":
+        check_label_header(files.label_file(name), files.data_set, image.size)
+    elif labels == "read":
+        read_label(files.label_file(name), files.data_set, image.size)
 
 
 def open_labelled(

@@ -27,6 +27,7 @@ DOMAINS = ("source", "target")
 LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
 OnBadImage = Literal["stop", "skip"]
 ON_BAD_IMAGE = ("stop", "skip")
+OR_SKIP = "; or leave such images out with --on_bad_image skip"
 MOST_SKIPPED = 10  # so many unusable images one after the other are a fault of the disk, not of the images
 
 # Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
@@ -137,7 +138,7 @@ class StreamSamples(Dataset):
                 # Returned: a worker's exception would reach the main process wrapped in its traceback, and the message
                 # is meant to stand alone.
                 if self.config.on_bad_image == "stop":
-                    return UserError(f"{error}; or leave such images out with --on_bad_image skip")
+                    return UserError(f"{error}{OR_SKIP}")
                 wrong.append(str(error))
                 if len(wrong) == MOST_SKIPPED:
                     return UserError(f"{error}; and so are the {MOST_SKIPPED - 1} images before it: is the disk there?")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data_handlers import cache as cache_module
 from data_handlers.cache import open_cache
 from test_cache import SIZE, change_image, folders, gta
+from utils import locks as locks_module
 from utils.errors import UserError
 from worlds import write_gta5
 
@@ -364,7 +365,7 @@ def test_workers_end_when_the_builder_is_killed(world, forked):
 
 
 def test_file_systems_without_locks(world, monkeypatch, capsys):
-    monkeypatch.setattr(cache_module.fcntl, "lockf", fail_with(errno.ENOLCK))
+    monkeypatch.setattr(locks_module.fcntl, "lockf", fail_with(errno.ENOLCK))
     open_cache(world / "other", gta(world), SIZE, "exact", False, 0)
     (whole,) = folders(world / "other")
     key = whole.name.split("_")[-2]
@@ -377,6 +378,6 @@ def test_file_systems_without_locks(world, monkeypatch, capsys):
     open_cache(world / "cache", gta(world), SIZE, "exact", False, 0)
     assert "no locks" in capsys.readouterr().err
     assert set(folders(world / "cache")) == {theirs, world / "cache" / whole.name}
-    monkeypatch.setattr(cache_module.fcntl, "lockf", fail_with(errno.EIO))
+    monkeypatch.setattr(locks_module.fcntl, "lockf", fail_with(errno.EIO))
     with pytest.raises(UserError, match=r"--cache_dir .*cannot lock"):
         open_cache(world / "third", gta(world), SIZE, "exact", False, 0)

@@ -262,13 +262,13 @@ def ranks():
     return [int(path.stem) for path in Path(tempfile.gettempdir()).glob("procst_ranks_*/*.rank")]
 
 
-def test_stopped_and_killed_processes_go_on_as_if_nothing_had_happened(world, tmp_path):
-    out, others = tmp_path / "out", []
-    run = out / "run"
+def test_stopped_and_killed_processes_go_on_and_others_in_their_place(world, tmp_path, run_script, monkeypatch):
+    run, others = tmp_path / "run", []
+    small = {"steps_per_scale": 5, "lr_g": 1e-4, "lr_d": 1e-4}
 
     def command(*gpus):
-        flags = {"checkpoints_dir": None, "run_dir": run, "save_checkpoint_rate": 1, "steps_per_scale": 4}
-        return train(world, out, gpus=gpus, **flags)
+        changes = {"checkpoints_dir": None, "run_dir": run, "save_checkpoint_rate": 1, **small}
+        return train(world, tmp_path, gpus=gpus, **changes)
 
     def wait_for_checkpoint(newer_than=0):
         while not (run / "latest.pth").exists() or (run / "latest.pth").stat().st_mtime_ns <= newer_than:
@@ -278,74 +278,50 @@ def test_stopped_and_killed_processes_go_on_as_if_nothing_had_happened(world, tm
         wait_for_checkpoint()
         launcher.send_signal(signal.SIGUSR1)
 
+    def stop_after_step(self, *arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return real_step(self, *arguments)
+
+    def kill(launcher):
+        wait_for_checkpoint(newer_than=written)
+        first, *rest = ranks()
+        others.extend(rest)
+        os.kill(first, signal.SIGKILL)
+
     result = run_apart(*command("cpu", "cpu"), disturb=stop)
     assert result.code == 75, result.err
     assert result.err.count("finishing this step") == 1
     assert result.err.strip().splitlines()[-1].startswith("stopped at step 1 of scale 0")
 
-    def kill(launcher):
-        while len(ranks()) < 2:
-            time.sleep(0.02)
-        first, *rest = ranks()
-        others.extend(rest)
-        wait_for_checkpoint(newer_than=before)
-        os.kill(first, signal.SIGKILL)
+    real_step = train_procst.Trainer.one_step
+    with monkeypatch.context() as patch:
+        patch.setattr(train_procst.Trainer, "one_step", stop_after_step)
+        assert run_script(train_procst, *command("cpu")).code == 75
+    assert load_checkpoint(run / "latest.pth").step == 2
 
-    before = (run / "latest.pth").stat().st_mtime_ns
+    written = (run / "latest.pth").stat().st_mtime_ns
     result = run_apart(*command("cpu", "cpu"), disturb=kill)
     assert result.code == 2
     only_error_line(result)
     assert "(cpu) was ended by signal 9 (SIGKILL" in result.err
     assert "--continue_train_from_path" in result.err
+    assert others
     assert not any(Path(f"/proc/{process}").exists() for process in others)
 
     result = run_apart(*command("cpu", "cpu"))
     assert result.code == 0, result.err
     assert "finished; export with" in result.out
     assert result.out.count("run folder") == 1
-    # The same number of processes makes the same bits.
-    undisturbed = tmp_path / "undisturbed"
-    flags = train(world, undisturbed, gpus=("cpu", "cpu"), steps_per_scale=4)
-    assert run_apart(*flags).code == 0
-    whole, disturbed = (load_checkpoint(folder / "latest.pth") for folder in (only_run(undisturbed), run))
-    assert disturbed.scale_finished
-    for (name, expected), (_, found) in zip(whole.tensors(), disturbed.tensors(), strict=True):
-        assert torch.equal(expected, found), name
-
-
-def test_two_processes_and_one_take_turns(world, tmp_path, run_script, monkeypatch):
-    run = tmp_path / "run"
-    real_step = train_procst.Trainer.one_step
-
-    def command(*gpus):
-        return train(world, tmp_path, gpus=gpus, checkpoints_dir=None, run_dir=run)
-
-    def stop_after_step(self, *arguments):
-        signal.raise_signal(signal.SIGTERM)
-        return real_step(self, *arguments)
-
-    def stop(launcher):
-        while not (run / "latest.pth").exists():
-            time.sleep(0.02)
-        launcher.send_signal(signal.SIGUSR1)
-
-    assert run_apart(*command("cpu", "cpu"), disturb=stop).code == 75
-    with monkeypatch.context() as patch:
-        patch.setattr(train_procst.Trainer, "one_step", stop_after_step)
-        assert run_script(train_procst, *command("cpu")).code == 75
-    assert load_checkpoint(run / "latest.pth").step == 2
-    assert run_apart(*command("cpu", "cpu")).code == 0
-    state = load_checkpoint(run / "latest.pth")
-    assert (state.step, state.scale_finished) == (3, True)
     starts = json.loads((run / "config.json").read_text())["starts"]
-    assert [(start["processes"], start["step"]) for start in starts] == [(2, 0), (1, 1), (2, 2)]
-    assert run_script(train_procst, *train(world, tmp_path / "whole")).code == 0
-    whole = load_checkpoint(only_run(tmp_path / "whole") / "latest.pth")
-    # Three steps of Adam move a weight by up to 3e-3. Biases before a norm are moved as far by rounding alone.
-    for name, (expected,) in whole.networks.items():
+    assert [start["processes"] for start in starts] == [2, 1, 2, 2]
+    assert run_script(train_procst, *train(world, tmp_path / "alone", **small)).code == 0
+    alone, together = (load_checkpoint(f / "latest.pth") for f in (only_run(tmp_path / "alone"), run))
+    assert (together.step, together.scale_finished) == (5, True)
+    # Five steps of Adam move a weight by up to 5e-4. Biases before a norm are moved as far by rounding alone.
+    for name, (expected,) in alone.networks.items():
         for key in (key for key in expected if key.endswith("weight")):
-            other = state.networks[name][0][key]
-            torch.testing.assert_close(other, expected[key], rtol=0, atol=5e-4, msg=f"{name} {key}")
+            other = together.networks[name][0][key]
+            torch.testing.assert_close(other, expected[key], rtol=0, atol=1e-4, msg=f"{name} {key}")
 
 
 def test_an_error_of_one_process_is_one_line(world, tmp_path):

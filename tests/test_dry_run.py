@@ -12,6 +12,7 @@ import train_procst
 from core import dry_run as dry_run_module
 from core.run_record import git_commit
 from test_train_cli import only_run, training_flags, world  # noqa: F401
+from worlds import write_gta5
 
 
 def snapshot(folder):
@@ -34,16 +35,12 @@ def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(world, tmp_path, ru
 
 
 def test_a_dry_run_looks_at_every_file(world, tmp_path, run_script):  # noqa: F811
-    # The first and last images are looked at in any run; this one is not.
-    label = world / "gta" / "labels" / "00002.png"
-    data = label.read_bytes()
+    root = write_gta5(tmp_path / "gta", count=8, size=(60, 44))
+    label = root / "labels" / "00003.png"  # five others are looked at in any run
     label.write_bytes(b"text")
-    try:
-        result = run_script(train_procst, *training_flags(world, tmp_path), "--dry_run")
-    finally:
-        label.write_bytes(data)
+    result = run_script(train_procst, *training_flags(world, tmp_path, src_data_dir=root), "--dry_run")
     assert result.code == 2
-    assert "1 of 5 files" in result.err
+    assert "1 of 8 files" in result.err
     assert str(label) in result.err
 
 
