@@ -21,7 +21,7 @@ demo: env
 	$(VENV)/bin/python make_demo.py --out demo
 
 test: env
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: env
 	$(VENV)/bin/python -m ruff check .

@@ -12,6 +12,8 @@ from utils.errors import run_cli
 
 # Before PyTorch is imported: threads that spin while they wait make the tests crawl where another program is computing.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are shared among the files of tests
 GOLDEN_DIR = Path(os.environ.get("PROCST_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 

@@ -152,7 +152,7 @@ def test_flipped_bytes_in_a_checkpoint_never_give_a_traceback(run_script, world,
     rng = np.random.default_rng(0)
     path, good = trained / "latest.pth", (trained / "latest.pth").read_bytes()
     refused = 0
-    for _ in range(25):
+    for _ in range(10):
         path.write_bytes(good)
 
         def flip(data):
@@ -166,7 +166,7 @@ def test_flipped_bytes_in_a_checkpoint_never_give_a_traceback(run_script, world,
         assert result.code in (0, 2), result.err
         refused += result.code == 2
         shutil.rmtree(world / "sit", ignore_errors=True)
-    assert refused > 5
+    assert refused > 2
 
 
 def test_going_on_from_an_older_checkpoint_would_overwrite_newer_ones(run_script, world, trained):
