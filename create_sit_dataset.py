@@ -153,6 +153,11 @@ def _to_translate(files: FileList, outputs: dict[str, str], root: Path, skip: bo
     return [i for i in tqdm(outputs, desc="checking created files", unit="img", dynamic_ncols=True) if not done(i)]
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
 def _choose(flags: argparse.Namespace, given: frozenset[str], trained: TrainedGenerators) -> tuple[str, str, float]:
     """Source name, its folder and the scale factor: as given, else the run's, else the published defaults."""
     config = trained.config
@@ -229,6 +234,8 @@ def main() -> None:
     names = _to_translate(files, outputs, root, flags.skip_created_files)
     atomic_write_json(root / MANIFEST, {**manifest, "complete": False})
     wanted = {name: outputs[name] for name in names}
+    there = Listing(root)
+    before = {image: _identity(root / output) for image, output in wanted.items() if output in there}
     started = time.perf_counter()
     if len(devices) == 1:
         translate_images(trained.generators, devices[0], files, wanted, root, config)
@@ -236,7 +243,9 @@ def main() -> None:
         translate_on_devices(trained.generators, devices, files, wanted, root, config)
     seconds = time.perf_counter() - started
     listing = Listing(root)
-    missing = [image for image, output in outputs.items() if output not in listing]
+    # An older file that was to be replaced, and was not, is no translation either.
+    stale = {image for image, identity in before.items() if _identity(root / outputs[image]) == identity}
+    missing = [image for image, output in outputs.items() if output not in listing or image in stale]
     if missing and not config.skip_unusable:
         first = outputs[missing[0]]
         raise UserError(f"{len(missing)} images are missing in {root}, first {first}: run the command again")

@@ -22,7 +22,7 @@ from core.dry_run import report
 from core.execution import channels_last, resolve_precision, set_convolution_precision, set_determinism
 from core.label_networks import build_label_networks, load_source_net
 from core.progress import RunProgress, ScalePlan, scale_plans
-from core.run_folder import claim_run_folder, print_skipped, run_to_continue
+from core.run_folder import claim_run_folder, log_name, print_skipped, run_to_continue, stamps
 from core.run_record import environment, git_commit, write_record
 from core.trainer import Trainer
 from core.validation import BEST_PATTERN, Validator, scored_classes
@@ -210,11 +210,12 @@ def _run(flags: argparse.Namespace, given: frozenset[str], rank: Rank, claims: E
     Args:
         claims: holds what is to be given back at the end: the run folder's lock, the signal handlers.
     """
-    origin, checkpoint, folder = None, None, None
+    origin, checkpoint, folder, seen = None, None, None, {}
+    stop = StopRequests(quiet=is_launched() or not rank.is_first)
     if (run := run_to_continue(flags.continue_train_from_path, flags.run_dir)) is not None:
         folder = _folder_to_continue(run)
+        seen = stamps(folder)
         checkpoint, origin = read_newest(folder, load_checkpoint)
-        written = origin.stat().st_mtime_ns
         config = continued_config(checkpoint.config, flags, given)
     else:
         config = config_from_flags(flags, given, rank.count if rank.count > 1 else None)
@@ -223,9 +224,13 @@ def _run(flags: argparse.Namespace, given: frozenset[str], rank: Rank, claims: E
     _require_shares(config, max(rank.count, len(devices)))
     if rank.count == 1 and len(devices) > 1:
         go_on = "the same command with --run_dir, or --continue_train_from_path RUN, goes on from the last checkpoint"
+        del checkpoint
         launch(Path(__file__), sys.argv[1:], devices, go_on)
         return
     rank = rank.at(devices)
+    # Until the training begins there is nothing to save; several processes decide together when they are trained.
+    stop.at_once = rank.count == 1
+    claims.enter_context(stop)
     device = rank.device
     set_determinism(config.compute.deterministic)
     precision = resolve_precision(config.compute.precision, device)
@@ -273,11 +278,8 @@ def _run(flags: argparse.Namespace, given: frozenset[str], rank: Rank, claims: E
     # Everything that can be wrong with the input has been looked at; only now is a run folder made.
     if rank.is_first:
         task = f"{config.data.source}_to_{config.data.target}"
-        folder = claim_run_folder(origin, flags.run_dir, Path(config.run.checkpoints_dir), task, claims)
-        if origin is not None and origin.exists() and origin.stat().st_mtime_ns != written:
-            raise UserError(f"{folder}: another process has gone on with this run meanwhile; run the command again")
+        folder = claim_run_folder(origin, seen, flags.run_dir, Path(config.run.checkpoints_dir), task, claims)
         remove_leftovers(folder)
-    stop = claims.enter_context(StopRequests(quiet=is_launched() or not rank.is_first))
     folder = rank.from_first(folder)
     trainer = Trainer(config, source, target, perceptual, device, folder, labels, inputs, validator, caches, stop, rank)
     if checkpoint is not None:
@@ -292,11 +294,12 @@ def _run(flags: argparse.Namespace, given: frozenset[str], rank: Rank, claims: E
     progress = RunProgress(
         plans,
         (trainer.scale, trainer.step),
-        Path(config.run.tb_logs_dir) / folder.name if rank.is_first else None,
+        Path(config.run.tb_logs_dir) / log_name(folder) if rank.is_first else None,
         config.run.print_rate,
         quiet=not rank.is_first,
         add_up=rank.add_up if rank.count > 1 else None,
     )
+    stop.at_once = False
     try:
         with out_of_memory_means(lambda: _less_memory(trainer)):
             trainer.fit(progress)

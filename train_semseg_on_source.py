@@ -20,7 +20,7 @@ from core.checkpoint import LATEST, has_checkpoint, read_newest
 from core.command_line import backbone_weights
 from core.config import SGDConfig, default_semseg_weights
 from core.execution import PRECISIONS, resolve_precision, set_convolution_precision
-from core.run_folder import claim_run_folder, print_skipped, run_to_continue
+from core.run_folder import claim_run_folder, print_skipped, run_to_continue, stamps
 from core.segmentation_files import SegmentationFile, read_segmentation_file, run_of
 from core.source_training import SourceTrainer, SourceTrainingConfig
 from core.validation import Validator, scored_classes
@@ -248,8 +248,11 @@ def main() -> None:
 
 
 def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) -> None:
-    origin, state = None, None
+    origin, state, seen = None, None, {}
+    stop = claims.enter_context(StopRequests())
+    stop.at_once = True
     if (run := run_to_continue(flags.continue_train_from_path, flags.run_dir)) is not None:
+        seen = stamps(run)
         origin, state, stored = _state_to_continue(run)
         config = continued_config(stored, flags, given)
     else:
@@ -276,13 +279,12 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
 
     # Everything that can be wrong with the input has been looked at; only now is a run folder made.
     task = f"semseg_on_{config.source}"
-    folder = claim_run_folder(origin, flags.run_dir, Path(flags.checkpoints_dir), task, claims)
+    folder = claim_run_folder(origin, seen, flags.run_dir, Path(flags.checkpoints_dir), task, claims)
     remove_leftovers(folder)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     classes = scored_classes(config.shape.num_classes, data_set)
     validator = Validator(val, True, classes, config.shape.num_classes, device, config.num_workers)
-    stop = claims.enter_context(StopRequests())
     trainer = SourceTrainer(config, net, train, validator, data_set.class_names, device, folder, stop)
     if state is not None:
         trainer.restore(state, origin)
@@ -292,7 +294,8 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
     if config.backbone_weights == "random" and config.shape.backbone != "none":
         print("WARNING: the backbone starts from random weights; the published nets start from ImageNet")
     print(f"run folder: {folder}", flush=True)
-    with out_of_memory_means(lambda: "; lower --batch_size or --crop_size"):
+    stop.at_once = False
+    with out_of_memory_means(lambda: f" for batch {config.batch_size}; lower --batch_size or --crop_size"):
         trainer.fit()
     print_skipped(trainer.skipped)
     use = shlex.join(["train_procst.py", *config.shape.flags(), "--semseg_weights", str(trainer.best_file())])

@@ -200,7 +200,10 @@ class Campaign:
             while not cache.exists() and not victim.ended_within(0.001):
                 pass
             victim.ended_within(self.random.uniform(0.0, 0.3))
-            injected += victim.kill()
+            in_building = bool(list(cache.glob(".building-*")))
+            if not victim.kill() or not in_building:
+                continue  # it was too late
+            injected += 1
             self._finish(self.train("cached", "--cache_dir", cache))
             survived += self.hash_of_run("cached") == self.weights and not list(cache.glob(".building-*"))
         return Row("SIGKILL of cache building", injected, survived, 0, self.hash_of_run("cached") == self.weights)
@@ -218,8 +221,9 @@ class Campaign:
                 if self._some_time(victim, "export"):
                     break
                 injected += victim.kill()
-                survived += 1
-                lost += len(before - self._images(name))
+                gone = len(before - self._images(name))
+                survived += not gone
+                lost += gone
             self._finish(self.export(name))
             equal = equal and self.hash_of_images(name) == self.pixels
         return Row("SIGKILL of export at random moments", injected, survived, lost, equal)

@@ -107,6 +107,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: missing, damaged, of another program or of another version.
     """
     content = read_tensor_file(path)
+    if content is None:  # no file of this toolkit holds anything but tensors and plain values
+        raise DamagedFileError(f"{path} is not a checkpoint of train_procst.py, or damaged")
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of train_procst.py")
     version = content.get("version")
@@ -159,7 +161,13 @@ def read_newest(folder: Path, read: Callable[[Path], State]) -> tuple[State, Pat
             if not previous.is_file():
                 raise
             problem = str(error)
-    state = read(previous)
+    try:
+        state = read(previous)
+    except DamagedFileError as error:
+        raise UserError(
+            f"{problem}; {error}; the last scale_<s>.pth of the run, copied into an empty folder as {LATEST}, "
+            "is a state to go on from"
+        ) from None
     say(f"WARNING: {problem}; going on from the checkpoint before it, {previous}")
     return state, previous
 

@@ -38,8 +38,11 @@ class Rehearsal:
     checkpoint_bytes: int
 
 
-def check_every_file(files: FileList, with_labels: bool) -> None:
+def check_every_file(files: FileList, with_labels: bool, skip: bool) -> None:
     """Look at the header of every image and label.
+
+    Args:
+        skip: print what cannot be used, which will be left out, instead of raising.
 
     Raises:
         UserError: how many cannot be used, and what is wrong with the first of them.
@@ -52,7 +55,10 @@ def check_every_file(files: FileList, with_labels: bool) -> None:
                 check_label_header(files.label_file(name), files.data_set, size)
         except UserError as error:
             wrong.append(str(error))
-    if wrong:
+    if wrong and skip:
+        print(f"{len(wrong)} of {len(files)} files of {files.root} will be skipped:")
+        print("\n".join(f"  {reason}" for reason in wrong))
+    elif wrong:
         raise UserError(f"{len(wrong)} of {len(files)} files of {files.root} cannot be used, the first: {wrong[0]}")
 
 
@@ -68,9 +74,10 @@ def report(trainer: Trainer, plans: Sequence[ScalePlan], folder: Path) -> None:
     source, target, first = trainer.source, trainer.target, trainer.rank.is_first
     if first:
         print(json.dumps(trainer.config.to_json(), indent=2))
-        check_every_file(source, with_labels=bool(source.data_set.label_path))
-        check_every_file(target, with_labels=False)
-        print(f"all {len(source)} + {len(target)} files have usable headers", flush=True)
+        skip = trainer.config.data.on_bad_image == "skip"
+        check_every_file(source, with_labels=bool(source.data_set.label_path), skip=skip)
+        check_every_file(target, with_labels=False, skip=skip)
+        print(f"looked at the headers of {len(source)} + {len(target)} files", flush=True)
     rehearsals = rehearse(trainer, plans)
     if not first:
         return

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from core.config import LossConfig, NetworkConfig, ProCSTConfig
 from core.networks import Discriminator, Generator
 from core.pyramid import level_size, to_unit_range
+from core.run_log import RunLog
 from core.validation import Validation, log_validation, summary
 from models.segmentation import build_segmentation_net
 from models.vgg import VGG16_CONVS, VGG16_POOLINGS
@@ -139,7 +139,7 @@ class RunProgress:
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
         )  # fmt: skip
         # purge_step drops what an interrupted run logged after the checkpoint this one continues from.
-        self.writer = SummaryWriter(str(log_dir), purge_step=first + 1 if first else None) if log_dir else None
+        self.writer = RunLog(log_dir, purge_step=first + 1 if first else None) if log_dir else None
         self._names: list[str] = []
         self._unread: list[Tensor] = []
         self._window_started = time.perf_counter()

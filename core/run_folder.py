@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from core.checkpoint import CONFIG, has_checkpoint, set_damaged_aside
+from core.checkpoint import CONFIG, LATEST, PREVIOUS, has_checkpoint, set_damaged_aside
 from utils.errors import UserError
-from utils.files import check_folder, make_folder, new_run_folder
+from utils.files import TEMPORARY, check_folder, make_folder, new_run_folder
 from utils.locks import LOCK, claimed
 
 
@@ -28,17 +31,44 @@ def run_to_continue(continued: str, run_dir: str) -> Path | None:
     check_folder(folder, "--run_dir")
     if has_checkpoint(folder):
         return folder
-    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:
-        # A run that was stopped before its first checkpoint leaves no more than these.
+    if folder.is_dir() and any(
+        path.name not in (CONFIG, LOCK) and not path.name.endswith(TEMPORARY) for path in folder.iterdir()
+    ):
+        # A run that was ended before its first checkpoint leaves no more than these.
         raise UserError(f"--run_dir {folder}: this folder holds files, but no checkpoint of a run; name another one")
     return None
 
 
-def claim_run_folder(origin: Path | None, run_dir: str, parent: Path, task: str, claims: ExitStack) -> Path:
+def log_name(folder: Path) -> str:
+    """Name of a run's TensorBoard log: its folder's, with a part that tells apart those whose names a user chose."""
+    if re.match(r"\d{4}-\d\d-\d\d_", folder.name):
+        return folder.name
+    return f"{folder.name}_{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}"
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """What tells whether the checkpoints in a folder are still those that were read."""
+    found = {}
+    for name in (LATEST, PREVIOUS):
+        with suppress(FileNotFoundError):
+            status = (folder / name).stat()
+            found[name] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def claim_run_folder(
+    origin: Path | None,
+    seen: dict[str, tuple[int, int]],
+    run_dir: str,
+    parent: Path,
+    task: str,
+    claims: ExitStack,
+) -> Path:
     """The run's folder, for this process alone until `claims` are closed; made here for a new run.
 
     Args:
         origin: checkpoint the run goes on from, as `read_newest` named it, or None.
+        seen: the `stamps` of its folder before it was read.
         run_dir: `--run_dir`.
         parent: `--checkpoints_dir`, where new runs go without `--run_dir`.
         task: ends the name of a new folder there.
@@ -47,7 +77,9 @@ def claim_run_folder(origin: Path | None, run_dir: str, parent: Path, task: str,
         UserError: another process works in it, or it cannot be made.
     """
     if origin is not None:
-        claims.enter_context(claimed(origin.parent, "--continue_train_from_path"))
+        claims.enter_context(claimed(origin.parent, "--run_dir" if run_dir else "--continue_train_from_path"))
+        if stamps(origin.parent) != seen:
+            raise UserError(f"{origin.parent}: another process has gone on with this run meanwhile; run it again")
         set_damaged_aside(origin)
         return origin.parent
     if run_dir:

@@ -17,7 +17,7 @@ from core.networks import freeze
 from models.segmentation import SegmentationShape, build_segmentation_net
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.tensor_files import load_network, read_tensor_file
+from utils.tensor_files import DamagedFileError, load_network, read_tensor_file
 
 FORMAT = "procst-segmentation"
 VERSION = 1
@@ -69,6 +69,8 @@ def read_segmentation_file(path: Path) -> SegmentationFile:
         UserError: missing, damaged, of another program or of another version.
     """
     content = read_tensor_file(path)
+    if content is None:
+        raise DamagedFileError(f"{path} is not a segmentation net of this toolkit, or damaged")
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a segmentation net of this toolkit")
     version = content.get("version")

@@ -23,6 +23,8 @@ from core.config import SGDConfig, Size
 from core.execution import PRECISIONS, Execution
 from core.label_networks import segmentation_optimizer
 from core.losses import label_loss
+from core.run_folder import log_name
+from core.run_log import RunLog
 from core.segmentation_files import BEST, SegmentationFile, read_segmentation_file, run_of
 from core.validation import Validator, log_validation, summary
 from data_handlers.images import normalise
@@ -246,7 +248,7 @@ class SourceTrainer:
         atomic_write_json(self.run_folder / CONFIG, config.to_json())
         # purge_step drops what an interrupted run logged after the checkpoint this one continues from.
         purge_step = self.step + 1 if self.step else None
-        writer = SummaryWriter(str(Path(config.tb_logs_dir) / self.run_folder.name), purge_step=purge_step)
+        writer = RunLog(Path(config.tb_logs_dir) / log_name(self.run_folder), purge_step)
         bar = tqdm(total=config.num_steps, initial=self.step, disable=quiet, unit="step", dynamic_ncols=True)
         self.net.train()
         try:

@@ -34,6 +34,7 @@ from utils.processes import init_loader
 FORMAT = 1
 MANIFEST = "cache.json"
 UNUSABLE = "unusable.json"
+MOST_SKIPPED = 10  # so many unusable images one after the other are a fault of the disk, not of the images
 BUILDING = ".building-"
 
 # What file systems that cannot reserve space answer.
@@ -241,8 +242,18 @@ def _array_file(folder: Path, part: _Part) -> Path:
     return folder / f"{part.kind}.npy"
 
 
+def _reads(part: _Part, index: int) -> bool:
+    try:
+        part.read(index)
+    except UserError:
+        return False
+    return True
+
+
 def _defect(folder: Path, part: _Part, manifest: dict[str, object]) -> str:
     """What keeps a folder from being the finished cache; empty if nothing does.
+
+    A file that could not be read when it was built, and can be now, does, too.
 
     Raises:
         UserError: this user may not read it, or the disk fails.
@@ -260,6 +271,9 @@ def _defect(folder: Path, part: _Part, manifest: dict[str, object]) -> str:
                 return f"{path.name} holds another array"
             if os.fstat(file.fileno()).st_size != file.tell() + math.prod(part.shape):
                 return f"{path.name} is not of the size it should be"
+        for index in _unusable(folder):
+            if _reads(part, index):
+                return f"{part.files.images[index]} can be read now"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return f"there is no file {path.name}"
     except OSError as error:
@@ -325,6 +339,12 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
+def _what_else(skip_unusable: bool) -> str:
+    if skip_unusable:
+        return f"; and so are the {MOST_SKIPPED - 1} files before it: is the disk there?"
+    return "; or leave such images out with --on_bad_image skip"
+
+
 def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool) -> dict[int, str]:
     """Write the part as a .npy file, and see to it that it is on the disk; returns what was wrong where zeros stand."""
     samples = _Samples(part)
@@ -347,11 +367,11 @@ def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool)
         for index, sample in enumerate(tqdm(loaded, desc=named, unit="img", total=len(samples))):
             if not isinstance(sample, UserError):
                 file.write(sample)
-            elif skip_unusable:
+            elif skip_unusable and not all(index - k in unusable for k in range(1, MOST_SKIPPED)):
                 unusable[index] = str(sample)
                 file.write(bytes(math.prod(part.shape[1:])))
             else:
-                raise UserError(f"{sample}; or leave such images out with --on_bad_image skip")
+                raise UserError(f"{sample}{_what_else(skip_unusable)}")
         file.flush()
         os.fsync(file.fileno())
     return unusable

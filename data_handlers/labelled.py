@@ -107,7 +107,7 @@ def open_labelled(
             prefetch_factor=2 if num_workers else None,
         )
 
-    for sample in batches_in_order(loader_at, "nothing was written"):
+    for sample in batches_in_order(loader_at, "then run the command again"):
         if isinstance(sample, UserError):
             raise sample
         name, pixels, label = sample

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_handlers.cache import ImageCache
+from data_handlers.cache import MOST_SKIPPED, ImageCache
 from data_handlers.images import Resample, check_label_header, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
@@ -28,7 +28,6 @@ LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; deco
 OnBadImage = Literal["stop", "skip"]
 ON_BAD_IMAGE = ("stop", "skip")
 OR_SKIP = "; or leave such images out with --on_bad_image skip"
-MOST_SKIPPED = 10  # so many unusable images one after the other are a fault of the disk, not of the images
 
 # Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
 PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]

@@ -187,7 +187,7 @@ def test_training_from_a_cache(world, run_script):
     assert Image.open(world / "gta/images/00001.png").size == (60, 44)
 
 
-def test_a_cache_without_what_cannot_be_read(world):
+def test_a_cache_without_what_cannot_be_read(world, monkeypatch):
     files = gta(world)
     bad = world / "gta/images/00003.png"
     bad.write_bytes(bad.read_bytes()[:200])
@@ -205,3 +205,8 @@ def test_a_cache_without_what_cannot_be_read(world):
     # The finished cache is refused to a run that does not skip.
     with pytest.raises(UserError, match="--on_bad_image skip"):
         open_cache(*arguments)
+    # As good as new, and of the same size and time: a disk that did not answer for a while.
+    monkeypatch.setattr(cache_module, "read_label", lambda path, data_set, size: np.zeros(size[::-1], np.uint8))
+    real = cache_module.read_resized
+    monkeypatch.setattr(cache_module, "read_resized", lambda path, *how: real(bad.with_name("00001.png"), *how))
+    assert open_cache(*arguments).image(2).any()

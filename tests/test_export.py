@@ -294,6 +294,15 @@ def test_unreadable_images_are_left_out_and_listed(world, tmp_path, run_script, 
     assert result.out.strip().splitlines()[-1].strip() == str(bad)
     manifest = json.loads((tmp_path / "sit" / "sit_manifest.json").read_text())
     assert manifest["complete"] is False
+    stale = tmp_path / "sit" / "images" / bad.name
+    stale.write_bytes((tmp_path / "whole" / "images" / bad.name).read_bytes()[:500])
+    bad.write_bytes(data[:200])
+    try:
+        result = run_script(create_sit_dataset, *flags, "--on_bad_image", "skip")
+    finally:
+        bad.write_bytes(data)
+    assert f"{COUNT - 1} SiT images" in result.out
+    assert json.loads((tmp_path / "sit" / "sit_manifest.json").read_text())["complete"] is False
     assert run_script(create_sit_dataset, *flags).code == 0
     for name, pixels in whole.items():
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "sit" / "images" / name)), pixels)

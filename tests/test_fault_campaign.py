@@ -28,7 +28,10 @@ def test_a_campaign_can_fail(campaign):
     weights, campaign.weights = campaign.weights, "other"
     pixels, campaign.pixels = campaign.pixels, "other"
     try:
-        assert not campaign.killed_loader().passed
-        assert not campaign.killed_export().passed
+        for row in (campaign.killed_loader(), campaign.killed_export()):
+            assert row.injected == row.survived > 0
+            assert row.lost == 0
+            assert not row.equal
+            assert not row.passed
     finally:
         campaign.weights, campaign.pixels = weights, pixels

@@ -6,21 +6,24 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import FileWriter
 
 import train_procst
 from core.checkpoint import load_checkpoint
+from core.run_folder import log_name
 from data_handlers import stream as stream_module
 from test_train_cli import all_tensors, training_flags, world  # noqa: F401
 from utils import files as files_module
 from utils import processes as processes_module
 from utils import stopping
-from utils.errors import UserError
+from utils.errors import UserError, run_cli
 from utils.files import atomic_write_bytes
 from utils.loaders import RESTARTS, batches_in_order
 from utils.locks import claimed
@@ -231,6 +234,83 @@ def test_a_run_in_use_is_left_alone(world, tmp_path, run_script):  # noqa: F811
         other.join()
     assert "another process" in line
     assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_what_a_kill_in_the_first_write_leaves_is_no_other_file(world, tmp_path, run_script):  # noqa: F811
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".latest.pth.x1.procst-tmp", ".config.json.x2.procst-tmp", "config.json", ".lock"):
+        (folder / name).write_bytes(b"{")
+    assert run_script(train_procst, *run_flags(world, tmp_path, steps_per_scale=1)).code == 0
+    assert not list(folder.glob(".*.procst-tmp"))
+
+
+def test_a_run_that_went_on_meanwhile_is_left_alone(world, tmp_path, run_script, monkeypatch):  # noqa: F811
+    assert run_script(train_procst, *run_flags(world, tmp_path, steps_per_scale=1)).code == 0
+    latest = tmp_path / "run" / "latest.pth"
+
+    def and_another_saves(path):
+        state = load_checkpoint(path)
+        atomic_write_bytes(latest, latest.read_bytes())
+        return state
+
+    monkeypatch.setattr(train_procst, "load_checkpoint", and_another_saves)
+    assert "meanwhile" in one_line(run_script(train_procst, *run_flags(world, tmp_path, steps_per_scale=1)))
+
+
+def test_logs_of_runs_named_alike_are_apart(tmp_path):
+    names = {log_name(tmp_path / name) for name in ("a/run", "b/run", "c/2026-11-21_10-00-00_gta5_to_cityscapes")}
+    assert len(names) == 3
+    assert "2026-11-21_10-00-00_gta5_to_cityscapes" in names
+
+
+# --- what shows the run -----------------------------------------------------------------------------------------
+
+
+def test_a_run_outlives_the_pipe_that_shows_it(world, undisturbed, tmp_path):  # noqa: F811
+    """As where `tee` dies of the Ctrl-C that is to stop the run: nothing printed may keep it from saving."""
+    reading, writing = os.pipe()
+    context = multiprocessing.get_context("fork")
+
+    def train():
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        os.close(reading)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+        sys.__stderr__ = sys.stderr
+        torch.set_num_threads(1)
+        sys.argv = ["train_procst.py", *map(str, run_flags(world, tmp_path, num_workers=0))]
+        real = train_procst.Trainer.one_step
+
+        def one_step(self, *arguments):
+            if (self.scale, self.step) == (1, 1):
+                signal.raise_signal(signal.SIGINT)
+            return real(self, *arguments)
+
+        train_procst.Trainer.one_step = one_step
+        run_cli(train_procst.main)
+
+    process = context.Process(target=train)
+    process.start()
+    os.close(writing)
+    os.read(reading, 10)
+    os.close(reading)
+    process.join(120)
+    assert process.exitcode == 75
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (state.scale, state.step) == (1, 2)
+
+
+def test_a_log_that_cannot_be_written_is_given_up(world, undisturbed, tmp_path, run_script, monkeypatch):  # noqa: F811
+    def full(self, *arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileWriter, "add_summary", full)
+    monkeypatch.setattr(FileWriter, "add_event", full)
+    result = run_script(train_procst, *run_flags(world, tmp_path))
+    assert result.code == 0, result.err
+    assert result.err.count("without TensorBoard") == 1
+    assert same_as(undisturbed, tmp_path / "run")
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

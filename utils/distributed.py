@@ -317,7 +317,7 @@ def launch(script: Path, arguments: Sequence[str], devices: Sequence[torch.devic
     if code > 0:
         raise SystemExit(code)
     if received:
-        raise SystemExit(128 + received[0])
+        raise SystemExit(128 + received[-1])
     print(file=sys.stderr)  # its progress bar was left without a line's end
     name = signal.Signals(-code).name
     hint = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
@@ -394,7 +394,8 @@ def _signals_passed_on(folder: Path) -> Iterator[list[int]]:
             with suppress(ProcessLookupError):
                 os.kill(int(path.stem), signal.SIGKILL if again else number)
 
-    before = {number: signal.signal(number, pass_on) for number in (*FORWARDED, signal.SIGQUIT)}
+    wanted = [n for n in (*FORWARDED, signal.SIGQUIT) if signal.getsignal(n) != signal.SIG_IGN]  # nohup stays nohup
+    before = {number: signal.signal(number, pass_on) for number in wanted}
     try:
         yield received
     finally:

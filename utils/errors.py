@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from utils.stopping import STOPPED, Stopped
+from utils.streams import streams_that_last
 
 
 class UserError(Exception):
@@ -41,8 +41,12 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     `Stopped`, of a run that saved its state when it was asked to stop, becomes one line and exit code 75. A file or
     folder that the system refuses, where nobody has put it into better words, is a `UserError`, too.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a file's name is no error
+    with streams_that_last():
+        _run(main)
+    sys.exit(0)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
@@ -64,4 +68,3 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    sys.exit(0)

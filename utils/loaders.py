@@ -34,8 +34,9 @@ def batches_in_order(loader_at: Callable[[int], DataLoader], what_to_do: str) ->
                 yield batch
                 position += 1
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:
+            # On a GPU, a thread that hands the batches on may be the first to notice.
+            if not (str(error).startswith("DataLoader worker") or "pin memory thread" in str(error).lower()):
                 raise
             reason = " ".join(str(error).split()).rstrip(".")
         deaths += 1

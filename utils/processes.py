@@ -60,7 +60,8 @@ def init_loader(worker_id: int) -> None:
     that is told to end, or stuck where its parent wants to end, does so after `GRACE` seconds.
     """
     leave_the_end_to_parent()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: _end_later())
 
 

@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 # SIGUSR1 is what SLURM is usually told to send some minutes before a job's time is over.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # EX_TEMPFAIL of sysexits.h: not finished, to be started again.
 STOPPED = 75
 # A group of processes and the process that leads it may both be sent what was meant as one signal.
@@ -28,10 +29,14 @@ class StopRequests:
 
     Args:
         quiet: say nothing about the first one, as where several processes are sent the same.
+
+    Attributes:
+        at_once: set while there is nothing to save: a signal then ends what is going on by `Stopped`.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
+        self.at_once = False
         self.received: signal.Signals | None = None
         self._time = 0.0
         self._process = os.getpid()
@@ -41,7 +46,9 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         self._process = os.getpid()
-        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        # What is ignored stays so: `nohup` means that the end of a terminal is not meant for this process.
+        wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -51,6 +58,10 @@ class StopRequests:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return
+        if self.at_once and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.at_once:
+            raise Stopped(f"{signal.Signals(number).name}: stopped before the training began; run the command again")
         now = time.monotonic()
         if self.received is None:
             self.received, self._time = signal.Signals(number), now
@@ -67,5 +78,7 @@ def announce(number: signal.Signals) -> None:
 
 
 def _say(line: str) -> None:
-    # Past Python's buffered streams, which the interrupted code may be in the middle of using.
-    os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())
+    # Past Python's buffered streams, which the interrupted code may be in the middle of using. Who reads them may have
+    # been ended by the same Ctrl-C.
+    with suppress(OSError):
+        os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())
