@@ -161,12 +161,13 @@ class Campaign:
                 before = self.state(run)
                 victim = self.train(run)
                 ended = self._until_checkpoint_write(victim, run) if in_writes else self._some_time(victim, "train")
-                if ended:
+                if ended or not victim.kill():
                     break
-                injected += victim.kill()
+                injected += 1
                 try:
-                    lost += self.state(run) < before
-                    survived += 1
+                    older = self.state(run) < before
+                    lost += older
+                    survived += not older
                 except UserError as error:
                     print(error)
             self._finish(self.train(run))
@@ -218,9 +219,9 @@ class Campaign:
             while injected < self.kills:
                 before = self._images(name)
                 victim = self.export(name)
-                if self._some_time(victim, "export"):
+                if self._some_time(victim, "export") or not victim.kill():
                     break
-                injected += victim.kill()
+                injected += 1
                 gone = len(before - self._images(name))
                 survived += not gone
                 lost += gone
@@ -246,7 +247,7 @@ class Campaign:
             survived += victim.wait(LONGEST) == STOPPED
             lost += self.state("stopped") < at
         self._finish(self.train("stopped"))
-        return Row("SIGINT, SIGTERM, SIGUSR1", injected, survived, lost, self.hash_of_run("stopped") == self.weights)
+        return Row("SIGINT, SIGTERM, SIGUSR1, SIGHUP", injected, survived, lost, self.hash_of_run("stopped") == self.weights)
 
     def full_disk(self) -> Row:
         """A checkpoint that the system lets be written in part only."""

@@ -112,6 +112,7 @@ def _run(script: str, flags: list[str], log: Path, file_size: int | None) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` around the campaign would have ignored
     multiprocessing.set_start_method("fork", force=True)
     sys.argv = [f"{script}.py", *flags]
     run_cli(SCRIPTS[script])
