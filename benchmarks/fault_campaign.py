@@ -247,7 +247,8 @@ class Campaign:
             survived += victim.wait(LONGEST) == STOPPED
             lost += self.state("stopped") < at
         self._finish(self.train("stopped"))
-        return Row("SIGINT, SIGTERM, SIGUSR1, SIGHUP", injected, survived, lost, self.hash_of_run("stopped") == self.weights)
+        equal = self.hash_of_run("stopped") == self.weights
+        return Row("SIGINT, SIGTERM, SIGUSR1, SIGHUP", injected, survived, lost, equal)
 
     def full_disk(self) -> Row:
         """A checkpoint that the system lets be written in part only."""
