@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from utils.errors import run_cli
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are shared among the files of tests
+# A shell that starts the tests in its background has them ignore these, and programs leave ignored signals ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 GOLDEN_DIR = Path(os.environ.get("PROCST_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 

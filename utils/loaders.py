@@ -35,8 +35,7 @@ def batches_in_order(loader_at: Callable[[int], DataLoader], what_to_do: str) ->
                 position += 1
             return
         except (RuntimeError, OSError, EOFError) as error:
-            # On a GPU, a thread that hands the batches on may be the first to notice.
-            if not (str(error).startswith("DataLoader worker") or "pin memory thread" in str(error).lower()):
+            if not _means_death(error):
                 raise
             reason = " ".join(str(error).split()).rstrip(".")
         deaths += 1
@@ -45,7 +44,17 @@ def batches_in_order(loader_at: Callable[[int], DataLoader], what_to_do: str) ->
                 f"loader processes keep dying ({reason}); memory or shared memory (/dev/shm) may be short: lower "
                 f"--num_workers; {what_to_do}"
             )
-        say(f"WARNING: {reason}: loading starts again where it was")
+        say(f"WARNING: a loader process is gone ({reason}): loading starts again where it was")
+
+
+def _means_death(error: Exception) -> bool:
+    """Whether an error of a loader means that a worker process is gone, in any of the ways that this shows."""
+    text = str(error)
+    if "in DataLoader worker process" in text:
+        return False  # the worker's own error
+    # Tensors are fetched from the worker that made them. On a GPU, the thread that does so may notice first.
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+    return lost or text.startswith("DataLoader worker") or "pin memory thread" in text.lower()
 
 
 def _iterate(loader: DataLoader) -> Iterable[Batch]:
