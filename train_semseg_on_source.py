@@ -21,13 +21,14 @@ from core.command_line import backbone_weights
 from core.config import SGDConfig, default_semseg_weights
 from core.execution import PRECISIONS, resolve_precision, set_convolution_precision
 from core.run_folder import claim_run_folder, print_skipped, run_to_continue, stamps
-from core.segmentation_files import SegmentationFile, read_segmentation_file, run_of
+from core.segmentation_files import SegmentationFile, is_of_run, read_segmentation_file, run_identity
 from core.source_training import SourceTrainer, SourceTrainingConfig
 from core.validation import Validator, scored_classes
+from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, hold_out, list_images, require_labels
-from data_handlers.stream import ON_BAD_IMAGE, OR_SKIP
+from data_handlers.stream import ON_BAD_IMAGE
 from models.segmentation import (
     BACKBONES,
     MODELS,
@@ -218,7 +219,7 @@ def file_lists(config: SourceTrainingConfig) -> tuple[FileList, FileList]:
     return train, val
 
 
-def _check_output(output: str, run: str | None) -> None:
+def _check_output(output: str, origin: Path | None, state: SegmentationFile | None) -> None:
     """The file of another run, or of the authors, is never overwritten."""
     path = Path(output)
     if not output:
@@ -226,7 +227,7 @@ def _check_output(output: str, run: str | None) -> None:
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file")
     check_folder(path.parent, "--output")
-    if path.exists() and (run is None or run_of(path) != run):
+    if path.exists() and (state is None or not is_of_run(path, run_identity(origin.parent, state.info))):
         raise UserError(f"--output {path} exists and is not of this run; move it away or name another file")
 
 
@@ -265,12 +266,12 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
     data_set = DATA_SETS[config.source]
     require_classes(config.shape.num_classes, data_set.name, data_set.id_map)
     train, val = file_lists(config)
-    if config.on_bad_image == "stop":
-        check_samples(train, or_else=OR_SKIP)
-    check_samples(val)
+    skip = config.on_bad_image == "skip"
+    for files in () if skip else (train, val):
+        check_samples(files, or_else=OR_SKIP)
     check_folder(Path(flags.checkpoints_dir), "--checkpoints_dir")
     check_folder(Path(config.tb_logs_dir), "--tb_logs_dir")
-    _check_output(config.output, None if origin is None else origin.parent.name)
+    _check_output(config.output, origin, state)
     torch.manual_seed(seed_for(config.manual_seed, 5))
     net = build_segmentation_net(config.shape)
     if state is None and config.backbone_weights != "random":
@@ -284,7 +285,9 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     classes = scored_classes(config.shape.num_classes, data_set)
-    validator = Validator(val, True, classes, config.shape.num_classes, device, config.num_workers)
+    validator = Validator(
+        val, True, classes, config.shape.num_classes, device, config.num_workers, skip_unusable=skip
+    )
     trainer = SourceTrainer(config, net, train, validator, data_set.class_names, device, folder, stop)
     if state is not None:
         trainer.restore(state, origin)

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pictures import write_gta5
 from core.pyramid import array_pyramid, image_pyramid
-from data_handlers.cache import ImageCache, open_cache
+from data_handlers.cache import ImageCache
+from data_handlers.cache_building import open_cache
 from data_handlers.datasets import DATA_SETS
 from data_handlers.label_maps import CITYSCAPES_IDS
 from data_handlers.lists import FileList, list_images

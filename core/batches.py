@@ -39,7 +39,7 @@ def open_streams(
 
     Args:
         caches: of the `source` and `target` images, where there are some.
-        with_labels: read the source's labels; otherwise only their headers are looked at.
+        with_labels: read the source's labels; otherwise only their headers are looked at, with a cache not even those.
         share: the samples of each batch that are wanted, None for all.
 
     Raises:

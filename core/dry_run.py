@@ -6,13 +6,14 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from core.batches import open_streams
+from core.checkpoint import DAMAGED
 from core.progress import ScalePlan
 from core.step import ScaleOptimizers
 from core.trainer import Trainer
@@ -62,11 +63,12 @@ def check_every_file(files: FileList, with_labels: bool, skip: bool) -> None:
         raise UserError(f"{len(wrong)} of {len(files)} files of {files.root} cannot be used, the first: {wrong[0]}")
 
 
-def report(trainer: Trainer, plans: Sequence[ScalePlan], folder: Path) -> None:
+def report(trainer: Trainer, plans: Sequence[ScalePlan], folder: Path, cache: tuple[Path, int] | None = None) -> None:
     """Check every file, rehearse every scale, and print what a run takes.
 
     Args:
         folder: where checkpoints will go.
+        cache: `--cache_dir`, and the bytes that will be built there.
 
     Raises:
         UserError: a file cannot be used, or disk space does not suffice.
@@ -82,11 +84,8 @@ def report(trainer: Trainer, plans: Sequence[ScalePlan], folder: Path) -> None:
     if not first:
         return
     print("\n".join(describe(rehearsals, plans, trainer.device)))
-    needed = needed_bytes(rehearsals, with_best=trainer.labels is not None)
-    free = free_bytes(folder)
-    print(f"checkpoints: up to {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.1f} GB are free")
-    if needed > free:
-        raise UserError(f"{folder}: the checkpoints do not fit; free space, or choose another folder with --run_dir")
+    needed = max(0, needed_bytes(rehearsals, with_best=trainer.labels is not None) - bytes_in(folder))
+    require_space({"checkpoints": (folder, needed), **({"cache": cache} if cache else {})})
     print("dry run finished, nothing was written")
 
 
@@ -139,10 +138,27 @@ def needed_bytes(rehearsals: Sequence[Rehearsal], with_best: bool) -> int:
     return sum(r.checkpoint_bytes for r in rehearsals) + (5 if with_best else 3) * last
 
 
-def free_bytes(folder: Path) -> int:
-    """Free space where `folder` is, or will be."""
-    path = folder.absolute()
-    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+def bytes_in(folder: Path) -> int:
+    """Disk space of the checkpoints that a run to be continued already has, and will keep or replace."""
+    return sum(path.stat().st_size for path in folder.glob("*.pth") if path.name != DAMAGED)
+
+
+def require_space(wanted: Mapping[str, tuple[Path, int]]) -> None:
+    """Print the bytes wanted in each folder beside those that are free; folders may be on one disk.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    taken: dict[int, int] = {}
+    for what, (folder, size) in wanted.items():
+        path = folder.absolute()
+        home = next(p for p in (path, *path.parents) if p.exists())
+        disk = home.stat().st_dev
+        free = shutil.disk_usage(home).free - taken.get(disk, 0)
+        print(f"{what}: up to {size / 1e9:.2f} GB more in {folder}, where {max(0, free) / 1e9:.1f} GB are left")
+        if size > free:
+            raise UserError(f"{folder}: too little space for the {what}; free some, or choose a folder on another disk")
+        taken[disk] = taken.get(disk, 0) + size
 
 
 def describe(rehearsals: Sequence[Rehearsal], plans: Sequence[ScalePlan], device: torch.device) -> list[str]:

@@ -30,7 +30,7 @@ class SegmentationFile:
 
     Attributes:
         weights: state dict.
-        info: plain values that tell where it comes from (`run`, `data_set`, `step`, `miou`), as far as known.
+        info: plain values that tell where it comes from (`run`, `run_id`, `data_set`, `step`, `miou`), as far as known.
         training: what continuing its training needs, empty in files for use.
     """
 
@@ -85,12 +85,21 @@ def read_segmentation_file(path: Path) -> SegmentationFile:
         raise UserError(f"{path} is incomplete: {error}") from None
 
 
-def run_of(path: Path) -> str | None:
-    """Name of the source training that wrote a file; None for any other file."""
+def run_identity(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells the files of a source training from those of others, by its folder and the `info` of its checkpoint.
+
+    The folder's name alone may be another run's, too; the number alone may be a copied folder's.
+    """
+    return {"run": folder.name, "run_id": info.get("run_id")}
+
+
+def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
+    """Whether a file was written by the source training of this `run_identity`."""
     try:
-        return read_segmentation_file(path).info.get("run")
+        info = read_segmentation_file(path).info
     except UserError:
-        return None
+        return False
+    return all(info.get(name) == value for name, value in run.items())
 
 
 def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:

@@ -6,6 +6,7 @@ Random crop, mirroring, SGD with a poly schedule, validation after each epoch, t
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from core.label_networks import segmentation_optimizer
 from core.losses import label_loss
 from core.run_folder import log_name
 from core.run_log import RunLog
-from core.segmentation_files import BEST, SegmentationFile, read_segmentation_file, run_of
+from core.segmentation_files import BEST, SegmentationFile, is_of_run, read_segmentation_file, run_identity
 from core.validation import Validator, log_validation, summary
 from data_handlers.images import normalise
 from data_handlers.lists import FileList
@@ -172,6 +173,7 @@ class SourceTrainer:
         self.run_folder = run_folder
         self.execution = Execution(config.precision)
         self.optimizer = segmentation_optimizer(net, config.sgd)
+        self.run = run_identity(run_folder, {"run_id": secrets.token_hex(8)})
         self.step = 0
         self.validated_step = 0
         self.best_miou: float | None = None
@@ -212,6 +214,7 @@ class SourceTrainer:
         if state.training.get("inputs") != self.inputs():
             raise UserError(f"{origin}: the lists of images are not those the run was started with; restore them")
         load_network(self.net, state.weights, str(origin))
+        self.run = run_identity(self.run_folder, state.info)
         try:
             self.optimizer.load_state_dict(state.training["optimizer"])
             self.step, self.best_miou = int(state.training["step"]), state.training["best_miou"]
@@ -222,7 +225,7 @@ class SourceTrainer:
         self.saved_step = self.step
 
     def _info(self, miou: float | None) -> dict[str, Any]:
-        return {"run": self.run_folder.name, "data_set": self.config.source, "step": self.step, "miou": miou}
+        return {**self.run, "data_set": self.config.source, "step": self.step, "miou": miou}
 
     def _require_finite(self) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in self.net.state_dict().values()):
@@ -343,6 +346,7 @@ class SourceTrainer:
     def _validate(self, bar: tqdm, writer: SummaryWriter, quiet: bool) -> None:
         self._require_finite()
         validation = self.validator(self.net)
+        self._note_skipped(validation.skipped)
         log_validation(writer, validation, self.step, self.class_names)
         if not quiet:
             bar.write(f"step {self.step}: {summary(validation, self.class_names)}")
@@ -363,7 +367,7 @@ class SourceTrainer:
     def best_file(self) -> Path:
         """Where the best net is: the configured output, or the run folder if that belongs to another run."""
         output = Path(self.config.output)
-        ours = bool(self.config.output) and run_of(output) == self.run_folder.name
+        ours = bool(self.config.output) and is_of_run(output, self.run)
         return output if ours else self.run_folder / BEST
 
     def _publish(self) -> None:
@@ -371,7 +375,7 @@ class SourceTrainer:
         output = Path(self.config.output)
         if not self.config.output or not (self.run_folder / BEST).exists():
             return
-        if output.exists() and run_of(output) != self.run_folder.name:
+        if output.exists() and not is_of_run(output, self.run):
             tqdm.write(f"{output} is now a file of another run and stays; the best net is {self.run_folder / BEST}")
             return
         read_segmentation_file(self.run_folder / BEST).save(output)

@@ -325,6 +325,7 @@ class Trainer:
         before = [earlier["score"] for earlier in self.validations if earlier["score"] is not None]
         best = score is not None and all(score > earlier for earlier in before)
         progress.validation(self.scale, self.step, validation, self.target.data_set.class_names)
+        self._note_skipped(progress, *validation.skipped)
         found = report(validation, self.target.data_set.class_names)
         self.validations.append({"step": self.step, "score": score, "best": best, **found})
         if self.rank.is_first:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from core.execution import exact_convolutions
+from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DataSet
 from data_handlers.label_maps import colourise
 from data_handlers.labelled import LabelledImage, open_labelled
@@ -20,6 +21,7 @@ from data_handlers.lists import FileList
 from models.evaluation import CONFIDENCE_BINS, PredictionStatistics, evaluate
 from utils.confusion import Scores, scores_of
 from utils.distributed import Rank
+from utils.errors import UserError
 
 VALIDATIONS = "validations.json"
 BEST_PATTERN = "best_step_*.pth"
@@ -42,6 +44,7 @@ class Validation:
         mean_confidence: mean probability of the predicted class.
         confidence_histogram: pixels in each of `CONFIDENCE_BINS` equal bins of 0..1.
         pictures: uint8 (h,w,3) rows: image, label where there is one, prediction.
+        skipped: what was wrong with images that were left out, of this process's share.
     """
 
     scores: Scores | None
@@ -49,6 +52,7 @@ class Validation:
     mean_confidence: float
     confidence_histogram: np.ndarray
     pictures: list[np.ndarray]
+    skipped: tuple[str, ...] = ()
 
     @property
     def mean_iou(self) -> float | None:
@@ -72,6 +76,7 @@ class Validator:
         device: of the net.
         num_workers: loader processes.
         rank: of this process among those that share the images.
+        skip_unusable: leave out images that cannot be used, instead of raising.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Validator:
         device: torch.device,
         num_workers: int,
         rank: Rank | None = None,
+        skip_unusable: bool = False,
     ) -> None:
         self.files = files
         self.with_labels = with_labels
@@ -91,12 +97,13 @@ class Validator:
         self.device = device
         self.num_workers = num_workers
         self.rank = rank or Rank()
+        self.skip_unusable = skip_unusable
 
     def __call__(self, net: nn.Module) -> Validation:
         """Predict every image once, at native size, each process its share. The pictures are of this process's images.
 
         Raises:
-            UserError: an image or label cannot be used, or the net has diverged.
+            UserError: an image or label, or with `skip_unusable` none of them, can be used, or the net has diverged.
         """
         statistics = PredictionStatistics(self.num_classes, self.device)
         pictures: list[np.ndarray] = []
@@ -106,19 +113,23 @@ class Validator:
                 pictures.append(_picture(sample, prediction))
 
         files = replace(self.files, images=self.files.images[self.rank.index :: self.rank.count])
-        samples = open_labelled(files, self.num_workers, self.device, self.with_labels)
+        skipped: list[str] | None = [] if self.skip_unusable else None
+        samples = open_labelled(files, self.num_workers, self.device, self.with_labels, OR_SKIP, skipped)
         with exact_convolutions():
             matrix = evaluate(
                 net, samples, self.num_classes, self.device, statistics=statistics, on_prediction=keep_picture
             )
         self.rank.add_up([matrix])
         statistics.add_up(self.rank.add_up)
+        if not statistics.pixels:
+            raise UserError(f"none of the {len(self.files)} validation images of {self.files.root} can be used")
         return Validation(
             scores=scores_of(matrix, self.classes) if self.with_labels else None,
             label_free=statistics.mutual_information(),
             mean_confidence=statistics.mean_confidence(),
             confidence_histogram=statistics.confidence_histogram.cpu().numpy(),
             pictures=pictures,
+            skipped=tuple(skipped or ()),
         )
 
 

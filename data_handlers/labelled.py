@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data_handlers.cache import MOST_SKIPPED
 from data_handlers.images import check_label_header, normalise, read_image, read_label
 from data_handlers.lists import FileList
 from data_handlers.stream import LabelUse
@@ -88,12 +89,21 @@ def _check_sample(files: FileList, name: str, labels: LabelUse) -> None:
 
 
 def open_labelled(
-    files: FileList, num_workers: int, device: torch.device, with_labels: bool = True
+    files: FileList,
+    num_workers: int,
+    device: torch.device,
+    with_labels: bool = True,
+    or_else: str = "",
+    skipped: list[str] | None = None,
 ) -> Iterator[LabelledImage]:
     """Yield every image of the list in order, loading a few ahead, so memory does not grow with the list.
 
+    Args:
+        or_else: what else there is to do about a file that cannot be used, as the end of the message.
+        skipped: such files are left out, and what is wrong with them goes in here; None raises instead.
+
     Raises:
-        UserError: in the main process, when a file cannot be used.
+        UserError: in the main process, when a file cannot be used, or, with `skipped`, too many one after the other.
     """
 
     def loader_at(index: int) -> DataLoader:
@@ -107,9 +117,17 @@ def open_labelled(
             prefetch_factor=2 if num_workers else None,
         )
 
+    in_a_row = 0
     for sample in batches_in_order(loader_at, "then run the command again"):
         if isinstance(sample, UserError):
-            raise sample
+            if skipped is None:
+                raise UserError(f"{sample}{or_else}")
+            skipped.append(str(sample))
+            in_a_row += 1
+            if in_a_row == MOST_SKIPPED:
+                raise UserError(f"{sample}; and so are the {MOST_SKIPPED - 1} images before it: is the disk there?")
+            continue
+        in_a_row = 0
         name, pixels, label = sample
         image = normalise(to_device(torch.from_numpy(pixels), device)).permute(2, 0, 1)[None].contiguous()
         yield LabelledImage(name, image, None if label is None else to_device(torch.from_numpy(label), device))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_handlers.cache import MOST_SKIPPED, ImageCache
+from data_handlers.cache import MOST_SKIPPED, OR_SKIP, ImageCache
 from data_handlers.images import Resample, check_label_header, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
@@ -27,7 +27,6 @@ DOMAINS = ("source", "target")
 LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
 OnBadImage = Literal["stop", "skip"]
 ON_BAD_IMAGE = ("stop", "skip")
-OR_SKIP = "; or leave such images out with --on_bad_image skip"
 
 # Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
 PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -45,7 +44,7 @@ class StreamConfig:
         steps_per_epoch: steps before a new permutation is drawn.
         epoch_length: images in an epoch; a shorter list is repeated to this length.
         resize, crop: (W,H).
-        labels: whether labels are ignored, checked by their header, or read.
+        labels: whether labels are ignored, checked by their header where nothing is cached, or read.
         flip: mirror every second sample, drawn at random, left to right.
         resample: how images are resized.
         on_bad_image: `skip` takes the next image of the epoch in place of one that cannot be used.

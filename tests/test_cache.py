@@ -18,8 +18,8 @@ import train_procst
 from conftest import GOLDEN_DIR
 from core.checkpoint import load_checkpoint
 from core.pyramid import array_pyramid
-from data_handlers import cache as cache_module
-from data_handlers.cache import open_cache
+from data_handlers import cache_building as cache_module
+from data_handlers.cache_building import bytes_to_build, open_cache
 from data_handlers.datasets import DATA_SETS
 from data_handlers.label_maps import CITYSCAPES_IDS
 from data_handlers.lists import list_images
@@ -123,6 +123,17 @@ def test_a_cache_is_built_once_and_again_when_a_file_changes(world, built):
     assert built == [*["labels", "images"] * 2, "labels"]
     open_cache(world / "cache", gta(world), (26, 20), "exact", True, 0)
     assert built == [*["labels", "images"] * 2, "labels", "labels", "images"]
+
+
+def test_the_bytes_to_build_are_those_that_are_built(world):
+    arguments = (world / "cache", gta(world), (20, 12), "exact", True)
+    found = [bytes_to_build(*arguments)]
+    open_cache(*arguments[:4], False, 0)
+    found.append(bytes_to_build(*arguments))
+    open_cache(*arguments, 0)
+    found.append(bytes_to_build(*arguments))
+    count = len(gta(world)) * 20 * 12
+    assert found == [4 * count, count, 0]
 
 
 def test_runs_with_and_without_labels_share_the_images(world, built):

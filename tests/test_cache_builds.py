@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from data_handlers import cache as cache_module
-from data_handlers.cache import open_cache
+from data_handlers import cache_building as cache_module
+from data_handlers.cache_building import open_cache
 from test_cache import SIZE, change_image, folders, gta
 from utils import locks as locks_module
 from utils.errors import UserError

@@ -12,6 +12,7 @@ import train_procst
 from core import dry_run as dry_run_module
 from core.run_record import git_commit
 from test_train_cli import only_run, training_flags, world  # noqa: F401
+from utils.errors import UserError
 from worlds import write_gta5
 
 
@@ -30,7 +31,14 @@ def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(world, tmp_path, ru
     assert "steps at scales 0..2: 3, 3, 3" in result.out
     for scale in range(3):
         assert f"scale {scale}: 3 steps of " in result.out
-    for part in ("whole run", "memory of the process", "are free", "nothing was written"):
+    for part in (
+        "checkpoints: up to",
+        "cache: up to",
+        "whole run",
+        "memory of the process",
+        "are left",
+        "nothing was written",
+    ):
         assert part in result.out
 
 
@@ -48,7 +56,18 @@ def test_a_dry_run_without_space_for_the_checkpoints(world, tmp_path, run_script
     monkeypatch.setattr(dry_run_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     result = run_script(train_procst, *training_flags(world, tmp_path), "--dry_run")
     assert result.code == 2
-    assert "checkpoints do not fit" in result.err
+    assert "too little space for the checkpoints" in result.err
+
+
+def test_space_on_one_disk_and_of_what_is_there(tmp_path, monkeypatch):
+    for name, size in (("latest.pth", 60), ("previous.pth", 20), ("damaged.pth", 1000), ("config.json", 1000)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert dry_run_module.bytes_in(tmp_path) == 80
+    assert dry_run_module.bytes_in(tmp_path / "new") == 0
+    monkeypatch.setattr(dry_run_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    dry_run_module.require_space({"checkpoints": (tmp_path / "run", 60), "cache": (tmp_path / "cache", 40)})
+    with pytest.raises(UserError, match="too little space for the cache"):
+        dry_run_module.require_space({"checkpoints": (tmp_path / "run", 60), "cache": (tmp_path / "cache", 41)})
 
 
 def test_a_dry_run_of_a_run_to_continue(world, tmp_path, run_script):  # noqa: F811

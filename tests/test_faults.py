@@ -1,4 +1,4 @@
-"""A training is told to stop, or its disk, images, loaders or numbers fail: nothing is lost, and it goes on."""
+"""A training is told to stop, or its disk, its output or its numbers fail: nothing is lost, and it goes on."""
 
 from __future__ import annotations
 
@@ -7,69 +7,19 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import FileWriter
 
 import train_procst
 from core.checkpoint import load_checkpoint
-from core.run_folder import log_name
-from data_handlers import stream as stream_module
-from test_train_cli import all_tensors, training_flags, world  # noqa: F401
+from faults import LAST, at_step, one_line, run_flags, same_as, undisturbed, world  # noqa: F401
 from utils import files as files_module
-from utils import processes as processes_module
 from utils import stopping
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_bytes
-from utils.loaders import RESTARTS, batches_in_order
-from utils.locks import claimed
-from utils.processes import init_loader
-
-LAST = 2  # scale
-STEPS = 3  # of every scale
-
-
-def run_flags(world, out, **changes):  # noqa: F811
-    return training_flags(world, out, checkpoints_dir=None, run_dir=out / "run", **changes)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(world, tmp_path_factory):  # noqa: F811
-    """The tensors of a run that nothing happened to."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train_procst.py", *map(str, run_flags(world, out))])
-        train_procst.main()
-    return dict(all_tensors(load_checkpoint(out / "run" / "latest.pth")))
-
-
-def same_as(undisturbed, folder):
-    ours = dict(all_tensors(load_checkpoint(folder / "latest.pth")))
-    return ours.keys() == undisturbed.keys() and all(torch.equal(ours[k], v) for k, v in undisturbed.items())
-
-
-def at_step(monkeypatch, scale, step, happens):
-    """Let something happen before a step is taken."""
-    real = train_procst.Trainer.one_step
-
-    def one_step(self, *arguments):
-        if (self.scale, self.step) == (scale, step):
-            happens(self)
-        return real(self, *arguments)
-
-    monkeypatch.setattr(train_procst.Trainer, "one_step", one_step)
-
-
-def one_line(result, code=2):
-    """The message: the last line, as bars are drawn above it."""
-    assert result.code == code
-    assert "Traceback" not in result.err
-    return result.err.strip().replace("\r", "\n").splitlines()[-1]
-
 
 # --- told to stop ---------------------------------------------------------------------------------------------------
 
@@ -202,66 +152,14 @@ def test_checkpoints_by_the_clock(world, tmp_path, run_script, monkeypatch):  # 
     assert seen == [2]
 
 
-# --- which run ------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_with_other_files_is_no_run(world, tmp_path, run_script):  # noqa: F811
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "holiday.jpg").write_bytes(b"x")
-    assert "--run_dir" in one_line(run_script(train_procst, *run_flags(world, tmp_path)))
-    assert [path.name for path in folder.iterdir()] == ["holiday.jpg"]
-
-
-def test_a_run_in_use_is_left_alone(world, tmp_path, run_script):  # noqa: F811
-    folder = tmp_path / "run"
-    folder.mkdir()
-    context = multiprocessing.get_context("fork")
-    ready, done = context.Event(), context.Event()
-
-    def hold():
-        with claimed(folder, "--run_dir"):
-            ready.set()
-            done.wait(60)
-
-    other = context.Process(target=hold)
-    other.start()
-    try:
-        assert ready.wait(30)
-        line = one_line(run_script(train_procst, *run_flags(world, tmp_path)))
-    finally:
-        done.set()
-        other.join()
-    assert "another process" in line
-    assert [path.name for path in folder.iterdir()] == [".lock"]
-
-
-def test_what_a_kill_in_the_first_write_leaves_is_no_other_file(world, tmp_path, run_script):  # noqa: F811
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in (".latest.pth.x1.procst-tmp", ".config.json.x2.procst-tmp", "config.json", ".lock"):
-        (folder / name).write_bytes(b"{")
-    assert run_script(train_procst, *run_flags(world, tmp_path, steps_per_scale=1)).code == 0
-    assert not list(folder.glob(".*.procst-tmp"))
-
-
-def test_a_run_that_went_on_meanwhile_is_left_alone(world, tmp_path, run_script, monkeypatch):  # noqa: F811
-    assert run_script(train_procst, *run_flags(world, tmp_path, steps_per_scale=1)).code == 0
-    latest = tmp_path / "run" / "latest.pth"
-
-    def and_another_saves(path):
-        state = load_checkpoint(path)
-        atomic_write_bytes(latest, latest.read_bytes())
-        return state
-
-    monkeypatch.setattr(train_procst, "load_checkpoint", and_another_saves)
-    assert "meanwhile" in one_line(run_script(train_procst, *run_flags(world, tmp_path, steps_per_scale=1)))
-
-
-def test_logs_of_runs_named_alike_are_apart(tmp_path):
-    names = {log_name(tmp_path / name) for name in ("a/run", "b/run", "c/2026-11-21_10-00-00_gta5_to_cityscapes")}
-    assert len(names) == 3
-    assert "2026-11-21_10-00-00_gta5_to_cityscapes" in names
+def test_writes_of_one_file_are_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    atomic_write_bytes(path, b"old")
+    monkeypatch.setattr(files_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(UserError, match="I/O error"):
+        atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 # --- what shows the run -----------------------------------------------------------------------------------------
@@ -341,164 +239,3 @@ def test_out_of_memory(world, tmp_path, run_script, monkeypatch, message):  # no
     for part in ("batch 1", "scale 2", "--batch_size_list", "--crop_size"):
         assert part in line
     assert load_checkpoint(tmp_path / "run" / "latest.pth").scale == 1
-
-
-# --- images ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def spoilt(world, tmp_path):  # noqa: F811
-    """A copy of the world in which an image is cut short once training has begun."""
-    root = tmp_path / "world"
-    for path in world.rglob("*"):
-        if path.is_file():
-            target = root / path.relative_to(world)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    bad = root / "gta" / "images" / "00002.png"
-
-    def spoil(trainer):
-        bad.write_bytes(bad.read_bytes()[:200])
-
-    return root, bad, spoil
-
-
-def test_an_image_turns_unreadable(spoilt, tmp_path, run_script, monkeypatch):
-    root, bad, spoil = spoilt
-    whole = bad.read_bytes()
-    with monkeypatch.context() as patch:
-        at_step(patch, 0, 0, spoil)
-        line = one_line(run_script(train_procst, *run_flags(root, tmp_path, steps_per_scale=5)))
-    assert str(bad) in line
-    assert "--on_bad_image skip" in line
-    assert load_checkpoint(tmp_path / "run" / "latest.pth").scale == 0
-    bad.write_bytes(whole)
-    assert run_script(train_procst, *run_flags(root, tmp_path, steps_per_scale=5)).code == 0
-
-
-def test_unreadable_images_are_skipped_and_listed(spoilt, tmp_path, run_script, monkeypatch):
-    root, bad, spoil = spoilt
-    at_step(monkeypatch, 0, 0, spoil)
-    flags = run_flags(root, tmp_path, steps_per_scale=8, on_bad_image="skip", num_workers=1)
-    result = run_script(train_procst, *flags)
-    assert result.code == 0, result.err
-    listed = result.out[result.out.index("were skipped:") :].splitlines()
-    assert listed[1].strip().startswith(str(bad))
-    assert load_checkpoint(tmp_path / "run" / "latest.pth").skipped == [listed[1].strip()]
-
-
-def test_a_disk_that_is_gone_is_no_bad_image(spoilt, tmp_path, run_script, monkeypatch):
-    root, _, _ = spoilt
-
-    def lose(trainer):
-        for path in (root / "gta" / "images").iterdir():
-            path.unlink()
-
-    at_step(monkeypatch, 0, 0, lose)
-    result = run_script(train_procst, *run_flags(root, tmp_path, steps_per_scale=8, on_bad_image="skip"))
-    assert "is the disk there?" in one_line(result)
-
-
-# --- loaders --------------------------------------------------------------------------------------------------------
-
-
-def test_a_killed_loader_is_replaced(world, undisturbed, tmp_path, run_script, monkeypatch):  # noqa: F811
-    real = stream_module.StreamSamples.__getitem__
-    once = tmp_path / "killed"
-
-    def die_once(self, position):
-        if self.config.scale == 1 and position >= 3 and not once.exists():
-            once.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, position)
-
-    monkeypatch.setattr(stream_module.StreamSamples, "__getitem__", die_once)
-    result = run_script(train_procst, *run_flags(world, tmp_path, num_workers=1))
-    assert result.code == 0, result.err
-    assert once.exists()
-    assert "loading starts again" in result.err
-    assert same_as(undisturbed, tmp_path / "run")
-
-
-class _Deadly(Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        if index == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return index
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "gone")])
-def test_a_loader_that_dies_while_its_tensors_are_fetched(error):
-    def loader_at(index):
-        return _Raising(iter(range(index, 4)), error if index == 0 else None)
-
-    assert list(batches_in_order(loader_at, "")) == [0, 1, 2, 3]
-
-
-class _Raising:
-    """Gives two batches, and then an error."""
-
-    def __init__(self, batches, error):
-        self.batches, self.error = batches, error
-
-    def __iter__(self):
-        for count, batch in enumerate(self.batches):
-            if self.error is not None and count == 2:
-                raise self.error
-            yield batch
-
-
-def test_an_error_of_a_dataset_is_no_death():
-    text = "Caught FileNotFoundError in DataLoader worker process 0."
-    with pytest.raises(FileNotFoundError):
-        list(batches_in_order(lambda index: _Raising(iter(range(4)), FileNotFoundError(text)), ""))
-
-
-def test_loaders_that_keep_dying():
-    starts = []
-
-    def loader_at(index):
-        starts.append(index)
-        # Ends quickly: PyTorch looks after its workers every 5 seconds.
-        return DataLoader(
-            _Deadly(), batch_size=None, sampler=range(index, 4), num_workers=1, worker_init_fn=init_loader, timeout=1
-        )
-
-    got = []
-    samples = batches_in_order(loader_at, "start again")
-    with pytest.raises(UserError, match="--num_workers; start again"):
-        got.extend(int(sample) for sample in samples)
-    assert got[:1] == [0]
-    assert got in ([0], [0, 1])  # what a dying worker had ready may be lost with it, and is then made again
-    assert len(starts) > RESTARTS
-
-
-def test_a_loader_that_is_told_to_end_does_so_later():
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-
-    def load():
-        processes_module.GRACE = 0.2
-        init_loader(0)
-        ready.set()
-        threading.Event().wait(60)
-
-    process = context.Process(target=load)
-    process.start()
-    assert ready.wait(30)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(30)
-    assert process.exitcode == 0
-
-
-def test_writes_of_one_file_are_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    atomic_write_bytes(path, b"old")
-    monkeypatch.setattr(files_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
-    with pytest.raises(UserError, match="I/O error"):
-        atomic_write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -174,6 +174,35 @@ def test_output_that_another_run_takes_meanwhile(world, tmp_path, run_script, mo
     read_segmentation_file(run / "best.pth")
 
 
+def test_a_run_of_the_same_name_is_another_run(world, tmp_path, run_script, monkeypatch):
+    def flags(parent, **changes):
+        return source_flags(world, tmp_path, checkpoints_dir=None, run_dir=tmp_path / parent / "run", **changes)
+
+    real_step = SourceTrainer._one_step
+
+    def other_is_published(self, batch):
+        if self.step == 2:
+            (tmp_path / "other.pth").rename(tmp_path / "source.pth")
+        return real_step(self, batch)
+
+    assert run_script(train_semseg_on_source, *flags("a", output=tmp_path / "other.pth")).code == 0
+    published = (tmp_path / "other.pth").read_bytes()
+    monkeypatch.setattr(SourceTrainer, "_one_step", other_is_published)
+    result = run_script(train_semseg_on_source, *flags("b"))
+    assert result.code == 0, result.err
+    assert f"--semseg_weights {tmp_path / 'b/run/best.pth'}" in result.out
+    assert (tmp_path / "source.pth").read_bytes() == published
+    # A continued run knows its own file, and a copy of its folder does not.
+    monkeypatch.undo()
+    (tmp_path / "source.pth").rename(tmp_path / "other.pth")
+    again = flags("a", output=tmp_path / "other.pth")
+    assert run_script(train_semseg_on_source, *again).code == 0
+    shutil.copytree(tmp_path / "a/run", tmp_path / "a/copy")
+    refused = run_script(train_semseg_on_source, *again, "--run_dir", tmp_path / "a/copy")
+    assert refused.code == 2
+    assert "is not of this run" in refused.err
+
+
 def test_the_output_of_another_run_is_not_overwritten(world, tmp_path, run_script):
     (tmp_path / "source.pth").write_text("the authors' file")
     result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))

@@ -1,0 +1,170 @@
+"""Images turn unreadable and loader processes die while a training runs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+import train_procst
+from core.checkpoint import load_checkpoint
+from data_handlers import stream as stream_module
+from faults import at_step, one_line, run_flags, same_as, undisturbed, world  # noqa: F401
+from utils import processes as processes_module
+from utils.errors import UserError
+from utils.loaders import RESTARTS, batches_in_order
+from utils.processes import init_loader
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(world, tmp_path):  # noqa: F811
+    """A copy of the world in which an image is cut short once training has begun."""
+    root = tmp_path / "world"
+    for path in world.rglob("*"):
+        if path.is_file():
+            target = root / path.relative_to(world)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    bad = root / "gta" / "images" / "00002.png"
+
+    def spoil(trainer):
+        bad.write_bytes(bad.read_bytes()[:200])
+
+    return root, bad, spoil
+
+
+def test_an_image_turns_unreadable(spoilt, tmp_path, run_script, monkeypatch):
+    root, bad, spoil = spoilt
+    whole = bad.read_bytes()
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, 0, spoil)
+        line = one_line(run_script(train_procst, *run_flags(root, tmp_path, steps_per_scale=5)))
+    assert str(bad) in line
+    assert "--on_bad_image skip" in line
+    assert load_checkpoint(tmp_path / "run" / "latest.pth").scale == 0
+    bad.write_bytes(whole)
+    assert run_script(train_procst, *run_flags(root, tmp_path, steps_per_scale=5)).code == 0
+
+
+def test_unreadable_images_are_skipped_and_listed(spoilt, tmp_path, run_script, monkeypatch):
+    root, bad, spoil = spoilt
+    at_step(monkeypatch, 0, 0, spoil)
+    flags = run_flags(root, tmp_path, steps_per_scale=8, on_bad_image="skip", num_workers=1)
+    result = run_script(train_procst, *flags)
+    assert result.code == 0, result.err
+    listed = result.out[result.out.index("were skipped:") :].splitlines()
+    assert listed[1].strip().startswith(str(bad))
+    assert load_checkpoint(tmp_path / "run" / "latest.pth").skipped == [listed[1].strip()]
+
+
+def test_a_disk_that_is_gone_is_no_bad_image(spoilt, tmp_path, run_script, monkeypatch):
+    root, _, _ = spoilt
+
+    def lose(trainer):
+        for path in (root / "gta" / "images").iterdir():
+            path.unlink()
+
+    at_step(monkeypatch, 0, 0, lose)
+    result = run_script(train_procst, *run_flags(root, tmp_path, steps_per_scale=8, on_bad_image="skip"))
+    assert "is the disk there?" in one_line(result)
+
+
+# --- loaders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_loader_is_replaced(world, undisturbed, tmp_path, run_script, monkeypatch):  # noqa: F811
+    real = stream_module.StreamSamples.__getitem__
+    once = tmp_path / "killed"
+
+    def die_once(self, position):
+        if self.config.scale == 1 and position >= 3 and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, position)
+
+    monkeypatch.setattr(stream_module.StreamSamples, "__getitem__", die_once)
+    result = run_script(train_procst, *run_flags(world, tmp_path, num_workers=1))
+    assert result.code == 0, result.err
+    assert once.exists()
+    assert "loading starts again" in result.err
+    assert same_as(undisturbed, tmp_path / "run")
+
+
+class _Deadly(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "gone")])
+def test_a_loader_that_dies_while_its_tensors_are_fetched(error):
+    def loader_at(index):
+        return _Raising(iter(range(index, 4)), error if index == 0 else None)
+
+    assert list(batches_in_order(loader_at, "")) == [0, 1, 2, 3]
+
+
+class _Raising:
+    """Gives two batches, and then an error."""
+
+    def __init__(self, batches, error):
+        self.batches, self.error = batches, error
+
+    def __iter__(self):
+        for count, batch in enumerate(self.batches):
+            if self.error is not None and count == 2:
+                raise self.error
+            yield batch
+
+
+def test_an_error_of_a_dataset_is_no_death():
+    text = "Caught FileNotFoundError in DataLoader worker process 0."
+    with pytest.raises(FileNotFoundError):
+        list(batches_in_order(lambda index: _Raising(iter(range(4)), FileNotFoundError(text)), ""))
+
+
+def test_loaders_that_keep_dying():
+    starts = []
+
+    def loader_at(index):
+        starts.append(index)
+        # Ends quickly: PyTorch looks after its workers every 5 seconds.
+        return DataLoader(
+            _Deadly(), batch_size=None, sampler=range(index, 4), num_workers=1, worker_init_fn=init_loader, timeout=1
+        )
+
+    got = []
+    samples = batches_in_order(loader_at, "start again")
+    with pytest.raises(UserError, match="--num_workers; start again"):
+        got.extend(int(sample) for sample in samples)
+    assert got[:1] == [0]
+    assert got in ([0], [0, 1])  # what a dying worker had ready may be lost with it, and is then made again
+    assert len(starts) > RESTARTS
+
+
+def test_a_loader_that_is_told_to_end_does_so_later():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def load():
+        processes_module.GRACE = 0.2
+        init_loader(0)
+        ready.set()
+        threading.Event().wait(60)
+
+    process = context.Process(target=load)
+    process.start()
+    assert ready.wait(30)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 0
