@@ -138,8 +138,8 @@ class RunProgress:
             total=total, initial=first, disable=quiet, unit="step", dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
         )  # fmt: skip
-        # purge_step drops what an interrupted run logged after the checkpoint this one continues from.
-        self.writer = RunLog(log_dir, purge_step=first + 1 if first else None) if log_dir else None
+        # purge_step drops what an interrupted run logged after the checkpoint this one continues from, or starts again.
+        self.writer = RunLog(log_dir, purge_step=first + 1) if log_dir else None
         self._names: list[str] = []
         self._unread: list[Tensor] = []
         self._window_started = time.perf_counter()

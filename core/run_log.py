@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,16 @@ class RunLog(SummaryWriter):
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         self.has_failed = False
+        threading.excepthook = _report
         super().__init__(str(folder), purge_step=purge_step)
 
     def _get_file_writer(self) -> Any:
-        return _Guarded(super()._get_file_writer(), self._fail) if not self.has_failed else _Nothing()
+        if not self.has_failed:
+            try:
+                return _Guarded(super()._get_file_writer(), self._fail)
+            except OSError as error:
+                self._fail(error)
+        return _Nothing()
 
     def flush(self) -> None:
         """Write what has been logged."""
@@ -41,6 +48,12 @@ class RunLog(SummaryWriter):
             reason = error.strerror or error
             say(f"WARNING: cannot log to {self.log_dir} ({reason}); the run goes on without TensorBoard")
         self.has_failed = True
+
+
+def _report(args: threading.ExceptHookArgs) -> None:
+    # TensorBoard writes in a thread of its own; `RunLog` learns of its end, and says so in one line.
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 class _Guarded:

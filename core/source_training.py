@@ -34,9 +34,10 @@ from data_handlers.stream import ON_BAD_IMAGE, DomainBatch, StreamConfig, open_s
 from models.segmentation import HEAD_RATE, SMALLEST_CROP, SegmentationShape
 from utils.errors import UserError
 from utils.files import atomic_write_json
+from utils.locks import say
 from utils.seeds import seed_for
 from utils.stopping import Stopped
-from utils.tensor_files import load_network
+from utils.tensor_files import DamagedFileError, load_network
 from utils.transfer import to_device
 
 LOSS_TAG = "Semseg/SemsegLoss"
@@ -249,9 +250,8 @@ class SourceTrainer:
         """
         config = self.config
         atomic_write_json(self.run_folder / CONFIG, config.to_json())
-        # purge_step drops what an interrupted run logged after the checkpoint this one continues from.
-        purge_step = self.step + 1 if self.step else None
-        writer = RunLog(Path(config.tb_logs_dir) / log_name(self.run_folder), purge_step)
+        # purge_step drops what an interrupted run logged after the checkpoint this one continues from, or starts again.
+        writer = RunLog(Path(config.tb_logs_dir) / log_name(self.run_folder), purge_step=self.step + 1)
         bar = tqdm(total=config.num_steps, initial=self.step, disable=quiet, unit="step", dynamic_ncols=True)
         self.net.train()
         try:
@@ -272,16 +272,19 @@ class SourceTrainer:
                     unread = []
                 if saves:
                     self.save_latest()
-                if stopping:
-                    raise Stopped(
-                        f"stopped at step {self.step}, and saved; go on with "
-                        f"--continue_train_from_path {self.run_folder}"
-                    )
+                self._stop_if(stopping)
                 if self._is_validation_step():
                     self._validate(bar, writer, quiet)
         finally:
             bar.close()
             writer.close()
+
+    def _stop_if(self, wanted: bool) -> None:
+        """End the training, whose present state is saved."""
+        if wanted:
+            raise Stopped(
+                f"stopped at step {self.step}, and saved; go on with --continue_train_from_path {self.run_folder}"
+            )
 
     def _save_is_due(self) -> bool:
         minutes = (time.monotonic() - self._saved_at) / 60.0
@@ -345,7 +348,8 @@ class SourceTrainer:
 
     def _validate(self, bar: tqdm, writer: SummaryWriter, quiet: bool) -> None:
         self._require_finite()
-        validation = self.validator(self.net)
+        # Saved before; a validation that is broken off is made again.
+        validation = self.validator(self.net, lambda: self._stop_if(self.stop()))
         self._note_skipped(validation.skipped)
         log_validation(writer, validation, self.step, self.class_names)
         if not quiet:
@@ -378,7 +382,12 @@ class SourceTrainer:
         if output.exists() and not is_of_run(output, self.run):
             tqdm.write(f"{output} is now a file of another run and stays; the best net is {self.run_folder / BEST}")
             return
-        read_segmentation_file(self.run_folder / BEST).save(output)
+        try:
+            best = read_segmentation_file(self.run_folder / BEST)
+        except DamagedFileError as error:
+            say(f"WARNING: {error}; the next better net takes its place")  # no reason to give the training up
+            return
+        best.save(output)
 
 
 def _one_level(image: np.ndarray) -> list[np.ndarray]:

@@ -268,6 +268,7 @@ class Trainer:
         picture_rate = max(1, per_epoch // run.pics_per_epoch) if run.pics_per_epoch else 0
         nets, optimizers = self.scale_networks(), ScaleOptimizers(**self.optimizers)
         self._require_equal_weights()
+        self._remove_older_bests()  # the run was killed before it could
         if self._is_validation_step(per_epoch, steps) and all(v["step"] != self.step for v in self.validations):
             self._validate(progress)  # the run was stopped in it
         batches = open_streams(
@@ -286,13 +287,17 @@ class Trainer:
             wish = self.rank.agree(self._wish(steps))
             if validates or wish >= SAVE:
                 self._save(progress, LATEST)
-            if wish == STOP:
-                raise Stopped(
-                    f"stopped at step {self.step} of scale {self.scale}, and saved; go on with "
-                    f"--continue_train_from_path {self.run_folder}"
-                )
+            self._stop_if(wish == STOP)
             if validates:
                 self._validate(progress)
+
+    def _stop_if(self, wanted: bool) -> None:
+        """End the training, whose present state is saved."""
+        if wanted:
+            raise Stopped(
+                f"stopped at step {self.step} of scale {self.scale}, and saved; go on with "
+                f"--continue_train_from_path {self.run_folder}"
+            )
 
     def _wish(self, steps: int) -> int:
         """What this process wants done after a step; all processes do the most that one of them wants."""
@@ -319,8 +324,10 @@ class Trainer:
 
     def _validate(self, progress: RunProgress) -> None:
         """Validate the net trained on SiT; keep this state beside the others if it is the best so far."""
+        alone = self.rank.count == 1  # several processes have to come to the end of it together
         with progress.untimed():
-            validation = self.validator(self.labels.target_net)
+            # Saved before; a validation that is broken off is made again.
+            validation = self.validator(self.labels.target_net, lambda: self._stop_if(alone and self.stop()))
         score = validation.mean_iou if self.config.semseg.select_by == "miou" else validation.label_free
         before = [earlier["score"] for earlier in self.validations if earlier["score"] is not None]
         best = score is not None and all(score > earlier for earlier in before)
@@ -332,10 +339,14 @@ class Trainer:
             atomic_write_json(self.run_folder / VALIDATIONS, self.validations)
         names = [best_name(self.step, validation)] if best else []
         self._save(progress, *names, LATEST)
-        for name in names if self.rank.is_first else ():
-            for other in self.run_folder.glob(BEST_PATTERN):
-                if other.name != name:
-                    other.unlink()
+        self._remove_older_bests()
+        self._stop_if(bool(self.rank.agree(int(self.stop()))))
+
+    def _remove_older_bests(self) -> None:
+        *older, _ = [validation["step"] for validation in self.validations if validation["best"]] or [None]
+        for step in older if self.rank.is_first else ():
+            for path in self.run_folder.glob(BEST_PATTERN.replace("*", f"{step}_*", 1)):
+                path.unlink()
 
     def _require_equal_weights(self) -> None:
         """Check that all processes start from the same weights; from then on they compute the same changes."""

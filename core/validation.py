@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,8 +99,11 @@ class Validator:
         self.rank = rank or Rank()
         self.skip_unusable = skip_unusable
 
-    def __call__(self, net: nn.Module) -> Validation:
+    def __call__(self, net: nn.Module, between_images: Callable[[], None] = lambda: None) -> Validation:
         """Predict every image once, at native size, each process its share. The pictures are of this process's images.
+
+        Args:
+            between_images: called after every image of this process; what it raises ends the validation.
 
         Raises:
             UserError: an image or label, or with `skip_unusable` none of them, can be used, or the net has diverged.
@@ -111,6 +114,7 @@ class Validator:
         def keep_picture(sample: LabelledImage, prediction: Tensor) -> None:
             if len(pictures) < PICTURES:
                 pictures.append(_picture(sample, prediction))
+            between_images()
 
         files = replace(self.files, images=self.files.images[self.rank.index :: self.rank.count])
         skipped: list[str] | None = [] if self.skip_unusable else None

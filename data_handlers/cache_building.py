@@ -77,11 +77,7 @@ class _Part:
         }
 
     def state(self) -> str:
-        """SHA-256 over the names, sizes and times of all files, and how they are read: new whenever one of these is.
-
-        Raises:
-            UserError: a file is missing.
-        """
+        """SHA-256 over the names, sizes and times of all files, and how they are read: new whenever one of these is."""
         data_set = self.files.data_set
         reading: list[object] = [FORMAT]
         if self.kind == "labels":
@@ -96,10 +92,10 @@ class _Part:
             for path in (f"{root}/{name}", *([f"{labels}/{self.files.label_of(name)}"] if labels else [])):
                 try:
                     status = os.stat(path)
-                except OSError as error:
-                    raise UserError(f"{path}: {error.strerror}") from None
-                file = path.rpartition("/")[2]
-                digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+                    seen = f"{status.st_size} {status.st_mtime_ns}"
+                except OSError:
+                    seen = "unusable"  # `read` says why
+                digest.update(f"{path.rpartition('/')[2]} {seen}\n".encode())
         return digest.hexdigest()
 
     def read(self, index: int) -> np.ndarray:
@@ -129,7 +125,8 @@ def open_cache(
 
     Processes that need the same cache build it once: the others wait. A cache has another name until it is complete
     and on the disk, so a killed build is never taken for a cache. What does not fit is replaced where it is damaged,
-    and left alone with a line on stderr where it is of another state of the files: a run may be using it.
+    and left alone with a line on stderr where it is of another state of the files: a run may be using it. A cache that
+    lacks files which can be read now gives its place to one that has them, once that is complete.
 
     Args:
         skip_unusable: build it without the files that cannot be used; they raise when they are asked for.
@@ -185,18 +182,26 @@ def _open_part(cache_dir: Path, part: _Part, num_workers: int, skip_unusable: bo
     key = _key(part)
     for other in sorted(set(cache_dir.glob(f"*_{key}_*")) - {folder}):
         say(f"{other} is a cache of another state of these files; delete it if no run uses it any more")
-    if _defect(folder, part, manifest):
+    if _defect(folder, part, manifest) or _lacks(folder, part, skip_unusable):
         make_folder(cache_dir, "--cache_dir")
         with only_builder(cache_dir / f"{key}.lock", f"what killed builds left ({BUILDING}*)") as is_only_one:
             if is_only_one:
                 for leftover in cache_dir.glob(f"{BUILDING}{key}-*"):
                     shutil.rmtree(leftover, ignore_errors=True)  # another user's may have to stay
             # Asked again: another process may have built it in the meantime.
-            if defect := _defect(folder, part, manifest):
+            defect = _defect(folder, part, manifest)
+            if reason := defect or _lacks(folder, part, skip_unusable):
                 if os.path.lexists(folder):
-                    say(f"{folder}: {defect}; this cache is built anew")
+                    say(f"{folder}: {reason}; this cache is built anew")
+                if defect:
+                    _remove(folder)
                 building = cache_dir / f"{BUILDING}{key}-{secrets.token_hex(4)}"
-                _build(building, folder, part, manifest, num_workers, skip_unusable)
+                try:
+                    _build(building, folder, part, manifest, num_workers, skip_unusable)
+                except UserError as error:
+                    if defect or not skip_unusable:
+                        raise
+                    say(f"WARNING: {error}; going on with {folder} as it is")
     return _array_file(folder, part)
 
 
@@ -215,8 +220,6 @@ def _reads(part: _Part, index: int) -> bool:
 def _defect(folder: Path, part: _Part, manifest: dict[str, object]) -> str:
     """What keeps a folder from being the finished cache; empty if nothing does.
 
-    A file that could not be read when it was built, and can be now, does, too.
-
     Raises:
         UserError: this user may not read it, or the disk fails.
     """
@@ -233,9 +236,8 @@ def _defect(folder: Path, part: _Part, manifest: dict[str, object]) -> str:
                 return f"{path.name} holds another array"
             if os.fstat(file.fileno()).st_size != file.tell() + math.prod(part.shape):
                 return f"{path.name} is not of the size it should be"
-        for index in unusable_files(folder):
-            if _reads(part, index):
-                return f"{part.files.images[index]} can be read now"
+        path = folder / UNUSABLE
+        unusable_files(folder)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return f"there is no file {path.name}"
     except OSError as error:
@@ -248,12 +250,21 @@ def _defect(folder: Path, part: _Part, manifest: dict[str, object]) -> str:
     return ""
 
 
+def _lacks(folder: Path, part: _Part, skip_unusable: bool) -> str:
+    """Which file a finished cache lacks that can be read now, in words; empty where building it anew is of no use."""
+    unusable = unusable_files(folder)
+    readable = [index for index in unusable if _reads(part, index)]
+    if not readable or (len(readable) < len(unusable) and not skip_unusable):
+        return ""
+    return f"{part.files.images[readable[0]]} can be read now"
+
+
 def _build(
     building: Path, folder: Path, part: _Part, manifest: dict[str, object], num_workers: int, skip_unusable: bool
 ) -> None:
     """Build a cache in the folder `building`, and rename it to `folder` when it is complete."""
+    old = building.with_name(f"{building.name}-old")
     try:
-        _remove(folder)
         _require_space(folder.parent, math.prod(part.shape))
         building.mkdir()  # with the umask's mode: others may read it
         unusable = _write_array(_array_file(building, part), part, num_workers, skip_unusable)
@@ -263,6 +274,8 @@ def _build(
             raise UserError(f"files of {part.files.root} changed while their cache was built; start again")
         atomic_write_json(building / MANIFEST, manifest)
         try:
+            if os.path.lexists(folder):
+                folder.rename(old)  # whoever reads it has the file open
             building.rename(folder)
         except OSError:
             # Where nothing can be locked, another process may have been faster.
@@ -275,6 +288,7 @@ def _build(
         ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import run_cli
+from utils.stopping import STOP_SIGNALS
 
 # Before PyTorch is imported: threads that spin while they wait make the tests crawl where another program is computing.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -43,8 +44,12 @@ def run_script(monkeypatch, capsys):
     def run(module, *arguments):
         monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
+        # A program that was asked to stop leaves its handlers behind, for the rest of its life.
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         with pytest.raises(SystemExit) as stop:
             run_cli(module.main)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         captured = capsys.readouterr()
         return ScriptResult(int(stop.value.code or 0), captured.out, captured.err)
 

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -221,3 +222,55 @@ def test_a_cache_without_what_cannot_be_read(world, monkeypatch):
     real = cache_module.read_resized
     monkeypatch.setattr(cache_module, "read_resized", lambda path, *how: real(bad.with_name("00001.png"), *how))
     assert open_cache(*arguments).image(2).any()
+
+
+def test_a_cache_that_lacks_files_stays_until_a_better_one_is_there(world, monkeypatch):
+    """Another run may be at work with it, and a disk may fail again."""
+    files, real = gta(world), cache_module.read_resized
+    gone = {"00002.png", "00004.png"}
+
+    def read(path, *how):
+        if path.name in gone:
+            raise UserError(f"{path}: not there for a while")
+        return real(path, *how)
+
+    monkeypatch.setattr(cache_module, "read_resized", read)
+    arguments = (world / "cache", files, SIZE, "fast", False, 0)
+    used = open_cache(*arguments, skip_unusable=True)
+    before = [used.image(0).copy(), used.image(4).copy()]
+    gone.remove("00002.png")
+    with pytest.raises(UserError, match=r"0000\d\.png: not there for a while"):
+        open_cache(*arguments)  # of no use while another one is gone
+    assert np.array_equal(used.image(0), before[0])
+    # With skip, a build that fails in the end leaves the old one, too.
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+        cache = open_cache(*arguments, skip_unusable=True)
+        assert np.array_equal(cache.image(4), before[1])
+        with pytest.raises(UserError, match="00002"):
+            cache.image(1)
+    cache = open_cache(*arguments, skip_unusable=True)
+    assert cache.image(1).any()
+    with pytest.raises(UserError, match="00004"):
+        cache.image(3)
+    # The run that has the old one open goes on as it was.
+    for fresh in (used, pickle.loads(pickle.dumps(used))):
+        assert np.array_equal(fresh.image(4), before[1])
+        with pytest.raises(UserError, match="00002"):
+            fresh.image(1)
+    assert [path.name for path in (world / "cache").iterdir() if "building" in path.name] == []
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_links_that_lead_nowhere_are_unusable_files(world, labels):
+    files = gta(world)
+    bad = world / "gta" / ("labels" if labels else "images") / "00003.png"
+    bad.unlink()
+    bad.symlink_to("nowhere")
+    arguments = (world / "cache", files, SIZE, "fast", labels, 0)
+    with pytest.raises(UserError, match=r"00003\.png.*--on_bad_image skip"):
+        open_cache(*arguments)
+    cache = open_cache(*arguments, skip_unusable=True)
+    assert cache.image(0).any()
+    with pytest.raises(UserError, match="00003"):
+        cache.label(2) if labels else cache.image(2)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
@@ -152,6 +158,95 @@ def test_loaders_that_keep_dying():
     assert len(starts) > RESTARTS
 
 
+class _Large(Dataset):
+    """Batches that do not fit into a pipe, so that a worker has to wait in the middle of sending one."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return np.full(1_000_000, index, np.uint8)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_loader_that_dies_in_the_middle_of_a_batch(monkeypatch, number):
+    def loader_at(index):
+        return DataLoader(
+            _Large(), batch_size=None, sampler=range(index, 4), num_workers=2, worker_init_fn=init_loader,
+            collate_fn=lambda sample: sample,
+        )  # fmt: skip
+
+    monkeypatch.setattr(processes_module, "GRACE", 0.2)
+    got = []
+    for sample in batches_in_order(loader_at, ""):
+        if not got:
+            time.sleep(0.5)  # until both write
+            workers = multiprocessing.active_children()
+            for worker in workers:
+                os.kill(worker.pid, number)
+            time.sleep(0.5)
+        got.append(int(sample[0]))
+        assert len(sample) == 1_000_000
+    assert len(workers) == 2
+    assert got == [0, 1, 2, 3]
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
+class _Unsendable(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return _Unpicklable() if index == 2 else index
+
+
+class _Unpicklable:
+    def __reduce__(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_batch_that_cannot_be_sent():
+    """As where shared memory is full: multiprocessing would drop it, and it would be waited for without end."""
+
+    def loader_at(index):
+        return DataLoader(
+            _Unsendable(), batch_size=None, sampler=range(index, 4), num_workers=1, worker_init_fn=init_loader,
+            collate_fn=lambda sample: sample,
+        )  # fmt: skip
+
+    got = []
+    with pytest.raises(UserError, match="shared memory"):
+        got.extend(batches_in_order(loader_at, "start again"))
+    assert got == [0, 1]
+
+
+def test_loaders_that_cannot_be_started(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    with pytest.raises(UserError, match=r"cannot be started .*--num_workers; start again"):
+        next(batches_in_order(lambda index: DataLoader(_Large(), num_workers=1), "start again"))
+
+
+def test_killed_loaders_leave_nothing_in_the_temporary_folder(tmp_path):
+    code = (
+        "import multiprocessing, os, sys; from torch.utils.data import DataLoader\n"
+        "from utils.processes import init_loader\n"
+        "import torch; batches = iter(DataLoader(torch.zeros(9, 9), num_workers=2, worker_init_fn=init_loader))\n"
+        "next(batches); next(batches); print(len(os.listdir(os.environ['TMPDIR'])), flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(train_procst.__file__).parent)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert int(result.stdout) > 0, result.stderr
+    for _ in range(100):
+        if not list(tmp_path.iterdir()):
+            break
+        time.sleep(0.1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loader_that_is_told_to_end_does_so_later():
     context = multiprocessing.get_context("fork")
     ready = context.Event()
@@ -167,4 +262,4 @@ def test_a_loader_that_is_told_to_end_does_so_later():
     assert ready.wait(30)
     os.kill(process.pid, signal.SIGTERM)
     process.join(30)
-    assert process.exitcode == 0
+    assert process.exitcode == 1

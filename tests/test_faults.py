@@ -5,21 +5,29 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import FileWriter
 
 import train_procst
-from core.checkpoint import load_checkpoint
+from core import run_log as run_log_module
+from core.checkpoint import load_checkpoint, read_newest
+from core.run_log import RunLog
 from faults import LAST, at_step, one_line, run_flags, same_as, undisturbed, world  # noqa: F401
 from utils import files as files_module
 from utils import stopping
+from utils import tensor_files as tensor_files_module
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_bytes
+from utils.tensor_files import DamagedFileError, read_tensor_file
 
 # --- told to stop ---------------------------------------------------------------------------------------------------
 
@@ -42,6 +50,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     codes = []
     monkeypatch.setattr(stopping.os, "_exit", codes.append)
     monkeypatch.setattr(stopping, "SAME_REQUEST", 0.05)
+    before = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
     with stopping.StopRequests() as stop:
         assert not stop()
         signal.raise_signal(signal.SIGTERM)
@@ -51,7 +60,55 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         time.sleep(0.1)
         signal.raise_signal(signal.SIGUSR1)
         assert codes == [128 + signal.SIGUSR1]
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_same_request_twice_does_not_end_what_has_saved(monkeypatch):
+    before = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
+    monkeypatch.setattr(stopping.os, "_exit", pytest.fail)
+    with stopping.StopRequests():
+        pass
+    assert {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS} == before
+    try:
+        with stopping.StopRequests():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_stop_while_a_checkpoint_is_read_is_no_damage(tmp_path, monkeypatch):
+    for name in ("latest.pth", "previous.pth"):
+        torch.save({}, tmp_path / name)
+    monkeypatch.setattr(tensor_files_module.torch, "load", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    before = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
+    try:
+        stop = stopping.StopRequests()
+        stop.at_once = True
+        with pytest.raises(stopping.Stopped), stop:
+            read_newest(tmp_path, read_tensor_file)
+        assert stop()  # also where the exception is lost, as in what deletes an object
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ESTALE, "Stale file handle")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, error):
+    for name in ("latest.pth", "previous.pth"):
+        torch.save({}, tmp_path / name)
+
+    def fail(*_, **__):
+        raise error
+
+    for module, name in ((tensor_files_module.torch, "load"), (tensor_files_module.zipfile.ZipFile, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            with pytest.raises(UserError, match=r"latest\.pth") as found:
+                read_newest(tmp_path, read_tensor_file)
+        assert not isinstance(found.value, DamagedFileError)
 
 
 def test_loaders_outlive_what_a_scheduler_sends_to_all_processes(world, undisturbed, tmp_path, run_script, monkeypatch):  # noqa: F811
@@ -209,6 +266,52 @@ def test_a_log_that_cannot_be_written_is_given_up(world, undisturbed, tmp_path, 
     assert result.code == 0, result.err
     assert result.err.count("without TensorBoard") == 1
     assert same_as(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_log_that_cannot_be_begun(tmp_path, monkeypatch, capsys):
+    def full(self, *arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_log_module.SummaryWriter, "_get_file_writer", full)
+    log = RunLog(tmp_path / "log", purge_step=1)
+    log.add_scalar("loss", 1.0, 1)
+    log.close()
+    assert capsys.readouterr().err.count("without TensorBoard") == 1
+
+
+def test_a_start_that_left_no_checkpoint_leaves_no_log(tmp_path):
+    for value in (1.0, 2.0):
+        log = RunLog(tmp_path / "log", purge_step=1)
+        log.add_scalar("loss", value, 1)
+        log.close()
+    events = EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == [2.0]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_standard_streams(closed, tmp_path):
+    """Nothing that is printed fails, or gets into a file that was opened in a stream's place."""
+    code = (
+        "import signal, sys\n"
+        "from utils.errors import UserError, run_cli\n"
+        "from utils.stopping import StopRequests\n"
+        "def main():\n"
+        "    with open(sys.argv[1], 'w') as file, StopRequests():\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "        print('printed')\n"
+        "        file.write('written')\n"
+        "    raise UserError('a message')\n"
+        "run_cli(main)\n"
+    )
+    command = " ".join([*map(shlex.quote, [sys.executable, "-c", code, str(tmp_path / "file")]), closed])
+    environment = {**os.environ, "PYTHONPATH": str(Path(train_procst.__file__).parent)}
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert ("error: a message" in result.stderr) == ("2>" not in closed)
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "file").read_text() == "written"
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from data_handlers.lists import list_images
 from data_handlers.stream import StreamConfig, StreamSamples
 from models.segmentation import SegmentationShape, build_segmentation_net
 from test_train_cli import all_tensors, only_run, training_flags
+from utils.distributed import Rank
 from worlds import write_cityscapes, write_gta5
 
 STEPS = 3
@@ -129,14 +132,16 @@ def test_a_source_training_stopped_in_its_validation(world, tmp_path, run_script
     real_call = Validator.__call__
     calls = []
 
-    def stop(self, net):
-        calls.append(net)
+    def stop(self, *arguments):
+        calls.append(arguments)
         if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real_call(self, net)
+            signal.raise_signal(signal.SIGUSR1)
+        return real_call(self, *arguments)
 
     monkeypatch.setattr(Validator, "__call__", stop)
-    assert run_script(train_semseg_on_source, *source_flags(world, tmp_path / "cut")).code == 130
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path / "cut"))
+    assert result.code == 75, result.err
+    assert "stopped at step 4, and saved" in result.err
     run = only_run(tmp_path / "cut")
     assert read_segmentation_file(run / "latest.pth").training["step"] == 4
     (tmp_path / "cut/source.pth").unlink()
@@ -155,6 +160,24 @@ def test_a_source_training_stopped_in_its_validation(world, tmp_path, run_script
         tags = ("Validation/mIoU", "Semseg/SemsegLoss")
         logged.append([[(event.step, event.value) for event in events.Scalars(tag)] for tag in tags])
     assert logged[0] == logged[1]
+
+
+def test_a_damaged_best_net_does_not_end_the_training(world, tmp_path, run_script, monkeypatch):
+    real_step = SourceTrainer._one_step
+
+    def stop(self, batch):
+        if self.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return real_step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceTrainer, "_one_step", stop)
+        assert run_script(train_semseg_on_source, *source_flags(world, tmp_path)).code == 75
+    run = only_run(tmp_path)
+    (run / "best.pth").write_bytes((run / "best.pth").read_bytes()[:500])
+    result = run_script(train_semseg_on_source, "--continue_train_from_path", run)
+    assert result.code == 0, result.err
+    assert "best.pth is damaged" in result.err
 
 
 def test_output_that_another_run_takes_meanwhile(world, tmp_path, run_script, monkeypatch):
@@ -343,11 +366,11 @@ def stop_in_step(scale, step):
 def stop_in_validation(number):
     real, calls = Validator.__call__, []
 
-    def stop(self, net):
-        calls.append(net)
+    def stop(self, *arguments):
+        calls.append(arguments)
         if len(calls) == number:
-            raise KeyboardInterrupt
-        return real(self, net)
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
 
     return Validator, "__call__", stop
 
@@ -364,8 +387,9 @@ def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*stop(*where))
         flags = label_flags(world, out, resnet_file, save_checkpoint_rate=1, **RESNET)
-        assert run_script(train_procst, *flags).code == 130
+        assert run_script(train_procst, *flags).code == (75 if stop is stop_in_validation else 130)
     run = only_run(out)
+    assert len(load_checkpoint(run / "latest.pth").validations) == (where == (2,))  # what is broken off is made again
     result = run_script(train_procst, "--continue_train_from_path", run)
     assert result.code == 0, result.err
     ours, theirs = load_checkpoint(run / "latest.pth"), load_checkpoint(whole / "latest.pth")
@@ -381,6 +405,19 @@ def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
     assert all(torch.equal(value, expected) for value, expected in zip(*momenta, strict=True))
     assert ours.validations == theirs.validations
     assert [path.name for path in run.glob("best_*.pth")] == [path.name for path in whole.glob("best_*.pth")]
+
+
+def test_a_kill_leaves_no_second_best(tmp_path):
+    for step in (2, 20, 30, 31):
+        (tmp_path / f"best_step_{step}_mIoU_0.5.pth").touch()
+    validations = [{"step": step, "best": step in (2, 20, 30)} for step in (2, 10, 20, 30)]
+    trainer = SimpleNamespace(validations=[], rank=Rank(), run_folder=tmp_path)
+    Trainer._remove_older_bests(trainer)
+    assert len(list(tmp_path.iterdir())) == 4
+    trainer.validations = validations
+    Trainer._remove_older_bests(trainer)
+    # Step 31 was validated, and the run killed before it could note it: it will be validated again.
+    assert sorted(path.name[:12] for path in tmp_path.iterdir()) == ["best_step_30", "best_step_31"]
 
 
 def test_selection_without_target_labels(world, tmp_path, run_script, source_net):

@@ -11,6 +11,7 @@ import pytest
 
 import create_sit_dataset
 import train_procst
+from data_handlers import labelled as labelled_module
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images, missing_labels, replace_suffix, require_labels
 from test_train_cli import training_flags
@@ -100,10 +101,8 @@ def test_a_training_looks_at_a_handful_of_files_before_it_starts(world, run_scri
     """All but a few files are empty, so that the run ends with a message as soon as it reads any other."""
     write_cityscapes(world / "cityscapes", count=3, size=(64, 40), labels=False)
     read = []
-    image = train_procst.check_samples.__globals__["read_image"]
-    monkeypatch.setitem(
-        train_procst.check_samples.__globals__, "read_image", lambda path: read.append(path) or image(path)
-    )
+    image = labelled_module.read_image
+    monkeypatch.setattr(labelled_module, "read_image", lambda path: read.append(path) or image(path))
 
     def started(*_):
         raise KeyboardInterrupt

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import TypeVar
 
 from torch.utils.data import DataLoader
@@ -13,6 +17,7 @@ from utils.errors import UserError
 from utils.locks import say
 
 RESTARTS = 3
+REMINDER = 1.0  # seconds
 Batch = TypeVar("Batch")
 
 
@@ -24,12 +29,12 @@ def batches_in_order(loader_at: Callable[[int], DataLoader], what_to_do: str) ->
         what_to_do: end of the message when workers keep dying.
 
     Raises:
-        UserError: workers died more than `RESTARTS` times without a batch in between.
+        UserError: workers cannot be started, or died more than `RESTARTS` times without a batch in between.
     """
     position, deaths = 0, 0
     while True:
         try:
-            for batch in _iterate(loader_at(position)):
+            for batch in _iterate(loader_at(position), what_to_do):
                 deaths = 0
                 yield batch
                 position += 1
@@ -57,12 +62,63 @@ def _means_death(error: Exception) -> bool:
     return lost or text.startswith("DataLoader worker") or "pin memory thread" in text.lower()
 
 
-def _iterate(loader: DataLoader) -> Iterable[Batch]:
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        handler = signal.getsignal(signal.SIGCHLD)
-        if getattr(handler, "__module__", "").startswith("torch.utils.data"):
-            # PyTorch's handler raises wherever this process happens to be, as in the middle of a training step. Without
-            # it a death is found, some seconds later, when the next batch is asked for.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return iterator
+def _iterate(loader: DataLoader, what_to_do: str) -> Iterator[Batch]:
+    others = set(multiprocessing.active_children())
+    try:
+        iterator = iter(loader)
+    except OSError as error:
+        raise UserError(
+            f"loader processes cannot be started ({error.strerror or error}): lower --num_workers; {what_to_do}"
+        ) from None
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    if not workers or threading.current_thread() is not threading.main_thread():
+        yield from iterator
+        return
+    if getattr(signal.getsignal(signal.SIGCHLD), "__module__", "").startswith("torch.utils.data"):
+        # PyTorch's handler raises wherever this process happens to be, as in the middle of a training step.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ended = threading.Event()
+    threading.Thread(target=_remind, args=(workers, ended), daemon=True).start()
+    end = object()
+    try:
+        while True:
+            with _interrupted_by_death_of(workers):
+                batch = next(iterator, end)
+            if batch is end:
+                return
+            yield batch
+    except Exception:
+        for process in workers:
+            process.kill()  # one that writes what nobody will read would be waited for
+        raise
+    finally:
+        ended.set()
+
+
+def _dead(workers: Sequence[BaseProcess]) -> list[BaseProcess]:
+    return [process for process in workers if process.exitcode not in (None, 0)]
+
+
+@contextmanager
+def _interrupted_by_death_of(workers: Sequence[BaseProcess]) -> Iterator[None]:
+    """Inside the block, in which batches are waited for, the death of a worker is an error.
+
+    A worker that dies while it writes a large batch into its pipe leaves a reader that would wait for the rest forever.
+    """
+
+    def look(number: int, frame: FrameType | None) -> None:
+        for process in _dead(workers):
+            raise RuntimeError(f"DataLoader worker {process.pid} ended with exit code {process.exitcode}")
+
+    before = signal.signal(signal.SIGCHLD, look)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _remind(workers: Sequence[BaseProcess], ended: threading.Event) -> None:
+    """Send the signal of a death again and again: it may have come just before the reader began to wait."""
+    while not ended.wait(REMINDER):
+        if _dead(workers):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGCHLD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import threading
 import traceback
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.queues import Queue
 from typing import Any
 
 from utils.errors import UserError
@@ -41,14 +43,21 @@ def leave_the_end_to_parent() -> None:
 
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)
+        _exit()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _exit() -> None:
+    """End at once, with an exit code that is no success; what is in memory alone is lost."""
+    if folder := multiprocessing.current_process()._config.get("tempdir"):
+        shutil.rmtree(folder, ignore_errors=True)  # in /tmp, where each loader would leave one
+    os._exit(1)
+
+
 def _end_later() -> None:
-    timer = threading.Timer(GRACE, os._exit, (0,))
+    timer = threading.Timer(GRACE, _exit)
     timer.daemon = True  # a loader that comes to its end before does not wait
     timer.start()
 
@@ -58,7 +67,11 @@ def init_loader(worker_id: int) -> None:
 
     A scheduler sends its signals to all processes of a job, and a training must be able to finish its step. A loader
     that is told to end, or stuck where its parent wants to end, does so after `GRACE` seconds.
+
+    A batch that cannot be sent, as where shared memory is full, would be dropped, and waited for without end: the
+    worker ends instead, which its parent notices.
     """
+    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: _exit())
     leave_the_end_to_parent()
     for number in (signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

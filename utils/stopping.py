@@ -17,15 +17,19 @@ STOPPED = 75
 SAME_REQUEST = 1.0  # seconds
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved its state: exit code `STOPPED`, and the message as one line."""
+class Stopped(BaseException):
+    """The run was asked to stop and has saved its state: exit code `STOPPED`, and the message as one line.
+
+    No `Exception`: a signal can raise it anywhere, also where a file is read and whatever goes wrong means damage.
+    """
 
 
 class StopRequests:
     """Inside the block the first stop signal is remembered, and a second one ends the process with 128 + its number.
 
     Call the object to ask whether a stop is wanted. To be entered in the main thread; processes forked inside the block
-    ignore what they are sent.
+    ignore what they are sent. After the block the handlers stay where a stop was asked for: the same request, sent
+    twice, must not end by a signal a process that has saved and is about to say so with its exit code.
 
     Args:
         quiet: say nothing about the first one, as where several processes are sent the same.
@@ -52,24 +56,26 @@ class StopRequests:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self.received is None:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return
+        now, name = time.monotonic(), signal.Signals(number).name
+        if self.received is not None:
+            if now - self._time > SAME_REQUEST:
+                _say(f"{name} again: ended without saving; the last checkpoint stays")
+                os._exit(128 + number)
+            return
+        self.received, self._time = signal.Signals(number), now
         if self.at_once and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.at_once:
-            raise Stopped(f"{signal.Signals(number).name}: stopped before the training began; run the command again")
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self._time = signal.Signals(number), now
-            if not self.quiet:
-                announce(self.received)
-        elif now - self._time > SAME_REQUEST:
-            _say(f"{signal.Signals(number).name} again: ended without saving; the last checkpoint stays")
-            os._exit(128 + number)
+            raise Stopped(f"{name}: stopped before the training began; run the command again")
+        if not self.quiet:
+            announce(self.received)
 
 
 def announce(number: signal.Signals) -> None:
@@ -80,5 +86,6 @@ def announce(number: signal.Signals) -> None:
 def _say(line: str) -> None:
     # Past Python's buffered streams, which the interrupted code may be in the middle of using. Who reads them may have
     # been ended by the same Ctrl-C.
-    with suppress(OSError):
-        os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())
+    if sys.__stderr__ is not None:  # closed by who started the program
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())

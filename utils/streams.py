@@ -40,10 +40,22 @@ class _Lasting:
             os.close(nowhere)
 
 
+def _occupy_standard_files() -> None:
+    """Let closed standard file descriptors lead nowhere; another file would get the number, and what is printed."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+
+
 @contextmanager
 def streams_that_last() -> Iterator[None]:
     """Inside the block printing never fails: not for a name that a terminal cannot show, not for a broken pipe."""
+    _occupy_standard_files()
     before = sys.stdout, sys.stderr
+    # Where the file descriptors are closed, as some starters of daemons leave them, Python has no streams.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in before)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = lasting = _Lasting(sys.stdout), _Lasting(sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
@@ -20,6 +21,7 @@ _OLD_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that bega
 _ENCRYPTED = 1  # in the flags of a record
 _FOLDER = 0x10  # in its attributes
 _CHUNK = 1 << 20
+_PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
 
 
 class DamagedFileError(UserError):
@@ -46,6 +48,7 @@ def check_archive(path: Path) -> None:
             oddity = _oddity_of_archive(file)
         # A damaged archive can make the reader fail in any way, and each means the same.
         except Exception as error:
+            _raise_if_passing(error, path)
             reason = f"{path} is damaged or cut short ({_reason(error)}); use another copy of it"
             raise DamagedFileError(reason) from None
     if oddity:
@@ -98,6 +101,14 @@ def _oddity(records: list[zipfile.ZipInfo], file_size: int) -> str:
     return ""
 
 
+def _raise_if_passing(error: Exception, path: Path) -> None:
+    """What fails for want of memory or of a file server may be as it was written: another file must not be used."""
+    if is_out_of_memory(error):
+        raise UserError(f"{path} asks for more memory than there is; free some, or use another file") from None
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
 def _reason(error: Exception) -> str:
     if is_out_of_memory(error):
         return "it asks for more memory than there is"
@@ -120,6 +131,7 @@ def read_tensor_file(path: Path) -> Any:
         return None
     # A damaged file can make the reader fail in any way, and each means the same.
     except Exception as error:
+        _raise_if_passing(error, path)
         raise DamagedFileError(f"{path} is damaged or not a checkpoint ({_reason(error)})") from None
 
 
