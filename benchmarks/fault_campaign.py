@@ -33,6 +33,7 @@ from utils.flags import OneLineParser, parse_flags
 from utils.stopping import STOP_SIGNALS, STOPPED
 
 SIZE = (64, 32)
+SOURCE_SIZE = (256, 128)  # larger than a pipe between processes, as real pictures are
 LONGEST = 120.0  # seconds that any command may take
 
 
@@ -77,7 +78,7 @@ class Campaign:
     def __init__(self, work: Path, kills: int, steps: int, images: int, seed: int) -> None:
         self.work, self.kills, self.images = work, kills, images
         self.random = random.Random(seed)
-        write_gta5(work / "source", images, SIZE)
+        write_gta5(work / "source", images, SOURCE_SIZE)
         write_gta5(work / "target", images, SIZE)
         self.flags = [
             "--gpus", "cpu", "--no_semseg", "--src_data_dir", work / "source", "--target", "folder",
@@ -87,6 +88,8 @@ class Campaign:
             "--save_checkpoint_rate", 1, "--num_workers", 1, "--tb_logs_dir", work / "logs", "--precision", "fp32",
         ]  # fmt: skip
         self.seconds: dict[str, float] = {}
+        # The first one also imports everything, for all; what is timed gives the moments of the kills.
+        self._finish(Victim("train_procst", ["--help"], work))
         started = time.perf_counter()
         self._finish(self.train("undisturbed"))
         self.seconds["train"] = time.perf_counter() - started
@@ -275,6 +278,17 @@ class Campaign:
         survived = victim.wait(LONGEST) == 0
         return Row("SIGKILL of loaders", killed, killed * survived, 0, self.hash_of_run("loader") == self.weights)
 
+    def killed_export_loader(self) -> Row:
+        """SIGKILL of loader processes in the middle of the export."""
+        victim = self.export("loader")
+        killed = 0
+        while killed < 2 and not victim.ended_within(0.02):
+            if len(self._images("loader")) > 3 * killed:
+                killed += victim.kill_child()
+        survived = victim.wait(LONGEST) == 0
+        equal = self.hash_of_images("loader") == self.pixels
+        return Row("SIGKILL of loaders of the export", killed, killed * survived, 0, equal)
+
     def damaged_checkpoint(self) -> Row:
         """A flipped bit in the newest checkpoint, which is then reported, and the one before it used."""
         victim = self.train("damaged")
@@ -311,7 +325,7 @@ class Campaign:
         return [
             lambda: self.killed_training(in_writes=False), lambda: self.killed_training(in_writes=True),
             self.killed_cache_building, self.killed_export, self.stopped, self.full_disk, self.killed_loader,
-            self.damaged_checkpoint, self.unreadable_image,
+            self.killed_export_loader, self.damaged_checkpoint, self.unreadable_image,
         ]  # fmt: skip
 
 

@@ -23,6 +23,10 @@ def test_killed_export(campaign):
     assert campaign.killed_export().passed
 
 
+def test_killed_loaders_of_an_export(campaign):
+    assert campaign.killed_export_loader().passed
+
+
 def test_a_campaign_can_fail(campaign):
     """What was made is compared: other weights, other pixels."""
     weights, campaign.weights = campaign.weights, "other"

@@ -40,24 +40,30 @@ class Job:
 
 def leave_the_end_to_parent() -> None:
     """Make this process ignore Ctrl-C, and end at once, without a word, when the one that started it is gone."""
+    inherited = _own_folder()
 
     def watch() -> None:
         multiprocessing.parent_process().join()
-        _exit()
+        _exit(inherited)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _exit() -> None:
+def _own_folder() -> str | None:
+    """Where this process keeps sockets, in /tmp; its own or that of the process it was forked from."""
+    return multiprocessing.current_process()._config.get("tempdir")
+
+
+def _exit(inherited_folder: str | None) -> None:
     """End at once, with an exit code that is no success; what is in memory alone is lost."""
-    if folder := multiprocessing.current_process()._config.get("tempdir"):
-        shutil.rmtree(folder, ignore_errors=True)  # in /tmp, where each loader would leave one
+    if (folder := _own_folder()) not in (None, inherited_folder):
+        shutil.rmtree(folder, ignore_errors=True)  # each loader would leave one behind
     os._exit(1)
 
 
-def _end_later() -> None:
-    timer = threading.Timer(GRACE, _exit)
+def _end_later(inherited_folder: str | None) -> None:
+    timer = threading.Timer(GRACE, _exit, (inherited_folder,))
     timer.daemon = True  # a loader that comes to its end before does not wait
     timer.start()
 
@@ -71,11 +77,12 @@ def init_loader(worker_id: int) -> None:
     A batch that cannot be sent, as where shared memory is full, would be dropped, and waited for without end: the
     worker ends instead, which its parent notices.
     """
-    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: _exit())
+    inherited = _own_folder()
+    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: _exit(inherited))
     leave_the_end_to_parent()
     for number in (signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: _end_later())
+    signal.signal(signal.SIGTERM, lambda number, frame: _end_later(inherited))
 
 
 def run_jobs(jobs: Sequence[Job], progress: Callable[[int], object], if_killed: str) -> None:
