@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -67,8 +69,13 @@ def _iterate(loader: DataLoader, what_to_do: str) -> Iterator[Batch]:
     try:
         iterator = iter(loader)
     except OSError as error:
+        with _silent_deletion():
+            traceback.clear_frames(error.__traceback__)  # what PyTorch half made
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
         raise UserError(
-            f"loader processes cannot be started ({error.strerror or error}): lower --num_workers; {what_to_do}"
+            f"loader processes cannot be started ({error.strerror or error}); memory or shared memory (/dev/shm) may be "
+            f"short: lower --num_workers; {what_to_do}"
         ) from None
     workers = [process for process in multiprocessing.active_children() if process not in others]
     if not workers or threading.current_thread() is not threading.main_thread():
@@ -93,6 +100,16 @@ def _iterate(loader: DataLoader, what_to_do: str) -> Iterator[Batch]:
         raise
     finally:
         ended.set()
+
+
+@contextmanager
+def _silent_deletion() -> Iterator[None]:
+    """Inside the block errors in the deletion of objects are not printed: a half-made loader cannot end itself."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _dead(workers: Sequence[BaseProcess]) -> list[BaseProcess]:
