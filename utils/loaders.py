@@ -74,8 +74,8 @@ def _iterate(loader: DataLoader, what_to_do: str) -> Iterator[Batch]:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         raise UserError(
-            f"loader processes cannot be started ({error.strerror or error}); memory or shared memory (/dev/shm) may be "
-            f"short: lower --num_workers; {what_to_do}"
+            f"loader processes cannot be started ({error.strerror or error}); memory or shared memory (/dev/shm) may "
+            f"be short: lower --num_workers; {what_to_do}"
         ) from None
     workers = [process for process in multiprocessing.active_children() if process not in others]
     if not workers or threading.current_thread() is not threading.main_thread():
