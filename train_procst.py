@@ -115,7 +115,7 @@ def _run(flags: argparse.Namespace, given: frozenset[str], rank: Rank, claims: E
     for flag in ("checkpoints_dir", "tb_logs_dir"):
         check_folder(Path(getattr(config.run, flag)), f"--{flag}")
     if flags.dry_run:
-        _rehearse(prepared, start.origin.parent if start.origin else Path(flags.run_dir or config.run.checkpoints_dir))
+        _rehearse(prepared, start, Path(flags.run_dir or config.run.checkpoints_dir))
     else:
         _train(prepared, start, flags, stop, claims)
 
@@ -144,8 +144,8 @@ def _start(flags: argparse.Namespace, given: frozenset[str], rank: Rank) -> tupl
     return continued_config(checkpoint.config, flags, given), _Start(checkpoint, origin, seen)
 
 
-def _rehearse(run: PreparedRun, folder: Path) -> None:
-    """`--dry_run`, of a run whose checkpoints will go into `folder`."""
+def _rehearse(run: PreparedRun, start: _Start, folder: Path) -> None:
+    """`--dry_run`, of a run whose checkpoints will go into `folder`, or to where there are some."""
     trainer = Trainer(
         run.config, run.source, run.target, run.perceptual, run.rank.device, Path(), run.labels, run.inputs,
         rank=run.rank,
@@ -155,7 +155,7 @@ def _rehearse(run: PreparedRun, folder: Path) -> None:
     cache_dir = run.config.data.cache_dir
     cache = (Path(cache_dir), bytes_to_cache(run.config, run.source, run.target)) if cache_dir else None
     with out_of_memory_means(lambda: _less_memory(trainer)):
-        report(trainer, run.plans, folder, cache)
+        report(trainer, run.plans, start.origin.parent if start.origin else folder, start.origin is not None, cache)
 
 
 def _train(run: PreparedRun, start: _Start, flags: argparse.Namespace, stop: StopRequests, claims: ExitStack) -> None:

@@ -63,11 +63,18 @@ def check_every_file(files: FileList, with_labels: bool, skip: bool) -> None:
         raise UserError(f"{len(wrong)} of {len(files)} files of {files.root} cannot be used, the first: {wrong[0]}")
 
 
-def report(trainer: Trainer, plans: Sequence[ScalePlan], folder: Path, cache: tuple[Path, int] | None = None) -> None:
+def report(
+    trainer: Trainer,
+    plans: Sequence[ScalePlan],
+    folder: Path,
+    continued: bool = False,
+    cache: tuple[Path, int] | None = None,
+) -> None:
     """Check every file, rehearse every scale, and print what a run takes.
 
     Args:
         folder: where checkpoints will go.
+        continued: the run has checkpoints there.
         cache: `--cache_dir`, and the bytes that will be built there.
 
     Raises:
@@ -84,7 +91,8 @@ def report(trainer: Trainer, plans: Sequence[ScalePlan], folder: Path, cache: tu
     if not first:
         return
     print("\n".join(describe(rehearsals, plans, trainer.device)))
-    needed = max(0, needed_bytes(rehearsals, with_best=trainer.labels is not None) - bytes_in(folder))
+    there = bytes_in(folder) if continued else 0
+    needed = max(0, needed_bytes(rehearsals, with_best=trainer.labels is not None) - there)
     require_space({"checkpoints": (folder, needed), **({"cache": cache} if cache else {})})
     print("dry run finished, nothing was written")
 

@@ -194,13 +194,12 @@ def bytes_to_cache(config: ProCSTConfig, source: FileList, target: FileList) -> 
     """Disk space that `open_caches` will take.
 
     Raises:
-        UserError: a file is missing, or the cache cannot be read.
+        UserError: the cache cannot be read.
     """
     data = config.data
-    folder, labels = Path(data.cache_dir), not config.run.no_semseg
-    return bytes_to_build(folder, source, data.src_resize, data.resample, labels) + bytes_to_build(
-        folder, target, data.trg_resize, data.resample, False
-    )
+    folder, labels, skip = Path(data.cache_dir), not config.run.no_semseg, data.on_bad_image == "skip"
+    source_bytes = bytes_to_build(folder, source, data.src_resize, data.resample, labels, skip)
+    return source_bytes + bytes_to_build(folder, target, data.trg_resize, data.resample, False, skip)
 
 
 def _require_one_run(config: ProCSTConfig, inputs: dict[str, str], rank: Rank) -> None:

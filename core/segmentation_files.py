@@ -17,7 +17,7 @@ from core.networks import freeze
 from models.segmentation import SegmentationShape, build_segmentation_net
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.tensor_files import DamagedFileError, load_network, read_tensor_file
+from utils.tensor_files import DamagedFileError, UnavailableFileError, load_network, read_tensor_file
 
 FORMAT = "procst-segmentation"
 VERSION = 1
@@ -94,9 +94,15 @@ def run_identity(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
-    """Whether a file was written by the source training of this `run_identity`."""
+    """Whether a file was written by the source training of this `run_identity`.
+
+    Raises:
+        UnavailableFileError: it cannot be read at the moment.
+    """
     try:
         info = read_segmentation_file(path).info
+    except UnavailableFileError:
+        raise
     except UserError:
         return False
     return all(info.get(name) == value for name, value in run.items())

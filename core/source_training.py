@@ -9,6 +9,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from utils.files import atomic_write_json
 from utils.locks import say
 from utils.seeds import seed_for
 from utils.stopping import Stopped
-from utils.tensor_files import DamagedFileError, load_network
+from utils.tensor_files import DamagedFileError, UnavailableFileError, load_network
 from utils.transfer import to_device
 
 LOSS_TAG = "Semseg/SemsegLoss"
@@ -371,23 +372,24 @@ class SourceTrainer:
     def best_file(self) -> Path:
         """Where the best net is: the configured output, or the run folder if that belongs to another run."""
         output = Path(self.config.output)
-        ours = bool(self.config.output) and is_of_run(output, self.run)
-        return output if ours else self.run_folder / BEST
+        with suppress(UnavailableFileError):
+            if self.config.output and is_of_run(output, self.run):
+                return output
+        return self.run_folder / BEST
 
     def _publish(self) -> None:
         """Copy the best net to the configured output, unless a file of another run has come to stand there."""
         output = Path(self.config.output)
         if not self.config.output or not (self.run_folder / BEST).exists():
             return
-        if output.exists() and not is_of_run(output, self.run):
-            tqdm.write(f"{output} is now a file of another run and stays; the best net is {self.run_folder / BEST}")
-            return
         try:
-            best = read_segmentation_file(self.run_folder / BEST)
-        except DamagedFileError as error:
-            say(f"WARNING: {error}; the next better net takes its place")  # no reason to give the training up
-            return
-        best.save(output)
+            if output.exists() and not is_of_run(output, self.run):
+                say(f"{output} is now a file of another run and stays; the best net is {self.run_folder / BEST}")
+            else:
+                read_segmentation_file(self.run_folder / BEST).save(output)
+        except (DamagedFileError, UnavailableFileError) as error:
+            # No reason to give the training up: the next better net is written anew.
+            say(f"WARNING: {output} is not brought up to date: {error}")
 
 
 def _one_level(image: np.ndarray) -> list[np.ndarray]:

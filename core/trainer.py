@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +268,7 @@ class Trainer:
         picture_rate = max(1, per_epoch // run.pics_per_epoch) if run.pics_per_epoch else 0
         nets, optimizers = self.scale_networks(), ScaleOptimizers(**self.optimizers)
         self._require_equal_weights()
-        self._remove_older_bests()  # the run was killed before it could
+        self._keep_best(self._bests())  # the run may have been killed before it could
         if self._is_validation_step(per_epoch, steps) and all(v["step"] != self.step for v in self.validations):
             self._validate(progress)  # the run was stopped in it
         batches = open_streams(
@@ -337,16 +337,21 @@ class Trainer:
         self.validations.append({"step": self.step, "score": score, "best": best, **found})
         if self.rank.is_first:
             atomic_write_json(self.run_folder / VALIDATIONS, self.validations)
-        names = [best_name(self.step, validation)] if best else []
+        names = [best_name(self.step, found)] if best else []
         self._save(progress, *names, LATEST)
-        self._remove_older_bests()
+        self._keep_best(self.run_folder.glob(BEST_PATTERN))
         self._stop_if(bool(self.rank.agree(int(self.stop()))))
 
-    def _remove_older_bests(self) -> None:
-        *older, _ = [validation["step"] for validation in self.validations if validation["best"]] or [None]
-        for step in older if self.rank.is_first else ():
-            for path in self.run_folder.glob(BEST_PATTERN.replace("*", f"{step}_*", 1)):
-                path.unlink()
+    def _bests(self) -> list[Path]:
+        """Where the states were written that were the best of their time."""
+        return [self.run_folder / best_name(found["step"], found) for found in self.validations if found["best"]]
+
+    def _keep_best(self, others: Iterable[Path]) -> None:
+        """Delete other states than the best so far, if there is one."""
+        bests = self._bests()
+        for path in others if bests and self.rank.is_first else ():
+            if path != bests[-1]:
+                path.unlink(missing_ok=True)
 
     def _require_equal_weights(self) -> None:
         """Check that all processes start from the same weights; from then on they compute the same changes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -210,7 +210,7 @@ def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def best_name(step: int, validation: Validation) -> str:
-    """File name of the best checkpoint, with its scores."""
-    miou = "" if validation.mean_iou is None else f"_mIoU_{validation.mean_iou:.4f}"
-    return f"best_step_{step}{miou}_label_free_{validation.label_free:.4f}.pth"
+def best_name(step: int, report: Mapping[str, Any]) -> str:
+    """File name of the best checkpoint, with the scores of its `report`."""
+    miou = "" if report["miou"] is None else f"_mIoU_{report['miou']:.4f}"
+    return f"best_step_{step}{miou}_label_free_{report['label_free']:.4f}.pth"

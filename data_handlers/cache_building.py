@@ -34,6 +34,7 @@ from utils.processes import init_loader
 FORMAT = 1
 MANIFEST = "cache.json"
 BUILDING = ".building-"
+REPLACED = "-replaced"
 
 # What file systems that cannot reserve space answer.
 NO_RESERVING = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -144,17 +145,22 @@ def open_cache(
 
 
 def bytes_to_build(
-    cache_dir: Path, files: FileList, size: tuple[int, int], resample: Resample, with_labels: bool
+    cache_dir: Path,
+    files: FileList,
+    size: tuple[int, int],
+    resample: Resample,
+    with_labels: bool,
+    skip_unusable: bool = False,
 ) -> int:
     """Disk space that `open_cache` would take for what is not there yet.
 
     Raises:
-        UserError: a file is missing, or the cache cannot be read.
+        UserError: the cache cannot be read.
     """
     missing = 0
     for part in _parts(files, size, resample, with_labels):
         folder, manifest = _place(cache_dir, part)
-        if _defect(folder, part, manifest):
+        if _defect(folder, part, manifest) or _lacks(folder, part, skip_unusable):
             missing += math.prod(part.shape)
     return missing
 
@@ -186,6 +192,9 @@ def _open_part(cache_dir: Path, part: _Part, num_workers: int, skip_unusable: bo
         make_folder(cache_dir, "--cache_dir")
         with only_builder(cache_dir / f"{key}.lock", f"what killed builds left ({BUILDING}*)") as is_only_one:
             if is_only_one:
+                for replaced in cache_dir.glob(f"{BUILDING}{key}-*{REPLACED}"):
+                    if not os.path.lexists(folder) and not _defect(replaced, part, manifest):
+                        replaced.rename(folder)  # killed just before its better was put in its place
                 for leftover in cache_dir.glob(f"{BUILDING}{key}-*"):
                     shutil.rmtree(leftover, ignore_errors=True)  # another user's may have to stay
             # Asked again: another process may have built it in the meantime.
@@ -263,11 +272,14 @@ def _build(
     building: Path, folder: Path, part: _Part, manifest: dict[str, object], num_workers: int, skip_unusable: bool
 ) -> None:
     """Build a cache in the folder `building`, and rename it to `folder` when it is complete."""
-    old = building.with_name(f"{building.name}-old")
+    replaced = building.with_name(building.name + REPLACED)
     try:
         _require_space(folder.parent, math.prod(part.shape))
         building.mkdir()  # with the umask's mode: others may read it
         unusable = _write_array(_array_file(building, part), part, num_workers, skip_unusable)
+        if os.path.lexists(folder) and not unusable.keys() <= unusable_files(folder).keys():
+            # A run that uses the cache knows what it lacks, and would take zeros for what the new one lacks.
+            raise UserError(f"another file than before cannot be read: {next(iter(unusable.values()))}")
         if unusable:
             atomic_write_json(building / UNUSABLE, unusable)
         if part.state() != manifest["state"]:
@@ -275,9 +287,11 @@ def _build(
         atomic_write_json(building / MANIFEST, manifest)
         try:
             if os.path.lexists(folder):
-                folder.rename(old)  # whoever reads it has the file open
+                folder.rename(replaced)  # whoever reads it has the file open
             building.rename(folder)
         except OSError:
+            if replaced.exists() and not os.path.lexists(folder):
+                replaced.rename(folder)
             # Where nothing can be locked, another process may have been faster.
             if _defect(folder, part, manifest):
                 raise
@@ -288,7 +302,8 @@ def _build(
         ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(folder):
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

@@ -126,6 +126,17 @@ def test_a_cache_is_built_once_and_again_when_a_file_changes(world, built):
     assert built == [*["labels", "images"] * 2, "labels", "labels", "images"]
 
 
+def test_a_kill_in_the_exchange_of_two_caches_loses_none(world, built):
+    open_cache(*(arguments := (world / "cache", gta(world), SIZE, "fast", False, 0)))
+    (folder,) = folders(world / "cache")
+    key = folder.name.split("_")[-2]
+    folder.rename(folder.with_name(f".building-{key}-0123abcd-replaced"))
+    (world / "cache" / f".building-{key}-0123abcd").mkdir()
+    assert open_cache(*arguments).image(0).any()
+    assert built == ["images"]
+    assert folders(world / "cache") == [folder]
+
+
 def test_the_bytes_to_build_are_those_that_are_built(world):
     arguments = (world / "cache", gta(world), (20, 12), "exact", True)
     found = [bytes_to_build(*arguments)]
@@ -253,6 +264,13 @@ def test_a_cache_that_lacks_files_stays_until_a_better_one_is_there(world, monke
     assert cache.image(1).any()
     with pytest.raises(UserError, match="00004"):
         cache.image(3)
+    # Another file than before does not answer: those who use the cache would not know.
+    gone.clear()
+    gone.add("00001.png")
+    stays = open_cache(*arguments, skip_unusable=True)
+    assert np.array_equal(stays.image(0), before[0])
+    with pytest.raises(UserError, match="00004"):
+        stays.image(3)
     # The run that has the old one open goes on as it was.
     for fresh in (used, pickle.loads(pickle.dumps(used))):
         assert np.array_equal(fresh.image(4), before[1])

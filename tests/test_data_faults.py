@@ -20,6 +20,7 @@ import train_procst
 from core.checkpoint import load_checkpoint
 from data_handlers import stream as stream_module
 from faults import at_step, one_line, run_flags, same_as, undisturbed, world  # noqa: F401
+from utils import loaders as loaders_module
 from utils import processes as processes_module
 from utils.errors import UserError
 from utils.loaders import RESTARTS, batches_in_order
@@ -224,9 +225,37 @@ def test_loaders_that_cannot_be_started(monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
-    with pytest.raises(UserError, match=r"cannot be started .*--num_workers; start again"):
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+        with pytest.raises(UserError, match=r"cannot be started .*--num_workers; start again"):
+            next(batches_in_order(lambda index: DataLoader(_Large(), num_workers=1), "start again"))
+    # A limit on processes counts threads, too.
+    real = threading.Thread.start
+
+    def refuse_thread(self):
+        if self.name.startswith("QueueFeederThread"):
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_thread)
+    with pytest.raises(UserError, match=r"cannot be started .*number of processes.*start again"):
         next(batches_in_order(lambda index: DataLoader(_Large(), num_workers=1), "start again"))
+    assert not multiprocessing.active_children()
+
+
+def test_a_second_death_while_the_first_is_handled():
+    process = multiprocessing.get_context("fork").Process(target=os._exit, args=(1,))
+    process.start()
+    process.join()
+    with pytest.raises(RuntimeError, match="DataLoader worker"), loaders_module._interrupted_by_death_of([process]):
+        signal.raise_signal(signal.SIGCHLD)
+    signal.raise_signal(signal.SIGCHLD)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    waiting = loaders_module._interrupted_by_death_of([process])
+    waiting.__enter__()
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        signal.getsignal(signal.SIGCHLD)(signal.SIGCHLD, None)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
 
 
 def test_killed_loaders_leave_nothing_in_the_temporary_folder(tmp_path):

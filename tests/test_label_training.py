@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from core.label_networks import restore_momentum
 from core.segmentation_files import SegmentationFile, load_segmentation_net, read_segmentation_file
 from core.source_training import SourceTrainer, poly_rate
 from core.trainer import Trainer
-from core.validation import Validator
+from core.validation import BEST_PATTERN, Validator, best_name
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images
 from data_handlers.stream import StreamConfig, StreamSamples
@@ -408,16 +407,22 @@ def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
 
 
 def test_a_kill_leaves_no_second_best(tmp_path):
-    for step in (2, 20, 30, 31):
-        (tmp_path / f"best_step_{step}_mIoU_0.5.pth").touch()
-    validations = [{"step": step, "best": step in (2, 20, 30)} for step in (2, 10, 20, 30)]
-    trainer = SimpleNamespace(validations=[], rank=Rank(), run_folder=tmp_path)
-    Trainer._remove_older_bests(trainer)
-    assert len(list(tmp_path.iterdir())) == 4
+    """The same step may be validated twice, with other scores, after --resume_to_epoch."""
+    found = [(6, 0.2, True), (12, 0.3, True), (18, 0.1, False), (6, 0.4, True)]
+    validations = [{"step": step, "miou": miou, "label_free": 0.5, "best": best} for step, miou, best in found]
+    names = [best_name(validation["step"], validation) for validation in validations]
+    unnoted = "best_step_7_mIoU_0.1000_label_free_0.5000.pth"  # killed before: it will be validated again
+    for name in (*names, unnoted):
+        (tmp_path / name).touch()
+    trainer = Trainer.__new__(Trainer)
+    trainer.validations, trainer.rank, trainer.run_folder = [], Rank(), tmp_path
+    trainer._keep_best(trainer._bests())
+    assert len(list(tmp_path.iterdir())) == 5
     trainer.validations = validations
-    Trainer._remove_older_bests(trainer)
-    # Step 31 was validated, and the run killed before it could note it: it will be validated again.
-    assert sorted(path.name[:12] for path in tmp_path.iterdir()) == ["best_step_30", "best_step_31"]
+    trainer._keep_best(trainer._bests())
+    assert {path.name for path in tmp_path.iterdir()} == {names[3], names[2], unnoted}
+    trainer._keep_best(tmp_path.glob(BEST_PATTERN))
+    assert [path.name for path in tmp_path.iterdir()] == [names[3]]
 
 
 def test_selection_without_target_labels(world, tmp_path, run_script, source_net):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from utils.errors import UserError
 from utils.locks import say
+from utils.processes import end_loaders
 
 RESTARTS = 3
 REMINDER = 1.0  # seconds
@@ -65,27 +66,29 @@ def _means_death(error: Exception) -> bool:
 
 
 def _iterate(loader: DataLoader, what_to_do: str) -> Iterator[Batch]:
-    others = set(multiprocessing.active_children())
+    others, ended = set(multiprocessing.active_children()), threading.Event()
     try:
         iterator = iter(loader)
-    except OSError as error:
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        can_be_interrupted = workers and threading.current_thread() is threading.main_thread()
+        if can_be_interrupted:
+            threading.Thread(target=_remind, args=(workers, ended), daemon=True).start()
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "new thread" not in str(error):
+            raise
         with _silent_deletion():
             traceback.clear_frames(error.__traceback__)  # what PyTorch half made
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
+        end_loaders(set(multiprocessing.active_children()) - others)
         raise UserError(
-            f"loader processes cannot be started ({error.strerror or error}); memory or shared memory (/dev/shm) may "
-            f"be short: lower --num_workers; {what_to_do}"
+            f"loader processes cannot be started ({getattr(error, 'strerror', None) or error}); memory, shared memory "
+            f"(/dev/shm) or the number of processes may be short: lower --num_workers; {what_to_do}"
         ) from None
-    workers = [process for process in multiprocessing.active_children() if process not in others]
-    if not workers or threading.current_thread() is not threading.main_thread():
+    if not can_be_interrupted:
         yield from iterator
         return
     if getattr(signal.getsignal(signal.SIGCHLD), "__module__", "").startswith("torch.utils.data"):
         # PyTorch's handler raises wherever this process happens to be, as in the middle of a training step.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    ended = threading.Event()
-    threading.Thread(target=_remind, args=(workers, ended), daemon=True).start()
     end = object()
     try:
         while True:
@@ -95,8 +98,7 @@ def _iterate(loader: DataLoader, what_to_do: str) -> Iterator[Batch]:
                 return
             yield batch
     except Exception:
-        for process in workers:
-            process.kill()  # one that writes what nobody will read would be waited for
+        end_loaders(workers)  # one that writes what nobody will read would be waited for
         raise
     finally:
         ended.set()
@@ -125,10 +127,13 @@ def _interrupted_by_death_of(workers: Sequence[BaseProcess]) -> Iterator[None]:
 
     def look(number: int, frame: FrameType | None) -> None:
         for process in _dead(workers):
+            # Here, too: the signal of a second death, in the `finally` below, would leave this handler in place.
+            signal.signal(signal.SIGCHLD, before)
             raise RuntimeError(f"DataLoader worker {process.pid} ended with exit code {process.exitcode}")
 
-    before = signal.signal(signal.SIGCHLD, look)
+    before = signal.getsignal(signal.SIGCHLD)
     try:
+        signal.signal(signal.SIGCHLD, look)
         yield
     finally:
         signal.signal(signal.SIGCHLD, before)

@@ -14,12 +14,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import Any
 
 from utils.errors import UserError
 
 GRACE = 5.0  # seconds
+END_NOW = signal.SIGUSR2
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,18 @@ def init_loader(worker_id: int) -> None:
     leave_the_end_to_parent()
     for number in (signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(END_NOW, lambda number, frame: _exit(inherited))
     signal.signal(signal.SIGTERM, lambda number, frame: _end_later(inherited))
+
+
+def end_loaders(processes: Sequence[BaseProcess]) -> None:
+    """End loaders whose work is of no use any more, whatever they are at: by `END_NOW`, or else by SIGKILL."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, END_NOW)
+    for process in processes:
+        process.join(0.5)
+        process.kill()  # does nothing to those that have ended
 
 
 def run_jobs(jobs: Sequence[Job], progress: Callable[[int], object], if_killed: str) -> None:

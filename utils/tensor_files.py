@@ -28,6 +28,10 @@ class DamagedFileError(UserError):
     """A file is not as it was written."""
 
 
+class UnavailableFileError(UserError):
+    """A file cannot be read at the moment, and may be whole."""
+
+
 def check_archive(path: Path) -> None:
     """Check a file of `torch.save` before `torch.load` sees it, which compares no checksum and believes every size.
 
@@ -104,9 +108,10 @@ def _oddity(records: list[zipfile.ZipInfo], file_size: int) -> str:
 def _raise_if_passing(error: Exception, path: Path) -> None:
     """What fails for want of memory or of a file server may be as it was written: another file must not be used."""
     if is_out_of_memory(error):
-        raise UserError(f"{path} asks for more memory than there is; free some, or use another file") from None
+        reason = "asks for more memory than there is; free some, or use another file"
+        raise UnavailableFileError(f"{path} {reason}") from None
     if isinstance(error, OSError) and error.errno in _PASSING:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UnavailableFileError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _reason(error: Exception) -> str:
