@@ -376,8 +376,8 @@ def stop_in_validation(number):
 
 @pytest.mark.parametrize(
     ("stop", "where"),
-    [(stop_in_step, (0, 0)), (stop_in_step, (2, 1)), (stop_in_validation, (1,)), (stop_in_validation, (2,))],
-    ids=["at the start", "at the last scale", "in a validation", "in the last validation"],
+    [(stop_in_step, (2, 1)), (stop_in_validation, (1,)), (stop_in_validation, (2,))],
+    ids=["at the last scale", "in a validation", "in the last validation"],
 )
 def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
     world, whole_resnet_run, tmp_path, run_script, resnet_file, stop, where
@@ -451,11 +451,11 @@ def test_target_without_labels_is_not_validated(world, tmp_path, run_script, sou
 def test_warmup_epochs_hold_the_label_losses_back(world, tmp_path, run_script, source_net):
     """An epoch of the last scale is 6 steps here, so one warm-up epoch covers the whole run: Gst is what it is without
     segmentation nets, while Q learns."""
-    shared = {"steps_per_scale": STEPS}
-    assert run_script(train_procst, *training_flags(world, tmp_path / "without", **shared)).code == 0
-    warm = label_flags(world, tmp_path / "warm", source_net, warmup_epochs=1)
+    short = {"steps_per_scale": (1, 1, STEPS)}
+    assert run_script(train_procst, *training_flags(world, tmp_path / "without", **short)).code == 0
+    warm = label_flags(world, tmp_path / "warm", source_net, warmup_epochs=1, **short)
     assert run_script(train_procst, *warm).code == 0
-    cold = label_flags(world, tmp_path / "cold", source_net)
+    cold = label_flags(world, tmp_path / "cold", source_net, **short)
     assert run_script(train_procst, *cold).code == 0
     without, warm, cold = (
         load_checkpoint(only_run(tmp_path / name) / "latest.pth") for name in ("without", "warm", "cold")
