@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+# One more than there are CPUs, as some tests wait for processes; each takes about 2 GB of memory.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, 1 + os.cpu_count()))")
 
 .PHONY: env demo test lint clean
 
@@ -21,7 +23,7 @@ demo: env
 	$(VENV)/bin/python make_demo.py --out demo
 
 test: env
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: env
 	$(VENV)/bin/python -m ruff check .
