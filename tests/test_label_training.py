@@ -385,7 +385,8 @@ def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
     whole, out = whole_resnet_run, tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*stop(*where))
-        flags = label_flags(world, out, resnet_file, save_checkpoint_rate=1, **RESNET)
+        rate = {"save_checkpoint_rate": 1} if stop is stop_in_step else {}  # a validation follows a checkpoint
+        flags = label_flags(world, out, resnet_file, **RESNET, **rate)
         assert run_script(train_procst, *flags).code == (75 if stop is stop_in_validation else 130)
     run = only_run(out)
     assert len(load_checkpoint(run / "latest.pth").validations) == (where == (2,))  # what is broken off is made again

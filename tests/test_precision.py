@@ -53,7 +53,7 @@ def test_bf16_losses_stay_with_float32():
     From the same state: two trainings that differ by a rounding part company, whatever the precision.
     """
     torch.manual_seed(0)
-    step = Step(channels=16, labels=True)
+    step = Step(labels=True)
     nets = step.scale_networks
     frozen = [step.perceptual, *nets.lower_Gst, *nets.lower_Gts]
     exact, rounded = [], []
