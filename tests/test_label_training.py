@@ -270,16 +270,10 @@ def test_flipped_samples_mirror_image_and_label(world):
 # --- ProCST with label losses ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def labelled_run(world, tmp_path, run_script, source_net, request):
-    flags = label_flags(world, tmp_path, source_net, **getattr(request, "param", {}))
-    result = run_script(train_procst, *flags)
+def test_run_with_label_losses(world, tmp_path, run_script, source_net):
+    result = run_script(train_procst, *label_flags(world, tmp_path, source_net))
     assert result.code == 0, result.err
-    return only_run(tmp_path), result
-
-
-def test_run_with_label_losses(labelled_run, tmp_path, source_net):
-    run, result = labelled_run
+    run = only_run(tmp_path)
     found = json.loads((run / "validations.json").read_text())
     assert [validation["step"] for validation in found] == [2, 3]
     assert "validating the last scale on cityscapes: 2 images" in result.out
@@ -298,15 +292,9 @@ def test_run_with_label_losses(labelled_run, tmp_path, source_net):
     assert any(tag.startswith("Validation/Image-Label-Prediction") for tag in tags["images"])
     values = [event.value for event in events.Scalars("Validation/mIoU")]
     assert values == pytest.approx([validation["miou"] for validation in found])
-
-
-def test_the_best_checkpoint_can_be_exported(labelled_run, world, tmp_path, run_script):
-    run, _ = labelled_run
-    (kept,) = run.glob("best_*.pth")
-    result = run_script(
-        create_sit_dataset, "--gpus", "cpu", "--trained_procst_path", kept, "--sit_output_path", tmp_path / "sit",
-        "--num_workers", 0,
-    )  # fmt: skip
+    # The best checkpoint can be exported.
+    flags = ("--gpus", "cpu", "--trained_procst_path", kept, "--sit_output_path", tmp_path / "sit", "--num_workers", 0)
+    result = run_script(create_sit_dataset, *flags)
     assert result.code == 0, result.err
     assert len(list((tmp_path / "sit/images").iterdir())) == 6
 
@@ -327,28 +315,27 @@ RESNET = {
 }  # fmt: skip
 
 
-def test_the_source_net_is_bit_identical_after_training(world, tmp_path, run_script, resnet_file, monkeypatch):
-    trainers = []
-    real_fit = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda self, progress: (trainers.append(self), real_fit(self, progress)))
-    assert run_script(train_procst, *label_flags(world, tmp_path, resnet_file, **RESNET)).code == 0
+@pytest.fixture(scope="module")
+def whole_resnet_run(world, resnet_file, tmp_path_factory):
+    """Folder and trainer of a finished run."""
+    out, trainers, real_fit = tmp_path_factory.mktemp("whole"), [], Trainer.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "fit", lambda self, progress: (trainers.append(self), real_fit(self, progress)))
+        patch.setattr("sys.argv", ["train_procst.py", *map(str, label_flags(world, out, resnet_file, **RESNET))])
+        train_procst.main()
+    return only_run(out), trainers[0]
+
+
+def test_the_source_net_is_bit_identical_after_training(whole_resnet_run, resnet_file):
+    _, trainer = whole_resnet_run
     _, before = load_segmentation_net(resnet_file, "--weights")
-    after = trainers[0].labels.source_net
+    after = trainer.labels.source_net
     assert not after.training
     for name, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]), name
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in after.parameters())
-    trained = trainers[0].labels.target_net
+    trained = trainer.labels.target_net
     assert not torch.equal(trained.backbone.bn1.running_mean, torch.zeros(64))
-
-
-@pytest.fixture(scope="module")
-def whole_resnet_run(world, resnet_file, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train_procst.py", *map(str, label_flags(world, out, resnet_file, **RESNET))])
-        train_procst.main()
-    return only_run(out)
 
 
 def stop_in_step(scale, step):
@@ -376,13 +363,13 @@ def stop_in_validation(number):
 
 @pytest.mark.parametrize(
     ("stop", "where"),
-    [(stop_in_step, (2, 1)), (stop_in_validation, (1,)), (stop_in_validation, (2,))],
-    ids=["at the last scale", "in a validation", "in the last validation"],
+    [(stop_in_step, (2, 1)), (stop_in_validation, (2,))],
+    ids=["at the last scale", "in the last validation"],
 )
 def test_a_continued_run_with_label_losses_equals_an_uninterrupted_one(
     world, whole_resnet_run, tmp_path, run_script, resnet_file, stop, where
 ):
-    whole, out = whole_resnet_run, tmp_path / "cut"
+    (whole, _), out = whole_resnet_run, tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*stop(*where))
         rate = {"save_checkpoint_rate": 1} if stop is stop_in_step else {}  # a validation follows a checkpoint

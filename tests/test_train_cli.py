@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -49,10 +50,22 @@ def only_run(out):
     return run
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What was trained so far, by flags: folder and result."""
+    return {}
+
+
 @pytest.fixture
-def finished(world, tmp_path, run_script, request):
-    result = run_script(train_procst, *training_flags(world, tmp_path, **getattr(request, "param", {})))
+def finished(world, trained, tmp_path_factory, tmp_path, run_script, request):
+    """A copy of a finished run, and what was printed."""
+    changes = getattr(request, "param", {})
+    if str(changes) not in trained:
+        out = tmp_path_factory.mktemp("trained")
+        trained[str(changes)] = out, run_script(train_procst, *training_flags(world, out, **changes))
+    out, result = trained[str(changes)]
     assert result.code == 0, result.err
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     return only_run(tmp_path), result
 
 
