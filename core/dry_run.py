@@ -163,7 +163,7 @@ def require_space(wanted: Mapping[str, tuple[Path, int]]) -> None:
         home = next(p for p in (path, *path.parents) if p.exists())
         disk = home.stat().st_dev
         free = shutil.disk_usage(home).free - taken.get(disk, 0)
-        print(f"{what}: up to {size / 1e9:.2f} GB more in {folder}, where {max(0, free) / 1e9:.1f} GB are left")
+        print(f"{what}: up to {size / 1e6:,.1f} MB more in {folder}, where {max(0, free) / 1e6:,.0f} MB are left")
         if size > free:
             raise UserError(f"{folder}: too little space for the {what}; free some, or choose a folder on another disk")
         taken[disk] = taken.get(disk, 0) + size
