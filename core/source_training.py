@@ -178,6 +178,7 @@ class SourceTrainer:
         self.run = run_identity(run_folder, {"run_id": secrets.token_hex(8)})
         self.step = 0
         self.validated_step = 0
+        self.is_published = False  # the best net so far stands at the configured output, too
         self.best_miou: float | None = None
         self.steps_per_epoch = len(train) // config.batch_size
 
@@ -373,7 +374,7 @@ class SourceTrainer:
         """Where the best net is: the configured output, or the run folder if that belongs to another run."""
         output = Path(self.config.output)
         with suppress(UnavailableFileError):
-            if self.config.output and is_of_run(output, self.run):
+            if self.is_published and is_of_run(output, self.run):
                 return output
         return self.run_folder / BEST
 
@@ -382,11 +383,13 @@ class SourceTrainer:
         output = Path(self.config.output)
         if not self.config.output or not (self.run_folder / BEST).exists():
             return
+        self.is_published = False
         try:
             if output.exists() and not is_of_run(output, self.run):
                 say(f"{output} is now a file of another run and stays; the best net is {self.run_folder / BEST}")
             else:
                 read_segmentation_file(self.run_folder / BEST).save(output)
+                self.is_published = True
         except (DamagedFileError, UnavailableFileError) as error:
             # No reason to give the training up: the next better net is written anew.
             say(f"WARNING: {output} is not brought up to date: {error}")

@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,8 +194,9 @@ def _open_part(cache_dir: Path, part: _Part, num_workers: int, skip_unusable: bo
         with only_builder(cache_dir / f"{key}.lock", f"what killed builds left ({BUILDING}*)") as is_only_one:
             if is_only_one:
                 for replaced in cache_dir.glob(f"{BUILDING}{key}-*{REPLACED}"):
-                    if not os.path.lexists(folder) and not _defect(replaced, part, manifest):
-                        replaced.rename(folder)  # killed just before its better was put in its place
+                    with suppress(UserError, OSError):  # as of another user's
+                        if not os.path.lexists(folder) and not _defect(replaced, part, manifest):
+                            replaced.rename(folder)  # killed just before its better was put in its place
                 for leftover in cache_dir.glob(f"{BUILDING}{key}-*"):
                     shutil.rmtree(leftover, ignore_errors=True)  # another user's may have to stay
             # Asked again: another process may have built it in the meantime.

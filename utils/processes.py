@@ -92,7 +92,8 @@ def end_loaders(processes: Sequence[BaseProcess]) -> None:
     """End loaders whose work is of no use any more, whatever they are at: by `END_NOW`, or else by SIGKILL."""
     for process in processes:
         if process.is_alive():
-            os.kill(process.pid, END_NOW)
+            with suppress(ProcessLookupError):  # another thread may have seen its end first
+                os.kill(process.pid, END_NOW)
     for process in processes:
         process.join(0.5)
         process.kill()  # does nothing to those that have ended

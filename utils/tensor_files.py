@@ -46,6 +46,7 @@ def check_archive(path: Path) -> None:
     try:
         file = open(path, "rb")  # noqa: SIM115 - what is wrong inside means something else than not getting inside
     except OSError as error:
+        _raise_if_passing(error, path)
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     with file:
         try:
