@@ -30,10 +30,17 @@ from benchmarks.setting import Setting, build_setting
 from benchmarks.waiting import share_waiting, write_pictures
 from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig
-from core.execution import Execution, computes_in_bf16, micro_batch_size, set_convolution_precision
+from core.execution import (
+    Execution,
+    computes_in_bf16,
+    micro_batch_size,
+    recomputes_blocks,
+    set_convolution_precision,
+)
 from core.step import Batch, training_step
 from data_handlers.cache import ImageCache
 from data_handlers.lists import FileList
+from models.resnet import recompute_blocks
 from utils.devices import resolve_device
 from utils.errors import run_cli
 from utils.flags import parse_flags
@@ -64,8 +71,10 @@ class Variant:
             return partial(literal_step, *arguments)
         execution = Execution(self.precision, self.compiled)
         norm = setting.networks.Gst.shape.norm
-        # `recompute` and the size of a micro-batch are what the trainer chooses on a GPU; --memory pretends to be one.
+        # What is recomputed and the size of a micro-batch are as on a GPU; --memory pretends to be one.
         device = torch.device("cuda" if recompute else "cpu")
+        if setting.labels and recomputes_blocks(self.precision, device):
+            recompute_blocks(setting.labels.target_net)
         micro_batch = micro_batch_size(setting.batch.source[-1].shape, norm, device)
         return partial(training_step, *arguments, forward=execution, recompute=recompute, micro_batch=micro_batch)
 

@@ -93,6 +93,14 @@ def micro_batch_size(batch: Sequence[int], norm: Norm, device: torch.device) -> 
     return max(1, MICRO_BATCH_PIXELS[device.type] // (batch[-2] * batch[-1]))
 
 
+def recomputes_blocks(precision: Precision, device: torch.device) -> bool:
+    """Whether the net trained on SiT computes its blocks twice to save memory.
+
+    Its batch norms need the whole batch, so pieces cannot save any. In bf16 its activations take half the room.
+    """
+    return device.type == "cuda" and precision != "bf16"
+
+
 def channels_last(network: nn.Module) -> None:
     """Lay a network's weights out as convolutions like them: for networks of large, many-channelled convolutions.
 

@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from core.config import ProCSTConfig, SemsegConfig, SGDConfig, default_semseg_weights
 from core.segmentation_files import load_segmentation_net
 from core.step import LabelNetworks
+from models.resnet import recompute_blocks
 from models.segmentation import build_segmentation_net, load_backbone, parameter_groups
 from utils.errors import UserError
 from utils.seeds import seed_for
@@ -77,11 +78,14 @@ def restore_momentum(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
             held["momentum_buffer"] = torch.empty_like(weight).copy_(held["momentum_buffer"])
 
 
-def build_label_networks(config: SemsegConfig, source_net: nn.Module, seed: int, pretrained: bool) -> LabelNetworks:
+def build_label_networks(
+    config: SemsegConfig, source_net: nn.Module, seed: int, pretrained: bool, recompute: bool = False
+) -> LabelNetworks:
     """P with a fresh Q and its optimiser, on the CPU.
 
     Args:
         pretrained: load Q's backbone weights; not needed where a checkpoint fills Q.
+        recompute: Q computes its residual blocks once more in the backward, to save memory.
 
     Raises:
         UserError: the backbone weights cannot be loaded.
@@ -91,4 +95,6 @@ def build_label_networks(config: SemsegConfig, source_net: nn.Module, seed: int,
     if pretrained and config.backbone_weights != "random":
         load_backbone(target_net, config.backbone, config.backbone_weights)
     target_net.train()
+    if recompute:
+        recompute_blocks(target_net)
     return LabelNetworks(source_net, target_net, segmentation_optimizer(target_net, config))

@@ -178,16 +178,3 @@ def without_gradients(*networks: nn.Module) -> Iterator[None]:
     finally:
         for network in networks:
             network.requires_grad_(True)
-
-
-@contextmanager
-def without_statistics(network: nn.Module) -> Iterator[None]:
-    """Inside the block batch norms normalise by the batch, but do not add it to their running statistics."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 
 from core.config import ProCSTConfig
-from core.execution import channels_last, resolve_precision, set_convolution_precision, set_determinism
+from core.execution import (
+    channels_last,
+    recomputes_blocks,
+    resolve_precision,
+    set_convolution_precision,
+    set_determinism,
+)
 from core.label_networks import build_label_networks, load_source_net
 from core.progress import ScalePlan, scale_plans
 from core.step import LabelNetworks, PerceptualNet
@@ -76,7 +82,10 @@ def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> Prepare
         config, validator, validation_line = _validation(config, target, device, rank)
         source_net = load_source_net(config)
         inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(source_net)
-        labels = build_label_networks(config.semseg, source_net, config.run.manual_seed, pretrained=fresh_target_net)
+        labels = build_label_networks(
+            config.semseg, source_net, config.run.manual_seed, pretrained=fresh_target_net,
+            recompute=recomputes_blocks(precision, device),
+        )  # fmt: skip
         if fresh_target_net:
             inputs["start of the net trained on SiT (--backbone_weights)"] = weights_fingerprint(labels.target_net)
         if rank.count > 1:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from core.config import LossConfig
 from core.execution import Forward, run_plainly
 from core.losses import IGNORE_LABEL, label_loss
-from core.networks import Discriminator, Generator, without_gradients, without_statistics
+from core.networks import Discriminator, Generator, without_gradients
 from core.objectives import (
     PerceptualNet,
     PerceptualTargets,
@@ -32,6 +32,7 @@ from core.objectives import (
 )
 from core.pyramid import cascade
 from core.shares import WHOLE, BatchShare
+from utils.batch_norms import without_statistics
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from core.shares import BatchShare
 from core.validation import Validator
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images
+from models.resnet import RESNETS, ResNet, recompute_blocks
 from models.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from test_exact_step import DoubleStep
 from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
@@ -191,6 +192,25 @@ def test_synchronised_batch_norm_is_batch_norm_of_all_samples():
     for share in shares:
         torch.testing.assert_close(share[2], to_weights)
         torch.testing.assert_close(dict(share[3]), dict(norm.state_dict()))
+
+
+def _backbone_gradients(rank, recompute, images):
+    torch.manual_seed(0)
+    net = synchronise_batch_norms(ResNet(RESNETS["resnet18"])).double().train()
+    if recompute:
+        recompute_blocks(net)
+    mine = rank.share(len(images))
+    (net(images[mine.start : mine.stop]) ** 2).sum().backward()
+    gradients = [parameter.grad for parameter in net.parameters()]
+    rank.add_up(gradients)
+    return gradients, dict(net.named_buffers())
+
+
+def test_recomputed_blocks_of_two_processes():
+    images = torch.rand(3, 3, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain, recomputed = (in_processes(_backbone_gradients, recompute, images)[0] for recompute in (False, True))
+    torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
+    assert all(int(n) == 1 for name, n in recomputed[1].items() if name.endswith("num_batches_tracked"))
 
 
 @pytest.mark.parametrize(("batch", "shares"), [(3, [2, 1]), (4, [2, 2]), (2, [1, 1])])

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import train_procst
 from core.checkpoint import load_checkpoint
-from core.execution import Execution, computes_in_bf16, resolve_precision
+from core.config import SemsegConfig
+from core.execution import Execution, computes_in_bf16, recomputes_blocks, resolve_precision
+from core.label_networks import build_label_networks
 from core.losses import gradient_penalty
 from core.networks import Discriminator, Generator
 from core.pyramid import image_pyramid
@@ -129,6 +132,18 @@ def test_generated_images_are_float32():
     exact, rounded = generator(image, None), Execution("bf16")(generator, image, None)
     assert rounded.dtype == torch.float32
     assert 0 < float((rounded - exact).detach().abs().max()) < 0.02
+
+
+def test_which_nets_recompute_their_blocks():
+    """Where memory is short: on a GPU, in precisions whose activations are float32."""
+    gpu = torch.device("cuda")
+    assert {p: recomputes_blocks(p, gpu) for p in ("fp32", "tf32", "bf16")} == {"fp32": 1, "tf32": 1, "bf16": 0}
+    assert not recomputes_blocks("fp32", CPU)
+    built = [
+        build_label_networks(SemsegConfig(backbone="resnet18", backbone_weights="random"), nn.Identity(), 0, False, r)
+        for r in (False, True)
+    ]
+    assert [nets.target_net.backbone.recomputes_blocks for nets in built] == [False, True]
 
 
 def test_precisions_of_the_cpu():
