@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from core.networks import Discriminator, Norm
+from core.networks import Discriminator, Generator, Norm
 from utils.errors import UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -116,8 +116,10 @@ class Execution:
     A call raises `UserError` where the compiler fails.
 
     Args:
-        compiled: compile every network but the discriminators. Compiled code has no double backward, which the
-            gradient penalty needs; older PyTorch versions dropped its graph without a word.
+        compiled: compile every network but the discriminators and, in fp32, the generators. Compiled code has no double
+            backward, which the gradient penalty needs; older PyTorch versions dropped its graph without a word. And it
+            sums norms in another order: in fp32, which promises the reference's numbers, a single LeakyReLU that
+            changes side over that moves a gradient by more than their tolerance.
         backend: of `torch.compile`.
     """
 
@@ -143,7 +145,8 @@ class Execution:
             raise UserError(f"--compile: PyTorch's compiler failed ({reason}); leave the flag out") from None
 
     def _program(self, network: nn.Module) -> Forward:
-        if not self.compiled or isinstance(network, Discriminator):
+        eager = (Discriminator, Generator) if self.precision == "fp32" else Discriminator
+        if not self.compiled or isinstance(network, eager):
             return network
         if id(network) not in self._programs:
             # The network is kept with its program, so that its id stays its own.
