@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from core.networks import Discriminator, Generator, Norm
+from utils.devices import cpu_vendor
 from utils.errors import UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -40,14 +41,25 @@ def computes_in_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def bf16_pays(device: torch.device) -> bool:
+    """Whether a device that computes in bfloat16 does so faster than in float32.
+
+    The AVX-512 instructions for it do twice the work of float32's on AMD's cores and half of it on Intel's, which are
+    made for AMX (benchmarks/RESULTS.md). A timed convolution would tell, too, but not on a busy machine.
+    """
+    if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        return computes_in_bf16(device) and cpu_vendor() == "AuthenticAMD"
+    return computes_in_bf16(device)
+
+
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """`auto` becomes bf16 on hardware that computes in it, else fp32.
+    """`auto` becomes bf16 where that pays, else fp32.
 
     Raises:
         UserError: the device cannot do what is asked for.
     """
     if wanted == "auto":
-        return "bf16" if computes_in_bf16(device) else "fp32"
+        return "bf16" if bf16_pays(device) else "fp32"
     if wanted == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
         raise UserError(f"--precision tf32: a mode of NVIDIA GPUs from Ampere on, which {device} is not; use fp32")
     if wanted == "bf16" and not computes_in_bf16(device):

@@ -70,7 +70,8 @@ def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> Prepare
     """
     device = rank.device
     set_determinism(config.compute.deterministic)
-    precision = resolve_precision(config.compute.precision, device)
+    # What pays on the first process's device is what all do, if theirs can.
+    precision = resolve_precision(rank.from_first(resolve_precision(config.compute.precision, device)), device)
     config = replace(config, compute=replace(config.compute, precision=precision))
     set_convolution_precision(precision)
     source, target = _file_lists(config)

@@ -14,7 +14,7 @@ from torch import nn
 import train_procst
 from core.checkpoint import load_checkpoint
 from core.config import SemsegConfig
-from core.execution import Execution, computes_in_bf16, recomputes_blocks, resolve_precision
+from core.execution import Execution, bf16_pays, recomputes_blocks, resolve_precision
 from core.label_networks import build_label_networks
 from core.losses import gradient_penalty
 from core.networks import Discriminator, Generator
@@ -25,6 +25,7 @@ from data_handlers.toy_files import draw_frame
 from test_bad_input import check_refusal
 from test_step import Step, build
 from test_train_cli import only_run, training_flags
+from utils.devices import cpu_vendor
 from utils.errors import UserError
 from worlds import write_cityscapes, write_gta5
 
@@ -149,8 +150,30 @@ def test_which_nets_recompute_their_blocks():
     assert [nets.target_net.backbone.recomputes_blocks for nets in built] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("vendor", "avx512", "amx", "pays"),
+    [
+        ("AuthenticAMD", True, False, True),
+        ("GenuineIntel", True, False, False),
+        ("GenuineIntel", True, True, True),
+        ("AuthenticAMD", False, False, False),
+        ("", False, False, False),
+    ],
+)
+def test_where_bf16_pays(vendor, avx512, amx, pays, monkeypatch, tmp_path):
+    description = tmp_path / "cpuinfo"
+    description.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t: fpu\n" if vendor else "processor\t: 0\n")
+    assert cpu_vendor(description) == vendor
+    assert cpu_vendor(tmp_path / "none") == ""
+    monkeypatch.setattr("core.execution.cpu_vendor", lambda: vendor)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    assert bf16_pays(CPU) == pays
+    assert resolve_precision("auto", CPU) == ("bf16" if pays else "fp32")
+
+
 def test_precisions_of_the_cpu():
-    assert resolve_precision("auto", CPU) == ("bf16" if computes_in_bf16(CPU) else "fp32")
+    assert resolve_precision("auto", CPU) == ("bf16" if bf16_pays(CPU) else "fp32")
     assert resolve_precision("fp32", CPU) == "fp32"
 
 
@@ -162,6 +185,7 @@ def world(tmp_path):
 
 
 def test_a_run_in_bf16(world, run_script, monkeypatch):
+    monkeypatch.setattr("core.execution.bf16_pays", lambda device: True)
     monkeypatch.setattr("core.execution.computes_in_bf16", lambda device: True)
     flags = training_flags(world, world / "out", precision="auto", save_checkpoint_rate=1)
     result = run_script(train_procst, *flags)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -52,6 +54,15 @@ def training_devices(gpus: Sequence[str]) -> list[torch.device]:
     if len({device.type for device in devices}) > 1:
         raise UserError(f"--gpus {' '.join(gpus)}: GPUs and the CPU cannot share a training step; name GPUs, or cpu")
     return devices
+
+
+def cpu_vendor(description: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's own word for its maker, such as AuthenticAMD or GenuineIntel; '' where the system does not tell."""
+    try:
+        found = re.search(r"^vendor_id\s*:\s*(\S+)", description.read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 def cpus_per_device(devices: Sequence[torch.device] = ()) -> int:
