@@ -165,11 +165,12 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_compute_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--precision", choices=PRECISIONS, default="fp32",
+    add("--precision", choices=PRECISIONS, default="auto",
         help="arithmetic of the networks; weights, losses, Gram matrices and the gradient penalty's norm are float32 "
-        "in each; auto: bf16 on hardware that computes in it, else fp32 (default: %(default)s)")  # fmt: skip
+        "in each; auto: bf16 on hardware that is faster in it, else fp32 (default: %(default)s)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="compile all networks but the discriminators, which takes minutes at the start (default: no)")  # fmt: skip
+        help="compile all networks but the discriminators and, in fp32, the generators; takes minutes at the start "
+        "(default: no)")  # fmt: skip
     add("--deterministic", action=argparse.BooleanOptionalAction, default=False,
         help="on a GPU, take algorithms that give the same bits every time, which is slower; on the CPU they always do "
         "(default: no)")  # fmt: skip
