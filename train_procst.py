@@ -77,7 +77,12 @@ def _describe_run(config: ProCSTConfig, trainer: Trainer, plans: Sequence[ScaleP
             print("WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators")
     if trainer.rank.count > 1:
         print(f"{trainer.rank.count} processes share every batch")
-    print(f"precision {config.compute.precision}{', compiled' if config.compute.compile else ''}")
+    compute = config.compute
+    rounded = f" (discriminators {'too' if compute.bf16_discriminators else 'in float32'})"
+    print(
+        f"precision {compute.precision}{rounded if compute.precision == 'bf16' else ''}"
+        f"{', compiled' if compute.compile else ''}"
+    )
     print(f"norm at scales 0..{config.network.num_scales}: {', '.join(config.network.norms)}")
     print(f"steps at scales 0..{config.network.num_scales}: {', '.join(str(plan.steps) for plan in plans)}")
     if config.run.vgg_weights == "random":

@@ -79,7 +79,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         help="most minutes between two checkpoints (default: %(default)s)")  # fmt: skip
     add("--validation_rate", type=int, default=0, help="steps between two validations (default: one epoch)")
     add("--precision", choices=PRECISIONS, default="fp32",
-        help="arithmetic of the training; auto is bf16 where the device has it (default: %(default)s)")  # fmt: skip
+        help="arithmetic of the training; auto: bf16 where that is faster (default: %(default)s)")  # fmt: skip
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:

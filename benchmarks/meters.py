@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,14 +22,16 @@ class Meter(TorchDispatchMode):
     """What the operators inside do, backward included.
 
     Attributes:
-        flops: floating point operations of convolutions and matrix products, from their shapes.
+        flops: floating point operations of convolutions and matrix products, from their shapes, by the type they are
+            computed in.
         moved: bytes read and written.
         peak: most bytes alive at once of those allocated inside; what a library takes within an operator is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = self.moved = self.flops = 0
+        self.alive = self.peak = self.moved = 0
+        self.flops: Counter[torch.dtype] = Counter()
         self._known: weakref.WeakSet = weakref.WeakSet()
 
     def __torch_dispatch__(
@@ -36,7 +39,7 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=outputs)
+            self.flops[args[0].dtype] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=outputs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         written = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
         fresh = [x.untyped_storage() for x in written]

@@ -55,6 +55,7 @@ class Variant:
     name: str
     precision: str
     compiled: bool = False
+    bf16_discriminators: bool = False
 
     @property
     def literal(self) -> bool:
@@ -69,7 +70,7 @@ class Variant:
         if self.literal:
             collect_gradients(setting.perceptual, *([setting.labels.source_net] if setting.labels else []))
             return partial(literal_step, *arguments)
-        execution = Execution(self.precision, self.compiled)
+        execution = Execution(self.precision, self.compiled, self.bf16_discriminators)
         norm = setting.networks.Gst.shape.norm
         # What is recomputed and the size of a micro-batch are as on a GPU; --memory pretends to be one.
         device = torch.device("cuda" if recompute else "cpu")
@@ -89,11 +90,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def variants(device: torch.device, compiled: bool) -> list[Variant]:
     """The literal step first, then ours in every precision of the device."""
-    precisions = ["fp32", *(["tf32"] if device.type == "cuda" else []), *(["bf16"] if computes_in_bf16(device) else [])]
-    found = [Variant("literal", "fp32"), *(Variant(precision, precision) for precision in precisions)]
-    if "tf32" in precisions:
-        found.insert(1, Variant("literal tf32", "tf32"))  # PyTorch's own default for convolutions
-    return found + [Variant(f"{p} compiled", p, True) for p in precisions if compiled]
+    ours = [Variant("fp32", "fp32")]
+    if device.type == "cuda":
+        ours.append(Variant("tf32", "tf32"))
+    if computes_in_bf16(device):
+        ours += [Variant("bf16", "bf16"), Variant("bf16 throughout", "bf16", bf16_discriminators=True)]
+    found = [Variant("literal", "fp32")]
+    if device.type == "cuda":
+        found.append(Variant("literal tf32", "tf32"))  # PyTorch's own default for convolutions
+    return [*found, *ours, *(replace(v, name=f"{v.name} compiled", compiled=True) for v in ours if compiled)]
+
+
+def arithmetic_floor(flops: Mapping[torch.dtype, int], ceilings: Mapping[str, float], variant: Variant) -> float:
+    """Seconds that counted operations take at the ceilings of the types they are computed in."""
+    rounded = "tf32" if variant.precision != "fp32" and "tf32" in ceilings else "fp32"
+    names = {torch.bfloat16: "bf16", torch.float32: rounded}
+    return sum(count / ceilings[names[dtype]] for dtype, count in flops.items())
 
 
 def peak_memory(config: ProCSTConfig, scale: int, variant: Variant) -> tuple[int, int]:
@@ -112,7 +124,8 @@ def print_memory(config: ProCSTConfig, scales: list[int]) -> None:
     print("| scale | step | most alive, GB | of literal | read and written, GB |\n| --- | --- | --- | --- | --- |")
     for scale in scales:
         found = {}
-        for variant in (Variant("literal", "fp32"), Variant("fp32", "fp32"), Variant("bf16", "bf16")):
+        throughout = Variant("bf16 throughout", "bf16", bf16_discriminators=True)
+        for variant in (Variant("literal", "fp32"), Variant("fp32", "fp32"), Variant("bf16", "bf16"), throughout):
             found[variant.name] = peak, moved = peak_memory(config, scale, variant)
             share = peak / found["literal"][0]
             print(f"| {scale} | {variant.name} | {peak / 1e9:.2f} | {share:.0%} | {moved / 1e9:.0f} |", flush=True)
@@ -218,12 +231,12 @@ def _print_scale(
     for variant in compared:
         seconds, peak = results[variant.name]
         flops, alive, moved = counted[variant.name]
-        floor = max(flops / ceilings[variant.precision], moved / copy)
-        bound = "arithmetic" if flops / ceilings[variant.precision] > moved / copy else "memory"
+        arithmetic = arithmetic_floor(flops, ceilings, variant)
+        bound = "arithmetic" if arithmetic > moved / copy else "memory"
         print(
             f"| {scale}, {batch} | {variant.name} | {1e3 * seconds:.1f} | {batch / seconds:.2f} | {base / seconds:.2f} "
-            f"| {flops / seconds / 1e12:.3f} | {flops / seconds / ceilings[variant.precision]:.0%} "
-            f"| {moved / seconds / copy:.0%} | {1e3 * floor:.1f} ({bound}) "
+            f"| {flops.total() / seconds / 1e12:.3f} | {arithmetic / seconds:.0%} "
+            f"| {moved / seconds / copy:.0%} | {1e3 * max(arithmetic, moved / copy):.1f} ({bound}) "
             f"| {(alive if peak is None else peak) / 1e9:.2f} | {' | '.join(waiting[variant.name])} |",
             flush=True,
         )

@@ -39,7 +39,7 @@ CONTINUE_FLAGS = frozenset(
     {
         "continue_train_from_path", "resume_to_epoch", "gpus", "num_workers", "src_data_dir", "trg_data_dir",
         "vgg_weights", "semseg_weights", "backbone_weights", "tb_logs_dir", "print_rate", "save_checkpoint_rate",
-        "pics_per_epoch", "precision", "compile", "cache_dir", "run_dir", "dry_run",
+        "pics_per_epoch", "precision", "compile", "cache_dir", "run_dir", "dry_run", "bf16_discriminators",
         "save_checkpoint_minutes", "on_bad_image", "deterministic",
     }
 )  # fmt: skip
@@ -167,7 +167,11 @@ def _add_compute_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--precision", choices=PRECISIONS, default="auto",
         help="arithmetic of the networks; weights, losses, Gram matrices and the gradient penalty's norm are float32 "
-        "in each; auto: bf16 on hardware that is faster in it, else fp32 (default: %(default)s)")  # fmt: skip
+        "in each; bf16 leaves discriminators in float32 (TF32 on a GPU); auto: bf16 on hardware that is faster in it, "
+        "else fp32 (default: %(default)s)")  # fmt: skip
+    add("--bf16_discriminators", action=argparse.BooleanOptionalAction, default=False,
+        help="with bf16, compute discriminators in it, too, which is faster and may cost accuracy "
+        "(default: no)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="compile all networks but the discriminators and, in fp32, the generators; takes minutes at the start "
         "(default: no)")  # fmt: skip
@@ -344,7 +348,9 @@ def config_from_flags(
             save_checkpoint_minutes=flags.save_checkpoint_minutes,
         ),
         semseg=_semseg_config(flags, given),
-        compute=ComputeConfig(flags.precision, flags.compile, flags.deterministic),
+        compute=ComputeConfig(
+            flags.precision, flags.compile, flags.deterministic, flags.bf16_discriminators
+        ),
     )
 
 
@@ -384,7 +390,7 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
     run = {n: getattr(flags, n) for n in reporting if n in given}
     if "gpus" in given:
         run["gpus"] = " ".join(flags.gpus)
-    computing = ("precision", "compile", "deterministic")
+    computing = ("precision", "compile", "deterministic", "bf16_discriminators")
     semseg = {n: getattr(flags, n) for n in ("semseg_weights", "backbone_weights") if n in given}
     if "backbone_weights" in given and stored.semseg.backbone_weights == "random":
         raise UserError("--backbone_weights: the run was started from random weights; leave the flag out")

@@ -284,16 +284,22 @@ class ComputeConfig:
 
     Attributes:
         precision: `fp32`, `tf32` or `bf16`; `auto` is resolved when a run starts.
-        compile: compile all networks but the discriminators.
+        compile: compile all networks but the discriminators and, in fp32, the generators.
         deterministic: the same sums in the same order on a GPU, too, which takes longer.
+        bf16_discriminators: with bf16, discriminators compute in it, too.
     """
 
     precision: str = "fp32"
     compile: bool = False
     deterministic: bool = False
+    bf16_discriminators: bool = False
 
     def __post_init__(self) -> None:
         _require(self.precision in PRECISIONS, f"--precision {self.precision}: must be one of {', '.join(PRECISIONS)}")
+        _require(
+            not self.bf16_discriminators or self.precision in ("auto", "bf16"),
+            f"--bf16_discriminators does nothing in --precision {self.precision}; give bf16, or leave it out",
+        )
 
 
 @dataclass(frozen=True)

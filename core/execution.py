@@ -2,7 +2,8 @@
 
 Weights, optimiser state and losses stay in float32 always. With bf16, convolutions and matrix products of a network
 see their inputs and weights rounded to bfloat16 (8 significant bits, the exponent range of float32, so nothing has to
-be scaled); what comes out is used in float32 by every loss.
+be scaled); what comes out is used in float32 by every loss. Discriminators are left out of that unless asked for: what
+they cannot tell apart, the generators do not learn, and with rounded ones SiT was worth less (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -63,17 +64,21 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
     if wanted == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
         raise UserError(f"--precision tf32: a mode of NVIDIA GPUs from Ampere on, which {device} is not; use fp32")
     if wanted == "bf16" and not computes_in_bf16(device):
-        raise UserError(f"--precision bf16: {device} does not compute in bfloat16; use fp32")
+        raise UserError(
+            f"--precision bf16: {device} does not compute in bfloat16; give --precision fp32, also to go on with a "
+            "run that was started in bf16"
+        )
     return wanted
 
 
 def set_convolution_precision(precision: Precision) -> None:
-    """What float32 convolutions of this process do on a GPU: with tf32 they are rounded for tensor cores, else exact.
+    """What float32 convolutions of this process do on a GPU: in fp32 they are exact, else rounded for tensor cores.
 
-    Matrix products stay exact in every mode: the Gram matrices are float32.
+    With bf16 these are the ones it leaves alone, which TF32 rounds to 11 significant bits. Matrix products stay exact
+    in every mode: the Gram matrices are float32.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 @contextmanager
@@ -132,11 +137,19 @@ class Execution:
             backward, which the gradient penalty needs; older PyTorch versions dropped its graph without a word. And it
             sums norms in another order: in fp32, which promises the reference's numbers, a single LeakyReLU that
             changes side over that moves a gradient by more than their tolerance.
+        bf16_discriminators: with bf16, round in discriminators, too.
         backend: of `torch.compile`.
     """
 
-    def __init__(self, precision: Precision = "fp32", compiled: bool = False, backend: str = "inductor") -> None:
+    def __init__(
+        self,
+        precision: Precision = "fp32",
+        compiled: bool = False,
+        bf16_discriminators: bool = False,
+        backend: str = "inductor",
+    ) -> None:
         self.precision = precision
+        self.bf16_discriminators = bf16_discriminators
         self.compiled = compiled
         self.backend = backend
         if compiled:
@@ -147,7 +160,7 @@ class Execution:
     def __call__(self, network: nn.Module, *inputs: Any) -> Any:
         device = next(x.device for x in inputs if x is not None)
         try:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._rounds(network)):
                 return self._program(network)(*inputs)
         except Exception as error:
             # The compiler's errors have many classes, and a missing C++ compiler is the usual one.
@@ -155,6 +168,9 @@ class Execution:
                 raise
             reason = str(error).strip().splitlines()[0][:150]
             raise UserError(f"--compile: PyTorch's compiler failed ({reason}); leave the flag out") from None
+
+    def _rounds(self, network: nn.Module) -> bool:
+        return self.precision == "bf16" and (self.bf16_discriminators or not isinstance(network, Discriminator))
 
     def _program(self, network: nn.Module) -> Forward:
         eager = (Discriminator, Generator) if self.precision == "fp32" else Discriminator

@@ -79,13 +79,13 @@ def restore_momentum(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def build_label_networks(
-    config: SemsegConfig, source_net: nn.Module, seed: int, pretrained: bool, recompute: bool = False
+    config: SemsegConfig, source_net: nn.Module, seed: int, pretrained: bool, save_memory: bool = False
 ) -> LabelNetworks:
     """P with a fresh Q and its optimiser, on the CPU.
 
     Args:
         pretrained: load Q's backbone weights; not needed where a checkpoint fills Q.
-        recompute: Q computes its residual blocks once more in the backward, to save memory.
+        save_memory: Q computes its residual blocks once more in the backward instead of keeping what they need there.
 
     Raises:
         UserError: the backbone weights cannot be loaded.
@@ -95,6 +95,6 @@ def build_label_networks(
     if pretrained and config.backbone_weights != "random":
         load_backbone(target_net, config.backbone, config.backbone_weights)
     target_net.train()
-    if recompute:
+    if save_memory:
         recompute_blocks(target_net)
     return LabelNetworks(source_net, target_net, segmentation_optimizer(target_net, config))

@@ -10,6 +10,7 @@ import torch
 
 from core.config import ProCSTConfig
 from core.execution import (
+    Precision,
     channels_last,
     recomputes_blocks,
     resolve_precision,
@@ -70,8 +71,7 @@ def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> Prepare
     """
     device = rank.device
     set_determinism(config.compute.deterministic)
-    # What pays on the first process's device is what all do, if theirs can.
-    precision = resolve_precision(rank.from_first(resolve_precision(config.compute.precision, device)), device)
+    precision = agreed_precision(config.compute.precision, rank)
     config = replace(config, compute=replace(config.compute, precision=precision))
     set_convolution_precision(precision)
     source, target = _file_lists(config)
@@ -85,7 +85,7 @@ def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> Prepare
         inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(source_net)
         labels = build_label_networks(
             config.semseg, source_net, config.run.manual_seed, pretrained=fresh_target_net,
-            recompute=recomputes_blocks(precision, device),
+            save_memory=recomputes_blocks(precision, device),
         )  # fmt: skip
         if fresh_target_net:
             inputs["start of the net trained on SiT (--backbone_weights)"] = weights_fingerprint(labels.target_net)
@@ -101,6 +101,16 @@ def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> Prepare
     inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)
     _require_one_run(config, inputs, rank)
     return PreparedRun(config, source, target, plans, labels, validator, validation_line, perceptual, inputs, rank)
+
+
+def agreed_precision(wanted: str, rank: Rank) -> Precision:
+    """What every process computes in: of `auto`, what pays on the first one's device.
+
+    Raises:
+        UserError: this process was asked for another precision, or its device cannot do it.
+    """
+    rank.require_equal({"--precision": wanted})
+    return resolve_precision(rank.from_first(resolve_precision(wanted, rank.device)), rank.device)
 
 
 def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:

@@ -91,7 +91,8 @@ class Trainer:
         self.skipped: list[str] = []
         self.saved = (0, 0)
         self._saved_at = time.monotonic()
-        self.execution = Execution(config.compute.precision, config.compute.compile)
+        compute = config.compute
+        self.execution = Execution(compute.precision, compute.compile, compute.bf16_discriminators)
         self.epoch_length = max(len(source), len(target))
         self.scale = 0
         self.step = 0

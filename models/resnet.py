@@ -106,7 +106,7 @@ class ResNet(nn.Module):
 
     Attributes:
         recomputes_blocks: keep only what goes into each block for the backward, and compute the block once more there:
-            a third of the arithmetic more for a fraction of the memory, with the same results.
+            a third of the arithmetic more for a fraction of the memory, with the same results. One backward only.
     """
 
     recomputes_blocks = False
@@ -141,7 +141,7 @@ class ResNet(nn.Module):
         return x
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        # The compiler weighs memory against arithmetic on its own.
+        # Compiled code keeps what the compiler chooses, which is almost all.
         if not self.recomputes_blocks or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return block(x)
         return checkpoint(

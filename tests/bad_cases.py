@@ -209,6 +209,7 @@ FLAGS = [
     Case("train_procst", "no-semseg", train(lambda_labels=2), ("--lambda_labels", "--no_semseg")),
     Case("train_procst", "rate", train(lr_g="nan"), ("--lr_g",)),
     Case("train_procst", "gpus", train(gpus=None), ("--gpus is required",)),
+    Case("train_procst", "rounded", train(bf16_discriminators=()), ("--bf16_discriminators", "--precision fp32")),
     Case("train_procst", "unknown", train(no_such_flag=1), ("--no_such_flag",)),
     Case("train_procst", "bytes", train(src_data_dir=NOT_UTF8), ("--src_data_dir", "caf", "UTF-8")),
     Case("train_procst", "null", train(src_data_dir="a\0b"), ("--src_data_dir", "no such folder")),

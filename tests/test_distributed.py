@@ -20,10 +20,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import core.execution
 import test_golden_steps as golden_tests
 import train_procst
 from conftest import ScriptResult
 from core.checkpoint import load_checkpoint
+from core.preparation import agreed_precision
 from core.shares import BatchShare
 from core.validation import Validator
 from data_handlers.datasets import DATA_SETS
@@ -34,6 +36,7 @@ from test_exact_step import DoubleStep
 from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
 from test_train_cli import only_run, training_flags
 from utils.distributed import Rank
+from utils.errors import UserError
 from worlds import write_cityscapes, write_gta5
 
 WORLD = 2
@@ -204,6 +207,24 @@ def _backbone_gradients(rank, recompute, images):
     gradients = [parameter.grad for parameter in net.parameters()]
     rank.add_up(gradients)
     return gradients, dict(net.named_buffers())
+
+
+def _precision(rank, wishes):
+    core.execution.computes_in_bf16 = lambda device: True
+    core.execution.bf16_pays = lambda device: rank.is_first
+    try:
+        return [agreed_precision(wishes[rank.index], rank)]
+    except UserError as error:
+        rank.from_first(None)  # for the other process, which waits
+        return [str(error)]
+
+
+def test_processes_agree_on_a_precision():
+    assert in_processes(_precision, ("auto", "auto")) == [["bf16"], ["bf16"]]
+    assert in_processes(_precision, ("fp32", "fp32")) == [["fp32"], ["fp32"]]
+    (one,), (other,) = in_processes(_precision, ("fp32", "bf16"))
+    assert one == "fp32"
+    assert other.startswith("the --precision of process 1")
 
 
 def test_recomputed_blocks_of_two_processes():

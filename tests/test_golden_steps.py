@@ -175,8 +175,10 @@ class GoldenStep:
                 target=[level.contiguous(**layout) for level in batch.target],
             )
         self.scale_networks = ScaleNetworks(**self.nets, lower_Gst=lower["Gst"], lower_Gts=lower["Gts"])
-        # The tracing is that of compiled code; what is generated from it would take minutes to make.
-        execution = Execution(compiled=self.mode == "compiled", backend="aot_eager")
+        # The tracing is that of compiled code; what is generated from it would take minutes to make. On the CPU tf32 is
+        # float32, but lets generators be compiled, too.
+        compiled = self.mode == "compiled"
+        execution = Execution("tf32" if compiled else "fp32", compiled, backend="aot_eager")
         micro_batch = 1 if self.mode == "micro_batch" else None
         recompute = self.mode in ("recompute", "micro_batch")
         step = partial(training_step, recompute=recompute, micro_batch=micro_batch, forward=execution)

@@ -14,6 +14,7 @@ from torch import nn
 import create_sit_dataset
 import train_procst
 import train_semseg_on_source
+from core import preparation
 from core.checkpoint import load_checkpoint
 from core.label_networks import restore_momentum
 from core.segmentation_files import SegmentationFile, load_segmentation_net
@@ -25,6 +26,7 @@ from utils.distributed import Rank
 from worlds import write_cityscapes, write_gta5
 
 STEPS = 3
+GIVEN = ("fp32", "cpu")  # of label_flags
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,17 @@ def label_flags(world, out, source_net, **changes):
         "validation_rate": 2,
     }  # fmt: skip
     return training_flags(world, out, **{**labels, **changes})
+
+
+def test_the_net_trained_on_sit_saves_memory_where_it_should(world, tmp_path, run_script, source_net, monkeypatch):
+    asked, build = [], preparation.build_label_networks
+    monkeypatch.setattr(preparation, "recomputes_blocks", lambda precision, device: (precision, device.type) == GIVEN)
+    monkeypatch.setattr(
+        preparation, "build_label_networks", lambda *a, **k: asked.append(k["save_memory"]) or build(*a, **k)
+    )
+    result = run_script(train_procst, *label_flags(world, tmp_path, source_net), "--dry_run")
+    assert result.code == 0, result.err
+    assert asked == [True]
 
 
 def test_run_with_label_losses(world, tmp_path, run_script, source_net):
