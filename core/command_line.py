@@ -167,8 +167,8 @@ def _add_compute_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--precision", choices=PRECISIONS, default="auto",
         help="arithmetic of the networks; weights, losses, Gram matrices and the gradient penalty's norm are float32 "
-        "in each; bf16 leaves discriminators in float32 (TF32 on a GPU); auto: bf16 on hardware that is faster in it, "
-        "else fp32 (default: %(default)s)")  # fmt: skip
+        "in each; bf16 leaves discriminators and the generators' last layer in float32 (TF32 on a GPU); auto: bf16 on "
+        "hardware that is faster in it, else fp32 (default: %(default)s)")  # fmt: skip
     add("--bf16_discriminators", action=argparse.BooleanOptionalAction, default=False,
         help="with bf16, compute discriminators in it, too, which is faster and may cost accuracy "
         "(default: no)")  # fmt: skip
@@ -390,7 +390,8 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
     run = {n: getattr(flags, n) for n in reporting if n in given}
     if "gpus" in given:
         run["gpus"] = " ".join(flags.gpus)
-    computing = ("precision", "compile", "deterministic", "bf16_discriminators")
+    computing = ("compile", "deterministic", "bf16_discriminators")
+    compute = stored.compute.in_precision(flags.precision) if "precision" in given else stored.compute
     semseg = {n: getattr(flags, n) for n in ("semseg_weights", "backbone_weights") if n in given}
     if "backbone_weights" in given and stored.semseg.backbone_weights == "random":
         raise UserError("--backbone_weights: the run was started from random weights; leave the flag out")
@@ -399,5 +400,5 @@ def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: fro
         data=replace(stored.data, **data),
         run=replace(stored.run, **run),
         semseg=replace(stored.semseg, **semseg),
-        compute=replace(stored.compute, **{n: getattr(flags, n) for n in computing if n in given}),
+        compute=replace(compute, **{n: getattr(flags, n) for n in computing if n in given}),
     )

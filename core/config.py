@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,11 @@ class ComputeConfig:
             f"--bf16_discriminators does nothing in --precision {self.precision}; give bf16, or leave it out",
         )
 
+    def in_precision(self, precision: str) -> ComputeConfig:
+        """The same in another precision, such as the one that `auto` stands for on a device."""
+        rounded = self.bf16_discriminators and precision in ("auto", "bf16")
+        return replace(self, precision=precision, bf16_discriminators=rounded)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -379,6 +384,8 @@ class ProCSTConfig:
                 if name in ("semseg", "compute") and name not in content:
                     continue  # a run of the time before these settings
                 values = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in content[name].items()}
+                if name == "compute" and values.get("precision") == "bf16":
+                    values.setdefault("bf16_discriminators", True)  # a run of the time before there was a choice
                 sections[name] = section(**values)
             return cls(**sections)
         except UserError as error:

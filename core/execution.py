@@ -2,8 +2,8 @@
 
 Weights, optimiser state and losses stay in float32 always. With bf16, convolutions and matrix products of a network
 see their inputs and weights rounded to bfloat16 (8 significant bits, the exponent range of float32, so nothing has to
-be scaled); what comes out is used in float32 by every loss. Discriminators are left out of that unless asked for: what
-they cannot tell apart, the generators do not learn, and with rounded ones SiT was worth less (benchmarks/RESULTS.md).
+be scaled); what comes out is used in float32 by every loss. Discriminators are left out of that unless asked for: with
+rounded ones SiT was worth less in most runs (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

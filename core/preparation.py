@@ -72,7 +72,7 @@ def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> Prepare
     device = rank.device
     set_determinism(config.compute.deterministic)
     precision = agreed_precision(config.compute.precision, rank)
-    config = replace(config, compute=replace(config.compute, precision=precision))
+    config = replace(config, compute=config.compute.in_precision(precision))
     set_convolution_precision(precision)
     source, target = _file_lists(config)
     plans = scale_plans(config, max(len(source), len(target)))

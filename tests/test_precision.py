@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +16,8 @@ from torch import nn
 
 import train_procst
 from core.checkpoint import load_checkpoint
-from core.command_line import build_parser
-from core.config import SemsegConfig
+from core.command_line import build_parser, config_from_flags
+from core.config import ProCSTConfig, SemsegConfig
 from core.execution import Execution, bf16_pays, recomputes_blocks, resolve_precision
 from core.label_networks import build_label_networks
 from core.losses import gradient_penalty
@@ -28,6 +31,7 @@ from test_step import Step, build
 from test_train_cli import only_run, training_flags
 from utils.devices import cpu_vendor
 from utils.errors import UserError
+from utils.flags import parse_flags
 from worlds import write_cityscapes, write_gta5
 
 CPU = torch.device("cpu")
@@ -197,12 +201,46 @@ def test_a_run_in_bf16(world, run_script, monkeypatch):
     flags = training_flags(world, world / "out", precision="auto", save_checkpoint_rate=1)
     result = run_script(train_procst, *flags)
     assert result.code == 0, result.err
-    assert "precision bf16" in result.out
+    assert "precision bf16 (discriminators in float32)" in result.out
     checkpoint = load_checkpoint(only_run(world / "out") / "latest.pth")
     assert checkpoint.config.compute.precision == "bf16"
     states = [state for states in checkpoint.networks.values() for state in states]
     states += [values for optimizer in checkpoint.optimizers.values() for values in optimizer["state"].values()]
     assert {tensor.dtype for state in states for tensor in state.values()} == {torch.float32}
+
+
+def test_rounded_discriminators(world, tmp_path, run_script, monkeypatch):
+    """The flag acts, a continued run keeps it, and with a precision that has no use for it it goes."""
+    monkeypatch.setattr("core.execution.computes_in_bf16", lambda device: True)
+    asked, step = [], train_procst.Trainer.one_step
+
+    def watched(self, *arguments):
+        asked.append((self.execution.precision, self.execution.bf16_discriminators))
+        if len(asked) in (2, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(train_procst.Trainer, "one_step", watched)
+    flags = training_flags(world, tmp_path, precision="bf16", bf16_discriminators=())
+    first = run_script(train_procst, *flags)
+    assert first.code == 75, first.err
+    assert "precision bf16 (discriminators too)" in first.out
+    run = only_run(tmp_path)
+    assert run_script(train_procst, "--continue_train_from_path", run).code == 75
+    assert asked == [("bf16", True)] * 4
+    last = run_script(train_procst, "--continue_train_from_path", run, "--precision", "fp32")
+    assert last.code == 0, last.err
+    assert set(asked[4:]) == {("fp32", False)}
+
+
+def test_settings_of_the_time_before_there_was_a_choice():
+    line = list(map(str, training_flags(Path(), Path("out"))))
+    stored = config_from_flags(*parse_flags(build_parser(""), line)).to_json()
+    assert not ProCSTConfig.from_json(stored, "").compute.bf16_discriminators
+    stored["compute"] = {"precision": "bf16", "compile": False, "deterministic": False}
+    old = ProCSTConfig.from_json(stored, "").compute
+    assert old.bf16_discriminators
+    assert not old.in_precision("fp32").bf16_discriminators
 
 
 def test_precisions_that_the_device_lacks(world, run_script, monkeypatch):
