@@ -158,7 +158,7 @@ class Execution:
         self._programs: dict[int, tuple[nn.Module, Forward]] = {}
 
     def __call__(self, network: nn.Module, *inputs: Any) -> Any:
-        device = next(x.device for x in inputs if x is not None)
+        device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
         try:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._rounds(network)):
                 return self._program(network)(*inputs)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.double_backward import block_with_double_backward, has_double_backward
+
 Norm = Literal["batch", "group"]
 LEAKY_SLOPE = 0.2
 BATCH_NORM_FROM_IMAGES_PER_GPU = 16
@@ -70,9 +72,12 @@ class ConvBlock(nn.Module):
         self.actvn = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, double_backward: bool = False) -> Tensor:
+        """`double_backward`: the gradient to `x` is to be differentiated once more."""
         if self.norm is None:
             return self.actvn(self.conv(x))
+        if double_backward and has_double_backward(self.norm, x):
+            return block_with_double_backward(x, self.norm, LEAKY_SLOPE, self.conv)
         return self.conv(self.actvn(_normalised(self.norm, x)))
 
 
@@ -143,8 +148,13 @@ class Discriminator(nn.Module):
         self.shape = shape
         _build_trunk(self, shape, shape.image_channels, 1, nn.LeakyReLU(LEAKY_SLOPE))
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.tail(self.body(self.head(image)))
+    def forward(self, image: Tensor, double_backward: bool = False) -> Tensor:
+        """`double_backward`, for the gradient penalty: a first backward gives a gradient to the image alone."""
+        features = self.head(image, double_backward)
+        for block in self.body:
+            features = block(features, double_backward)
+        last, activation = self.tail
+        return activation(last(features, double_backward))
 
 
 def init_weights(network: nn.Module, generator: torch.Generator) -> None:

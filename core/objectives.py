@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from core.config import LossConfig
 from core.execution import Forward
@@ -51,6 +51,34 @@ def at_once(term: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         inputs: everything that takes gradients in it: an image, or the weights of a network.
     """
     return _AtOnce.apply(term, *inputs)
+
+
+class _WithLaterGraph(torch.autograd.Function):
+    """See `with_later_graph`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, again: Callable[[], Tensor], value: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.again = again
+        ctx.inputs = inputs
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            value = ctx.again()
+        return None, None, *torch.autograd.grad(value, ctx.inputs, upstream)
+
+
+def with_later_graph(again: Callable[[], Tensor], value: Tensor, *inputs: Tensor) -> Tensor:
+    """`value`, which `again()` computes once more, with a graph, when gradients to `inputs` are asked for.
+
+    What that graph keeps takes no memory while the loss terms of `value` are computed.
+
+    Args:
+        inputs: the weights that it depends on.
+    """
+    return _WithLaterGraph.apply(again, value, *inputs)
 
 
 @dataclass(frozen=True)
@@ -112,13 +140,17 @@ def _discriminator_parts(
 ) -> dict[str, Tensor]:
     """-mean D(real), mean D(fake) and the gradient penalty, each weighted and with its gradients."""
     score = partial(forward, discriminator)
+
+    def twice(image: Tensor) -> Tensor:
+        return forward(discriminator, image, True)  # with a double backward
+
     weights = tuple(discriminator.parameters())
     # One pass over both images would save launches, but the gradients of the score's bias nearly cancel between them:
     # taken apart, they are ten times as exact.
     return {
         "real": -at_once(lambda *_: weight * score(real).float().mean(), *weights),
         "fake": at_once(lambda *_: weight * score(fake).float().mean(), *weights),
-        "penalty": at_once(lambda *_: weight * gradient_penalty(score, real, fake, alpha), *weights),
+        "penalty": at_once(lambda *_: weight * gradient_penalty(twice, real, fake, alpha), *weights),
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from core.objectives import (
     perceptual_targets,
     pieces,
     weighted_sum,
+    with_later_graph,
 )
 from core.pyramid import cascade
 from core.shares import WHOLE, BatchShare
@@ -213,20 +215,22 @@ class GeneratorTerms:
             part.watch_labels(self.source_net, self.label[piece.samples], self.label_weight * share / piece.weight)
         return part
 
-    def total(self, fake: Tensor | None, micro_batch: int | None = None) -> Tensor:
-        """The sum, with gradients to both generators; None translates here and gives all memory back at the end."""
+    def total(self, fake: Tensor, micro_batch: int | None = None) -> Tensor:
+        """The sum, with gradients to both generators. A `fake` without a graph is translated again for them."""
         if micro_batch is not None:
             return self._in_pieces(fake, pieces(len(self.direction.image), micro_batch))
-        if fake is None:
-            translate = self.direction.translate_again
-            return at_once(lambda *_: self._sum(translate(self.forward)), *self.direction.weights())
-        return self._sum(fake)
+        if fake.requires_grad:
+            return self._sum(fake)
+        return at_once(lambda *_: self._sum(self._with_later_graph(fake)), *self.direction.weights())
 
-    def _in_pieces(self, fake: Tensor | None, found: Sequence[Piece]) -> Tensor:
+    def _with_later_graph(self, fake: Tensor) -> Tensor:
+        translate = partial(self.direction.translate_again, self.forward)
+        return with_later_graph(translate, fake, *self.direction.generator.parameters())
+
+    def _in_pieces(self, fake: Tensor, found: Sequence[Piece]) -> Tensor:
         parts = [self.part(piece) for piece in found]
         total = sum(
-            piece.weight * part.total(None if fake is None else fake[piece.samples])
-            for piece, part in zip(found, parts, strict=True)
+            piece.weight * part.total(fake[piece.samples]) for piece, part in zip(found, parts, strict=True)
         )
         self.logged = weighted_sum([(piece.weight, part.logged) for piece, part in zip(found, parts, strict=True)])
         self.returned = torch.cat([part.returned for part in parts])
@@ -328,9 +332,7 @@ def training_step(
         ]
         if labels is not None and not warmup:
             terms[0].watch_labels(labels.source_net, batch.label, share.of_labelled(batch.label))
-        total = sum(
-            term.total(None if recompute else fake, micro_batch) for term, fake in zip(terms, fakes, strict=True)
-        )
+        total = sum(term.total(fake, micro_batch) for term, fake in zip(terms, fakes, strict=True))
         _backward_and_step(total, share, optimizers.Gst, optimizers.Gts)
     for term in terms:
         losses |= term.logged

@@ -1,0 +1,144 @@
+"""The discriminator's blocks for the gradient penalty: PyTorch's gradients in less memory."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.meters import Meter
+from benchmarks.training_step import Variant, peak_memory
+from core import double_backward
+from core.command_line import build_parser, config_from_flags
+from core.double_backward import has_double_backward
+from core.execution import Execution
+from core.losses import gradient_penalty
+from core.networks import Discriminator
+from core.objectives import with_later_graph
+from models.synchronised_norm import synchronise_batch_norms
+from test_step import build
+from utils.flags import parse_flags
+
+NORMS = ("group", "batch")
+
+
+def strong_discriminator(norm, channels=16):
+    """One whose gradients are not tiny, with norms whose weights and biases are no ones and zeros."""
+    net = build(Discriminator, 2, 2, channels, norm, seed=3).double().train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.mul_(3) if "conv" in name else parameter.add_(torch.randn_like(parameter) / 3)
+    return net
+
+
+def penalty_and_gradients(net, twice, size=(3, 20, 24)):
+    generator = torch.Generator().manual_seed(1)
+    real, fake = (torch.rand(size[0], 3, *size[1:], generator=generator).double() * 2 - 1 for _ in range(2))
+    score = partial(Execution(), net)
+    penalty = gradient_penalty(lambda x: score(x, twice), real, fake, torch.tensor(0.4))
+    weights = dict(net.named_parameters())
+    gradients = torch.autograd.grad(penalty, weights.values(), allow_unused=True)
+    return {"penalty": penalty.detach()} | dict(zip(weights, gradients, strict=True))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("piece_bytes", [1, 50_000, 2**30], ids=["group by group", "uneven pieces", "whole"])
+def test_gradients_are_those_of_autograd(norm, piece_bytes, monkeypatch):
+    monkeypatch.setattr(double_backward, "PIECE_BYTES", {"cpu": piece_bytes})
+    net = strong_discriminator(norm)
+    plain, twice = (penalty_and_gradients(copy.deepcopy(net), flag) for flag in (False, True))
+    assert plain["penalty"] > 0.01
+    for name, value in plain.items():
+        if value is None or not value.any():  # the bias of the score
+            assert twice[name] is None or not twice[name].any(), name
+        elif norm == "batch" and name.endswith("conv.bias"):  # the next block's batch norm takes it away again
+            assert float(twice[name].abs().max()) < 1e-12
+        else:
+            torch.testing.assert_close(twice[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_running_statistics_see_the_batch_once():
+    plain, twice = (strong_discriminator("batch") for _ in range(2))
+    penalty_and_gradients(plain, False)
+    penalty_and_gradients(twice, True)
+    before = dict(strong_discriminator("batch").named_buffers())
+    for name, value in plain.named_buffers():
+        assert not torch.equal(value, before[name]), name
+        assert torch.equal(dict(twice.named_buffers())[name], value), name
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_plain_backward_gives_gradients_to_everything(norm):
+    """Of the image it is the same tensor as without a double backward, and so are those of the weights."""
+    found = []
+    for flag in (False, True):
+        net = strong_discriminator(norm)
+        image = torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(1)).double().requires_grad_(True)
+        net(image, flag).square().sum().backward()
+        found.append({"image": image.grad} | {name: p.grad for name, p in net.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_gradients_to_weights_are_not_given_half():
+    """Asked for with `create_graph`, which only the image's knows, they fail instead of being left out."""
+    net = strong_discriminator("group")
+    image = torch.rand(2, 3, 20, 24).double().requires_grad_(True)
+    with pytest.raises(RuntimeError, match="to not have been used"):
+        torch.autograd.grad(net(image, True).sum(), [image, net.body[0].conv.weight], create_graph=True)
+
+
+def test_other_norms_are_left_to_autograd():
+    x = torch.rand(2, 8, 4, 4)
+    synchronised = synchronise_batch_norms(nn.Sequential(nn.BatchNorm2d(8)))[0]
+    assert type(synchronised) is not nn.BatchNorm2d
+    assert has_double_backward(nn.BatchNorm2d(8), x)
+    assert not has_double_backward(synchronised, x)
+    assert not has_double_backward(nn.BatchNorm2d(8).eval(), x)
+    with torch.no_grad():
+        assert not has_double_backward(nn.BatchNorm2d(8), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not has_double_backward(nn.BatchNorm2d(8), x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_penalty_takes_less_memory(norm, monkeypatch):
+    monkeypatch.setattr(double_backward, "PIECE_BYTES", {"cpu": 2**16})
+    peaks = []
+    for flag in (False, True):
+        net = strong_discriminator(norm, channels=32)
+        with Meter() as meter:
+            penalty_and_gradients(net, flag, size=(4, 40, 48))
+        peaks.append(meter.peak)
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_a_step_takes_half_of_the_literal_steps_memory():
+    """At the published setting's scale 1, whose batch norm needs the whole batch at once, as a GPU computes it."""
+    parser = build_parser("")
+    parser.set_defaults(vgg_weights="random", no_semseg=True, batch_size_list=[32, 16, 3])
+    config = config_from_flags(*parse_flags(parser, ["--gpus", "cpu"]))
+    assert config.network.shape(1).norm == "batch"
+    literal, ours = (peak_memory(config, 1, Variant(name, "fp32"))[0] for name in ("literal", "fp32"))
+    assert ours < 0.5 * literal
+
+
+def test_a_later_graph_is_made_only_for_a_backward():
+    net, image, made = nn.Conv2d(3, 3, 3), torch.rand(1, 3, 6, 6), []
+
+    def again():
+        made.append(True)
+        return net(image)
+
+    value = with_later_graph(again, net(image).detach(), *net.parameters())
+    assert torch.equal(value, net(image))
+    loss = value.square().sum()
+    assert not made
+    found = torch.autograd.grad(loss, list(net.parameters()))
+    assert made == [True]
+    for ours, theirs in zip(found, torch.autograd.grad(net(image).square().sum(), list(net.parameters())), strict=True):
+        assert torch.equal(ours, theirs)
