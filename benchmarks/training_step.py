@@ -31,7 +31,7 @@ from benchmarks.setting import Setting, build_setting
 from benchmarks.waiting import share_waiting, write_pictures
 from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig
-from core.double_backward import PIECE_BYTES
+from core.double_backward import ECONOMY
 from core.execution import (
     Execution,
     computes_in_bf16,
@@ -112,7 +112,7 @@ def arithmetic_floor(flops: Mapping[torch.dtype, int], ceilings: Mapping[str, fl
 
 def peak_memory(config: ProCSTConfig, scale: int, variant: Variant) -> tuple[int, int]:
     """Most bytes alive at once in a second step as a GPU makes it, beyond networks and batch, and bytes moved."""
-    as_on_a_gpu = mock.patch.dict(PIECE_BYTES, cpu=PIECE_BYTES["cuda"])
+    as_on_a_gpu = mock.patch.dict(ECONOMY, cpu=ECONOMY["cuda"])
     with as_on_a_gpu, FakeTensorMode(allow_non_fake_inputs=True):
         setting = build_setting(config, scale, torch.device("cpu"), fused=False)
         step = variant.step_of(setting, config, recompute=True)

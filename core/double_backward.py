@@ -1,8 +1,8 @@
 """A discriminator's block for the gradient penalty, which differentiates the gradient to the image once more.
 
-PyTorch's own operators keep five tensors of the size of a block's input until then, and differentiate a norm's backward
-in many passes over whole tensors. Here a block keeps two, its input and the gradient to its output, computes the rest
-once more, and the norm's double backward is a closed form, applied to some channels at a time.
+PyTorch's own operators keep what each of norm, LeakyReLU and convolution needs until then, and differentiate a norm's
+backward in many passes over whole tensors. Here a block keeps its input and the gradient to its output and computes the
+rest once more; the norm's double backward is a closed form, applied to some channels at a time.
 """
 
 from __future__ import annotations
@@ -15,10 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# Bytes of a tensor whose norm is differentiated at once: what a CPU's cache holds beside the other seven; on a GPU
-# enough to hide the launches (not measured).
-PIECE_BYTES = {"cpu": 2**20, "cuda": 2**25}
-Aten = torch.ops.aten
+
+@dataclass(frozen=True)
+class Economy:
+    """What a device is short of.
+
+    Attributes:
+        piece_bytes: of a tensor whose norm is differentiated at once.
+        recompute: compute the gradient to a convolution's input twice instead of keeping it.
+    """
+
+    piece_bytes: int
+    recompute: bool
+
+
+# On a CPU what its cache holds beside seven others; on a GPU enough to hide the launches (not measured).
+ECONOMY = {"cpu": Economy(2**20, recompute=False), "cuda": Economy(2**25, recompute=True)}
 
 
 @dataclass(frozen=True)
@@ -65,11 +77,11 @@ class Block:
     ) -> tuple[Tensor | None, ...]:
         """Gradients to x, weight and bias from the one to the norm's output; None where they are not `wanted`."""
         if self.by_batch:
-            return Aten.native_batch_norm_backward(
+            return torch.ops.aten.native_batch_norm_backward(
                 gradient, x, weight, None, None, mean, inverse, True, self.norm.eps, wanted
             )
         batch, channels, height, width = x.shape
-        return Aten.native_group_norm_backward(
+        return torch.ops.aten.native_group_norm_backward(
             gradient, x, mean, inverse, weight, batch, channels, height * width, self.norm.num_groups, wanted
         )
 
@@ -78,7 +90,7 @@ class Block:
     ) -> tuple[Tensor | None, ...]:
         """Gradients to the input y, the weight and the bias of the convolution."""
         padding = [self.padding, self.padding]
-        return Aten.convolution_backward(
+        return torch.ops.aten.convolution_backward(
             gradient, y, weight, [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, wanted
         )
 
@@ -103,7 +115,7 @@ class _Forward(torch.autograd.Function):
         x, norm_weight, norm_bias, weight, mean, inverse = ctx.saved_tensors
         y = block.activated(x, norm_weight, norm_bias)
         to_y, to_weight, to_bias = block.convolution_gradients(gradient, y, weight, [True, True, True])
-        to_norm = Aten.leaky_relu_backward(to_y, y, block.slope, True)
+        to_norm = torch.ops.aten.leaky_relu_backward(to_y, y, block.slope, True)
         del to_y, y
         return None, *block.norm_gradients(to_norm, x, norm_weight, mean, inverse, [True] * 3), to_weight, to_bias
 
@@ -117,10 +129,11 @@ class _ImageGradient(torch.autograd.Function):
         weight: Tensor, mean: Tensor, inverse: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.block = block
-        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse)
         y = block.activated(x, norm_weight, norm_bias)
         to_y, _, _ = block.convolution_gradients(gradient, y, weight, [True, False, False])
-        to_norm = Aten.leaky_relu_backward(to_y, y, block.slope, True)
+        kept = None if ECONOMY[x.device.type].recompute else to_y
+        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, kept)
+        to_norm = torch.ops.aten.leaky_relu_backward(to_y, y, block.slope, True)
         del to_y, y
         return block.norm_gradients(to_norm, x, norm_weight, mean, inverse, [True, False, False])[0]
 
@@ -128,9 +141,10 @@ class _ImageGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
-        gradient, x, norm_weight, norm_bias, weight, mean, inverse = ctx.saved_tensors
+        gradient, x, norm_weight, norm_bias, weight, mean, inverse, to_y = ctx.saved_tensors
         y = block.activated(x, norm_weight, norm_bias)
-        to_y, _, _ = block.convolution_gradients(gradient, y, weight, [True, False, False])
+        if to_y is None:
+            to_y, _, _ = block.convolution_gradients(gradient, y, weight, [True, False, False])
         to_norm_weight = torch.zeros_like(norm_weight)
         for piece in _pieces(block, upstream, x, norm_weight, mean, inverse, y, to_y, to_norm_weight):
             _differentiate_norm(*piece, block.by_batch, block.slope)
@@ -153,7 +167,7 @@ def _pieces(
     images = [split(image) for image in (upstream, x, y, to_y)]
     weights = [one.view(1, groups, -1, 1, 1) for one in (weight, to_weight)]
     statistics = [one.view(-1, groups, 1, 1, 1) for one in (mean, inverse)]
-    at_once = max(1, PIECE_BYTES[x.device.type] * groups // x.nbytes)
+    at_once = max(1, ECONOMY[x.device.type].piece_bytes * groups // x.nbytes)
     for first in range(0, groups, at_once):
         some = slice(first, first + at_once)
         yield tuple(tensor[:, some] for tensor in (*images, *weights, *statistics))
@@ -176,12 +190,12 @@ def _differentiate_norm(
         return tensor.mean(together, keepdim=True)
 
     n = (x - mean).mul_(inverse)
-    to_normed = Aten.leaky_relu_backward(to_y, y, slope, True)
+    to_normed = torch.ops.aten.leaky_relu_backward(to_y, y, slope, True)
     h = to_normed * weight
     mean_v, mean_h, a, b, c = m(upstream), m(h), m(upstream * n), m(h * n), m(upstream * h)
     to_h = (upstream - mean_v).sub_(n * a).mul_(inverse)
     to_weight.copy_((to_h * to_normed).sum((0, 3, 4), keepdim=True))
-    to_y.copy_(Aten.leaky_relu_backward(to_h.mul_(weight), y, slope, True))
+    to_y.copy_(torch.ops.aten.leaky_relu_backward(to_h.mul_(weight), y, slope, True))
     to_x = n.mul_(c - mean_v * mean_h - 3.0 * a * b).addcmul_(upstream, b).addcmul_(h, a)
     y.copy_(to_x.sub_(b * mean_v + a * mean_h).mul_(-(inverse**2)))
 
@@ -198,7 +212,8 @@ def block_with_double_backward(
     """norm -> LeakyReLU -> convolution, (B,in,h,w) -> (B,out,h,w), for the gradient penalty.
 
     A first backward with `create_graph` gives a gradient to `x` alone, though the other inputs take gradients; the
-    second one, and a backward without `create_graph`, give those to everything.
+    second one, and a backward without `create_graph`, give those to everything. The second works in place on what was
+    kept: a graph can be walked back once.
     """
     block = Block(norm, slope, convolution.padding[0])
     return _Forward.apply(block, x, norm.weight, norm.bias, convolution.weight, convolution.bias)

@@ -11,9 +11,8 @@ from torch import nn
 
 from benchmarks.meters import Meter
 from benchmarks.training_step import Variant, peak_memory
-from core import double_backward
 from core.command_line import build_parser, config_from_flags
-from core.double_backward import has_double_backward
+from core.double_backward import ECONOMY, Economy, has_double_backward
 from core.execution import Execution
 from core.losses import gradient_penalty
 from core.networks import Discriminator
@@ -46,9 +45,10 @@ def penalty_and_gradients(net, twice, size=(3, 20, 24)):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("piece_bytes", [1, 50_000, 2**30], ids=["group by group", "uneven pieces", "whole"])
-def test_gradients_are_those_of_autograd(norm, piece_bytes, monkeypatch):
-    monkeypatch.setattr(double_backward, "PIECE_BYTES", {"cpu": piece_bytes})
+@pytest.mark.parametrize("piece_bytes", [1, 70_000, 2**30], ids=["group by group", "uneven pieces", "whole"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_those_of_autograd(norm, piece_bytes, recompute, monkeypatch):
+    monkeypatch.setitem(ECONOMY, "cpu", Economy(piece_bytes, recompute))
     net = strong_discriminator(norm)
     plain, twice = (penalty_and_gradients(copy.deepcopy(net), flag) for flag in (False, True))
     assert plain["penalty"] > 0.01
@@ -107,7 +107,7 @@ def test_other_norms_are_left_to_autograd():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_penalty_takes_less_memory(norm, monkeypatch):
-    monkeypatch.setattr(double_backward, "PIECE_BYTES", {"cpu": 2**16})
+    monkeypatch.setitem(ECONOMY, "cpu", Economy(2**16, recompute=True))
     peaks = []
     for flag in (False, True):
         net = strong_discriminator(norm, channels=32)
