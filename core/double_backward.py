@@ -1,8 +1,9 @@
 """A discriminator's block for the gradient penalty, which differentiates the gradient to the image once more.
 
 PyTorch's own operators keep what each of norm, LeakyReLU and convolution needs until then, and differentiate a norm's
-backward in many passes over whole tensors. Here a block keeps its input and the gradient to its output and computes the
-rest once more; the norm's double backward is a closed form, applied to some channels at a time.
+backward in many passes over whole tensors. Here a block keeps its input and the gradient to its output, on a CPU also
+that to the convolution's input, and computes the rest once more; the norm's double backward is a closed form, applied
+to some channels at a time.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Block:
         self, gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
         """Gradients to x, weight and bias from the one to the norm's output; None where they are not `wanted`."""
+        gradient = gradient.contiguous(memory_format=_layout(x))
         if self.by_batch:
             return torch.ops.aten.native_batch_norm_backward(
                 gradient, x, weight, None, None, mean, inverse, True, self.norm.eps, wanted
@@ -200,9 +202,17 @@ def _differentiate_norm(
     y.copy_(to_x.sub_(b * mean_v + a * mean_h).mul_(-(inverse**2)))
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    """How the norms' kernels want all their tensors: they trust their callers. A CPU's know channels last, too."""
+    last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def has_double_backward(norm: nn.Module, x: Tensor) -> bool:
     """Whether `block_with_double_backward` knows the norm: PyTorch's own in train mode, nothing rounded by autocast."""
-    known = type(norm) in (nn.BatchNorm2d, nn.GroupNorm) and norm.training
+    known = type(norm) in (nn.BatchNorm2d, nn.GroupNorm) and norm.training and norm.affine
+    if known and isinstance(norm, nn.BatchNorm2d):
+        known = norm.momentum is not None
     return known and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -213,7 +223,8 @@ def block_with_double_backward(
 
     A first backward with `create_graph` gives a gradient to `x` alone, though the other inputs take gradients; the
     second one, and a backward without `create_graph`, give those to everything. The second works in place on what was
-    kept: a graph can be walked back once.
+    kept, on a CPU on that to the convolution's input: a graph can be walked back once.
     """
     block = Block(norm, slope, convolution.padding[0])
+    x = x.contiguous(memory_format=_layout(x))
     return _Forward.apply(block, x, norm.weight, norm.bias, convolution.weight, convolution.bias)

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from core.config import LossConfig
 from core.execution import Forward
@@ -53,32 +53,43 @@ def at_once(term: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return _AtOnce.apply(term, *inputs)
 
 
-class _WithLaterGraph(torch.autograd.Function):
-    """See `with_later_graph`."""
+class _AtOnceBeforeGraph(torch.autograd.Function):
+    """See `at_once_before_graph`."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, again: Callable[[], Tensor], value: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.again = again
-        ctx.inputs = inputs
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: FunctionCtx, term: Callable[[Tensor], Tensor], image: Tensor, again: Callable[[], Tensor], own: int,
+        *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        leaf = image.detach().requires_grad_(True)
         with torch.enable_grad():
-            value = ctx.again()
-        return None, None, *torch.autograd.grad(value, ctx.inputs, upstream)
+            loss = term(leaf)
+            to_image, *to_others = torch.autograd.grad(loss, [leaf, *weights[own:]])
+            to_own = torch.autograd.grad(again(), weights[:own], to_image)
+        ctx.save_for_backward(*to_own, *to_others)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
 
 
-def with_later_graph(again: Callable[[], Tensor], value: Tensor, *inputs: Tensor) -> Tensor:
-    """`value`, which `again()` computes once more, with a graph, when gradients to `inputs` are asked for.
+def at_once_before_graph(
+    term: Callable[[Tensor], Tensor],
+    image: Tensor,
+    again: Callable[[], Tensor],
+    own: Sequence[Tensor],
+    others: Sequence[Tensor],
+) -> Tensor:
+    """`term(image)`, as `at_once`, of an image without a graph: it is computed once more for its gradients, by `again`.
 
-    What that graph keeps takes no memory while the loss terms of `value` are computed.
+    That graph is made when what the term needs is freed, so that the two never take memory together.
 
     Args:
-        inputs: the weights that it depends on.
+        own: the weights that the image depends on.
+        others: those that the term depends on.
     """
-    return _WithLaterGraph.apply(again, value, *inputs)
+    return _AtOnceBeforeGraph.apply(term, image, again, len(own), *own, *others)
 
 
 @dataclass(frozen=True)

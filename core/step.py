@@ -25,12 +25,12 @@ from core.objectives import (
     Piece,
     adversarial_and_style_loss,
     at_once,
+    at_once_before_graph,
     cycle_back,
     discriminator_loss,
     perceptual_targets,
     pieces,
     weighted_sum,
-    with_later_graph,
 )
 from core.pyramid import cascade
 from core.shares import WHOLE, BatchShare
@@ -135,10 +135,6 @@ class Direction:
         coarser = None if self.coarser is None else self.coarser[samples]
         return replace(self, image=self.image[samples], coarser=coarser, real=self.real[samples])
 
-    def weights(self) -> tuple[Tensor, ...]:
-        """All that its generator loss has gradients to."""
-        return (*self.generator.parameters(), *self.back.parameters())
-
 
 def _directions(
     nets: ScaleNetworks, optimizers: ScaleOptimizers, batch: Batch, scale_factor: float, forward: Forward
@@ -221,17 +217,15 @@ class GeneratorTerms:
             return self._in_pieces(fake, pieces(len(self.direction.image), micro_batch))
         if fake.requires_grad:
             return self._sum(fake)
-        return at_once(lambda *_: self._sum(self._with_later_graph(fake)), *self.direction.weights())
-
-    def _with_later_graph(self, fake: Tensor) -> Tensor:
-        translate = partial(self.direction.translate_again, self.forward)
-        return with_later_graph(translate, fake, *self.direction.generator.parameters())
+        direction = self.direction
+        translate = partial(direction.translate_again, self.forward)
+        return at_once_before_graph(
+            self._sum, fake, translate, [*direction.generator.parameters()], [*direction.back.parameters()]
+        )
 
     def _in_pieces(self, fake: Tensor, found: Sequence[Piece]) -> Tensor:
         parts = [self.part(piece) for piece in found]
-        total = sum(
-            piece.weight * part.total(fake[piece.samples]) for piece, part in zip(found, parts, strict=True)
-        )
+        total = sum(piece.weight * part.total(fake[piece.samples]) for piece, part in zip(found, parts, strict=True))
         self.logged = weighted_sum([(piece.weight, part.logged) for piece, part in zip(found, parts, strict=True)])
         self.returned = torch.cat([part.returned for part in parts])
         return total

@@ -11,12 +11,13 @@ from torch import nn
 
 from benchmarks.meters import Meter
 from benchmarks.training_step import Variant, peak_memory
+from core import double_backward
 from core.command_line import build_parser, config_from_flags
 from core.double_backward import ECONOMY, Economy, has_double_backward
 from core.execution import Execution
 from core.losses import gradient_penalty
 from core.networks import Discriminator
-from core.objectives import with_later_graph
+from core.objectives import at_once, at_once_before_graph
 from models.synchronised_norm import synchronise_batch_norms
 from test_step import build
 from utils.flags import parse_flags
@@ -49,9 +50,19 @@ def penalty_and_gradients(net, twice, size=(3, 20, 24)):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_are_those_of_autograd(norm, piece_bytes, recompute, monkeypatch):
     monkeypatch.setitem(ECONOMY, "cpu", Economy(piece_bytes, recompute))
+    differentiate, widths = double_backward._differentiate_norm, set()
+
+    def watched(upstream, *others):
+        widths.add(upstream.shape[1])
+        differentiate(upstream, *others)
+
+    monkeypatch.setattr(double_backward, "_differentiate_norm", watched)
     net = strong_discriminator(norm)
     plain, twice = (penalty_and_gradients(copy.deepcopy(net), flag) for flag in (False, True))
     assert plain["penalty"] > 0.01
+    # Groups at once: one; as many as fit, and the rest; all, which under batch norm are 3 for the image.
+    wanted = {1: {1}, 70_000: {3, 2}, 2**30: {8}} if norm == "group" else {1: {1}, 70_000: {6, 4, 3}, 2**30: {16, 3}}
+    assert widths == wanted[piece_bytes]
     for name, value in plain.items():
         if value is None or not value.any():  # the bias of the score
             assert twice[name] is None or not twice[name].any(), name
@@ -92,13 +103,40 @@ def test_gradients_to_weights_are_not_given_half():
         torch.autograd.grad(net(image, True).sum(), [image, net.body[0].conv.weight], create_graph=True)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_layouts_make_no_difference(norm):
+    """Kernels that are given tensors of different layouts compute nonsense without a word."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net = strong_discriminator(norm).to(memory_format=layout)
+        image = torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(1)).double()
+        leaf = image.contiguous(memory_format=layout).requires_grad_(True)
+        (gradient,) = torch.autograd.grad(net(leaf, True).sum(), leaf, create_graph=True)
+        weights = [p for name, p in net.named_parameters() if name.endswith("weight")]
+        found.append([gradient.detach(), *torch.autograd.grad(gradient.square().sum(), weights)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_graph_is_walked_back_once():
+    """What the first walk has overwritten is not taken for what it was."""
+    net = strong_discriminator("group")
+    image = torch.rand(2, 3, 20, 24).double().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(net(image, True).sum(), image, create_graph=True)
+    loss = gradient.square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_other_norms_are_left_to_autograd():
     x = torch.rand(2, 8, 4, 4)
     synchronised = synchronise_batch_norms(nn.Sequential(nn.BatchNorm2d(8)))[0]
     assert type(synchronised) is not nn.BatchNorm2d
     assert has_double_backward(nn.BatchNorm2d(8), x)
     assert not has_double_backward(synchronised, x)
-    assert not has_double_backward(nn.BatchNorm2d(8).eval(), x)
+    for norm in (nn.BatchNorm2d(8).eval(), nn.BatchNorm2d(8, momentum=None), nn.GroupNorm(2, 8, affine=False)):
+        assert not has_double_backward(norm, x)
     with torch.no_grad():
         assert not has_double_backward(nn.BatchNorm2d(8), x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -127,18 +165,27 @@ def test_a_step_takes_half_of_the_literal_steps_memory():
     assert ours < 0.5 * literal
 
 
-def test_a_later_graph_is_made_only_for_a_backward():
-    net, image, made = nn.Conv2d(3, 3, 3), torch.rand(1, 3, 6, 6), []
+def test_the_graph_of_an_image_is_made_after_what_is_computed_from_it():
+    torch.manual_seed(0)
+    first, second, image, happened = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), torch.rand(1, 3, 9, 9), []
+    own, others = list(first.parameters()), list(second.parameters())
 
     def again():
-        made.append(True)
-        return net(image)
+        happened.append("image")
+        return first(image)
 
-    value = with_later_graph(again, net(image).detach(), *net.parameters())
-    assert torch.equal(value, net(image))
-    loss = value.square().sum()
-    assert not made
-    found = torch.autograd.grad(loss, list(net.parameters()))
-    assert made == [True]
-    for ours, theirs in zip(found, torch.autograd.grad(net(image).square().sum(), list(net.parameters())), strict=True):
-        assert torch.equal(ours, theirs)
+    def term(value):
+        happened.append("term")
+        return at_once(lambda x: second(x).square().sum(), value) + 0.5 * at_once(
+            lambda x, *_: second(x).abs().sum(), value, *others
+        )
+
+    loss = 3.0 * at_once_before_graph(term, first(image).detach(), again, own, others)
+    assert happened == ["term", "image"]
+    plain = 3.0 * (second(first(image)).square().sum() + 0.5 * second(first(image).detach()).abs().sum())
+    torch.testing.assert_close(loss, plain)
+    found = torch.autograd.grad(loss, [*own, *others])
+    whole = 3.0 * (second(first(image)).square().sum() + 0.5 * second(first(image)).abs().sum())
+    wanted = [*torch.autograd.grad(whole, own, retain_graph=True)]
+    wanted += torch.autograd.grad(1.5 * second(first(image)).abs().sum(), others)
+    torch.testing.assert_close(found, tuple(wanted))
