@@ -170,8 +170,8 @@ def _add_compute_flags(group: argparse._ArgumentGroup) -> None:
         "in each; bf16 leaves discriminators and the generators' last layer in float32 (TF32 on a GPU); auto: bf16 on "
         "hardware that is faster in it, else fp32 (default: %(default)s)")  # fmt: skip
     add("--bf16_discriminators", action=argparse.BooleanOptionalAction, default=False,
-        help="with bf16, compute discriminators in it, too, which is faster and may cost accuracy "
-        "(default: no)")  # fmt: skip
+        help="with bf16, compute discriminators in it, too: faster where the hardware is faster in it, may cost "
+        "accuracy (default: no)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="compile all networks but the discriminators and, in fp32, the generators; takes minutes at the start "
         "(default: no)")  # fmt: skip
