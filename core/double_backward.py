@@ -1,9 +1,9 @@
 """A discriminator's block for the gradient penalty, which differentiates the gradient to the image once more.
 
 PyTorch's own operators keep what each of norm, LeakyReLU and convolution needs until then, and differentiate a norm's
-backward in many passes over whole tensors. Here a block keeps its input and the gradient to its output, on a CPU also
-that to the convolution's input, and computes the rest once more; the norm's double backward is a closed form, applied
-to some channels at a time.
+backward in many passes over whole tensors. Here a block on a GPU keeps its input and the gradient to its output and
+computes the rest once more; on a CPU, which is short of time instead, it keeps the convolution's input and the gradient
+to that, too. The norm's double backward is a closed form, applied to some channels at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Economy:
 
     Attributes:
         piece_bytes: of a tensor whose norm is differentiated at once.
-        recompute: compute the gradient to a convolution's input twice instead of keeping it.
+        recompute: compute a convolution's input and the gradient to it once more instead of keeping them.
     """
 
     piece_bytes: int
@@ -105,17 +105,20 @@ class _Forward(torch.autograd.Function):
         ctx: FunctionCtx, block: Block, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
         normalised, mean, inverse = block.normalise(x, norm_weight, norm_bias, remember=True)
+        y = F.leaky_relu_(normalised, block.slope)
         ctx.block = block
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, inverse)
-        return F.conv2d(F.leaky_relu_(normalised, block.slope), weight, bias, padding=block.padding)
+        kept = None if ECONOMY[x.device.type].recompute else y
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, inverse, kept)
+        return F.conv2d(y, weight, bias, padding=block.padding)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return None, _ImageGradient.apply(ctx.block, gradient, *ctx.saved_tensors), None, None, None, None
         block: Block = ctx.block
-        x, norm_weight, norm_bias, weight, mean, inverse = ctx.saved_tensors
-        y = block.activated(x, norm_weight, norm_bias)
+        x, norm_weight, norm_bias, weight, mean, inverse, y = ctx.saved_tensors
+        if y is None:
+            y = block.activated(x, norm_weight, norm_bias)
         to_y, to_weight, to_bias = block.convolution_gradients(gradient, y, weight, [True, True, True])
         to_norm = torch.ops.aten.leaky_relu_backward(to_y, y, block.slope, True)
         del to_y, y
@@ -128,13 +131,15 @@ class _ImageGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, block: Block, gradient: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-        weight: Tensor, mean: Tensor, inverse: Tensor,
+        weight: Tensor, mean: Tensor, inverse: Tensor, y: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.block = block
-        y = block.activated(x, norm_weight, norm_bias)
+        recompute = y is None
+        if recompute:
+            y = block.activated(x, norm_weight, norm_bias)
         to_y, _, _ = block.convolution_gradients(gradient, y, weight, [True, False, False])
-        kept = None if ECONOMY[x.device.type].recompute else to_y
-        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, kept)
+        kept = (None, None) if recompute else (y, to_y)
+        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, *kept)
         to_norm = torch.ops.aten.leaky_relu_backward(to_y, y, block.slope, True)
         del to_y, y
         return block.norm_gradients(to_norm, x, norm_weight, mean, inverse, [True, False, False])[0]
@@ -143,22 +148,24 @@ class _ImageGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
-        gradient, x, norm_weight, norm_bias, weight, mean, inverse, to_y = ctx.saved_tensors
-        y = block.activated(x, norm_weight, norm_bias)
-        if to_y is None:
+        gradient, x, norm_weight, norm_bias, weight, mean, inverse, y, to_y = ctx.saved_tensors
+        if y is None:
+            y = to_x = block.activated(x, norm_weight, norm_bias)
             to_y, _, _ = block.convolution_gradients(gradient, y, weight, [True, False, False])
+        else:
+            to_x = torch.empty_like(x)  # the walk through the block itself needs y
         to_norm_weight = torch.zeros_like(norm_weight)
-        for piece in _pieces(block, upstream, x, norm_weight, mean, inverse, y, to_y, to_norm_weight):
+        for piece in _pieces(block, upstream, x, norm_weight, mean, inverse, y, to_y, to_x, to_norm_weight):
             _differentiate_norm(*piece, block.by_batch, block.slope)
-        to_x, second_to_y = y, to_y
+        second_to_y = to_y
         to_gradient = F.conv2d(second_to_y, weight, padding=block.padding)
         _, to_weight, _ = block.convolution_gradients(gradient, second_to_y, weight, [False, True, False])
-        return None, to_gradient, to_x, to_norm_weight, None, to_weight, None, None
+        return None, to_gradient, to_x, to_norm_weight, None, to_weight, None, None, None
 
 
 def _pieces(
     block: Block, upstream: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, y: Tensor, to_y: Tensor,
-    to_weight: Tensor,
+    to_x: Tensor, to_weight: Tensor,
 ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
     """Views of the tensors as (B, groups, channels of a group, h, w), some of the groups at a time."""
     groups = x.shape[1] if block.by_batch else block.norm.num_groups
@@ -166,7 +173,7 @@ def _pieces(
     def split(tensor: Tensor) -> Tensor:
         return tensor.unflatten(1, (groups, -1))
 
-    images = [split(image) for image in (upstream, x, y, to_y)]
+    images = [split(image) for image in (upstream, x, y, to_y, to_x)]
     weights = [one.view(1, groups, -1, 1, 1) for one in (weight, to_weight)]
     statistics = [one.view(-1, groups, 1, 1, 1) for one in (mean, inverse)]
     at_once = max(1, ECONOMY[x.device.type].piece_bytes * groups // x.nbytes)
@@ -176,10 +183,10 @@ def _pieces(
 
 
 def _differentiate_norm(
-    upstream: Tensor, x: Tensor, y: Tensor, to_y: Tensor, weight: Tensor, to_weight: Tensor, mean: Tensor,
-    inverse: Tensor, by_batch: bool, slope: float,
+    upstream: Tensor, x: Tensor, y: Tensor, to_y: Tensor, to_x: Tensor, weight: Tensor, to_weight: Tensor,
+    mean: Tensor, inverse: Tensor, by_batch: bool, slope: float,
 ) -> None:  # fmt: skip
-    """Double backward of norm and LeakyReLU for some groups. In place: `y` becomes the gradient to `x`, `to_y` its own.
+    """Double backward of norm and LeakyReLU for some groups. Writes to `to_x`, `to_weight` and, the one to it, `to_y`.
 
     The gradient to x is s (h - m(h) - n m(h n)), where s is `inverse`, n the normalised x, h the gradient to n and m a
     mean over what is normalised together. Its product with v, `upstream`, is differentiated by hand: with a = m(v n),
@@ -198,8 +205,8 @@ def _differentiate_norm(
     to_h = (upstream - mean_v).sub_(n * a).mul_(inverse)
     to_weight.copy_((to_h * to_normed).sum((0, 3, 4), keepdim=True))
     to_y.copy_(torch.ops.aten.leaky_relu_backward(to_h.mul_(weight), y, slope, True))
-    to_x = n.mul_(c - mean_v * mean_h - 3.0 * a * b).addcmul_(upstream, b).addcmul_(h, a)
-    y.copy_(to_x.sub_(b * mean_v + a * mean_h).mul_(-(inverse**2)))
+    sum_to_x = n.mul_(c - mean_v * mean_h - 3.0 * a * b).addcmul_(upstream, b).addcmul_(h, a)
+    torch.mul(sum_to_x.sub_(b * mean_v + a * mean_h), -(inverse**2), out=to_x)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
