@@ -229,8 +229,8 @@ def block_with_double_backward(
     """norm -> LeakyReLU -> convolution, (B,in,h,w) -> (B,out,h,w), for the gradient penalty.
 
     A first backward with `create_graph` gives a gradient to `x` alone, though the other inputs take gradients; the
-    second one, and a backward without `create_graph`, give those to everything. The second works in place on what was
-    kept, on a CPU on that to the convolution's input: a graph can be walked back once.
+    second one, and a backward without `create_graph`, give those to everything. On a CPU the second overwrites the kept
+    gradient to the convolution's input, so a graph can be walked back once.
     """
     block = Block(norm, slope, convolution.padding[0])
     x = x.contiguous(memory_format=_layout(x))

@@ -3,7 +3,7 @@
 Weights, optimiser state and losses stay in float32 always. With bf16, convolutions and matrix products of a network
 see their inputs and weights rounded to bfloat16 (8 significant bits, the exponent range of float32, so nothing has to
 be scaled); what comes out is used in float32 by every loss. Discriminators are left out of that unless asked for: when
-rounded, their losses were off by up to 6%, and SiT was worth clearly less in three of six pairs of runs (RESULTS.md).
+rounded, their losses were off by up to 6%, and SiT was worth less than float32's in three of six runs (RESULTS.md).
 """
 
 from __future__ import annotations

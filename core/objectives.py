@@ -86,7 +86,7 @@ def at_once_before_graph(
     That graph is made when what the term needs is freed, so that the two never take memory together.
 
     Args:
-        own: the weights that the image depends on.
+        own: the weights that the image depends on; each must have a gradient, as each of `others`.
         others: those that the term depends on.
     """
     return _AtOnceBeforeGraph.apply(term, image, again, len(own), *own, *others)
