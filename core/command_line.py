@@ -348,9 +348,7 @@ def config_from_flags(
             save_checkpoint_minutes=flags.save_checkpoint_minutes,
         ),
         semseg=_semseg_config(flags, given),
-        compute=ComputeConfig(
-            flags.precision, flags.compile, flags.deterministic, flags.bf16_discriminators
-        ),
+        compute=ComputeConfig(flags.precision, flags.compile, flags.deterministic, flags.bf16_discriminators),
     )
 
 

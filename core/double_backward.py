@@ -157,9 +157,9 @@ class _ImageGradient(torch.autograd.Function):
         to_norm_weight = torch.zeros_like(norm_weight)
         for piece in _pieces(block, upstream, x, norm_weight, mean, inverse, y, to_y, to_x, to_norm_weight):
             _differentiate_norm(*piece, block.by_batch, block.slope)
-        second_to_y = to_y
-        to_gradient = F.conv2d(second_to_y, weight, padding=block.padding)
-        _, to_weight, _ = block.convolution_gradients(gradient, second_to_y, weight, [False, True, False])
+        # From here on `to_y` is the gradient to what it was.
+        to_gradient = F.conv2d(to_y, weight, padding=block.padding)
+        _, to_weight, _ = block.convolution_gradients(gradient, to_y, weight, [False, True, False])
         return None, to_gradient, to_x, to_norm_weight, None, to_weight, None, None, None
 
 
