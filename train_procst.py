@@ -29,6 +29,7 @@ from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import check_folder, remove_leftovers
 from utils.flags import parse_flags
 from utils.launching import launch
+from utils.memory import keep_freed_memory
 from utils.stopping import StopRequests
 
 
@@ -112,6 +113,8 @@ def _run(flags: argparse.Namespace, given: frozenset[str], rank: Rank, claims: E
         launch(Path(__file__), sys.argv[1:], devices, go_on)
         return
     rank = rank.at(devices)
+    if rank.device.type == "cpu":
+        keep_freed_memory()
     # Until the training begins there is nothing to save; several processes decide together when they are trained.
     stop.at_once = rank.count == 1
     claims.enter_context(stop)

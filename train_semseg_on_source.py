@@ -42,6 +42,7 @@ from utils.devices import loader_workers, resolve_device
 from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import check_folder, remove_leftovers
 from utils.flags import OneLineParser, flag_of, parse_flags
+from utils.memory import keep_freed_memory
 from utils.seeds import seed_for
 from utils.stopping import StopRequests
 
@@ -262,6 +263,8 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
     device = resolve_device(config.gpus.split())
     config = replace(config, precision=resolve_precision(config.precision, device))
     set_convolution_precision(config.precision)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # one crop size
     data_set = DATA_SETS[config.source]
     require_classes(config.shape.num_classes, data_set.name, data_set.id_map)

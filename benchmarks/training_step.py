@@ -31,10 +31,11 @@ from benchmarks.setting import Setting, build_setting
 from benchmarks.waiting import share_waiting, write_pictures
 from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig
-from core.double_backward import ECONOMY
+from core.double_backward import RECOMPUTES
 from core.execution import (
     Execution,
     computes_in_bf16,
+    image_layout,
     micro_batch_size,
     recomputes_blocks,
     set_convolution_precision,
@@ -46,6 +47,7 @@ from models.resnet import recompute_blocks
 from utils.devices import resolve_device
 from utils.errors import run_cli
 from utils.flags import parse_flags
+from utils.memory import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
@@ -72,10 +74,10 @@ class Variant:
         if self.literal:
             collect_gradients(setting.perceptual, *([setting.labels.source_net] if setting.labels else []))
             return partial(literal_step, *arguments)
-        execution = Execution(self.precision, self.compiled, self.bf16_discriminators)
         norm = setting.networks.Gst.shape.norm
-        # What is recomputed and the size of a micro-batch are as on a GPU; --memory pretends to be one.
+        # What is recomputed, the layout and the size of a micro-batch are as on a GPU; --memory pretends to be one.
         device = torch.device("cuda" if recompute else "cpu")
+        execution = Execution(self.precision, self.compiled, self.bf16_discriminators, layout=image_layout(device))
         if setting.labels and recomputes_blocks(self.precision, device):
             recompute_blocks(setting.labels.target_net)
         micro_batch = micro_batch_size(setting.batch.source[-1].shape, norm, device)
@@ -112,7 +114,7 @@ def arithmetic_floor(flops: Mapping[torch.dtype, int], ceilings: Mapping[str, fl
 
 def peak_memory(config: ProCSTConfig, scale: int, variant: Variant) -> tuple[int, int]:
     """Most bytes alive at once in a second step as a GPU makes it, beyond networks and batch, and bytes moved."""
-    as_on_a_gpu = mock.patch.dict(ECONOMY, cpu=ECONOMY["cuda"])
+    as_on_a_gpu = mock.patch.dict(RECOMPUTES, cpu=RECOMPUTES["cuda"])
     with as_on_a_gpu, FakeTensorMode(allow_non_fake_inputs=True):
         setting = build_setting(config, scale, torch.device("cpu"), fused=False)
         step = variant.step_of(setting, config, recompute=True)
@@ -165,6 +167,8 @@ def main() -> None:
     config = config_from_flags(flags, given)
     device = resolve_device(config.run.gpus.split())
     torch.backends.cudnn.benchmark = True
+    if device.type == "cpu":
+        keep_freed_memory()  # for the literal step, too: its time is in the same process
     scales = flags.scales or list(range(config.network.num_scales + 1))
     if flags.memory:
         print_memory(config, scales)

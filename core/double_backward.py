@@ -1,14 +1,14 @@
 """A discriminator's block for the gradient penalty, which differentiates the gradient to the image once more.
 
 PyTorch's own operators keep what each of norm, LeakyReLU and convolution needs until then, and differentiate a norm's
-backward in many passes over whole tensors. Here a block on a GPU keeps its input and the gradient to its output and
-computes the rest once more; on a CPU, which is short of time instead, it keeps the convolution's input and the gradient
-to that, too. The norm's double backward is a closed form, applied to some channels at a time.
+backward in many passes over whole tensors. Here a block on a GPU keeps its input and the gradients to its output and
+its input, and computes the rest once more; on a CPU, which is short of time instead, it keeps the convolution's input
+and the gradient to that, too. The norm's double backward is a closed form that needs its backward again and little
+more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-
-@dataclass(frozen=True)
-class Economy:
-    """What a device is short of.
-
-    Attributes:
-        piece_bytes: of a tensor whose norm is differentiated at once.
-        recompute: compute a convolution's input and the gradient to it once more instead of keeping them.
-    """
-
-    piece_bytes: int
-    recompute: bool
+# Whether a convolution's input and the gradient to it are computed once more instead of kept.
+RECOMPUTES = {"cpu": False, "cuda": True}
 
 
-# On a CPU what its cache holds beside seven others; on a GPU enough to hide the launches (not measured).
-ECONOMY = {"cpu": Economy(2**20, recompute=False), "cuda": Economy(2**25, recompute=True)}
+def _convolution_gradients(
+    gradient: Tensor, y: Tensor, weight: Tensor, padding: int, wanted: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients to the input y, the weight and the bias of a convolution; None where they are not `wanted`."""
+    return torch.ops.aten.convolution_backward(
+        gradient, y, weight, [weight.shape[0]], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, wanted
+    )
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,10 @@ class Block:
         """The input of the convolution once more, the same bits."""
         return F.leaky_relu_(self.normalise(x, weight, bias, remember=False)[0], self.slope)
 
+    def through_activation(self, gradient: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        """The gradient to the LeakyReLU's input from the one to its output y, written to `out`, which may be either."""
+        return torch.ops.aten.leaky_relu_backward.grad_input(gradient, y, self.slope, True, grad_input=out)
+
     def norm_gradients(
         self, gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
@@ -82,19 +81,49 @@ class Block:
             return torch.ops.aten.native_batch_norm_backward(
                 gradient, x, weight, None, None, mean, inverse, True, self.norm.eps, wanted
             )
-        batch, channels, height, width = x.shape
         return torch.ops.aten.native_group_norm_backward(
-            gradient, x, mean, inverse, weight, batch, channels, height * width, self.norm.num_groups, wanted
+            gradient, x, mean, inverse, weight, *x.shape[:2], x.shape[2:].numel(), mean.shape[1], wanted
         )
 
-    def convolution_gradients(
-        self, gradient: Tensor, y: Tensor, weight: Tensor, wanted: list[bool]
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients to the input y, the weight and the bias of the convolution."""
-        padding = [self.padding, self.padding]
-        return torch.ops.aten.convolution_backward(
-            gradient, y, weight, [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, wanted
-        )
+    def input_gradient(
+        self, gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient to x from the one to the norm's output, and the sums of the latter times the normalised x.
+
+        The sums, (1,C) for batch norm and (B,C) for group norm, go over what has one mean and deviation.
+        """
+        batch, channels, height, width = x.shape
+        if self.by_batch or batch == 1:
+            to_x, sums, _ = self.norm_gradients(gradient, x, weight, mean, inverse, [True, True, False])
+            return to_x, sums[None]
+        if x.is_contiguous():
+            # The kernel sums over the batch: let all images be one of many channels.
+            whole = (1, batch * channels, height, width)
+            to_x, sums = self.input_gradient(
+                gradient.contiguous().view(whole), x.view(whole), weight.repeat(batch), mean.view(1, -1),
+                inverse.view(1, -1),
+            )  # fmt: skip
+            return to_x.view_as(x), sums.view(batch, channels)
+        images = zip(gradient.split(1), x.split(1), mean.split(1), inverse.split(1), strict=True)
+        found = [self.input_gradient(g, image, weight, m, s) for g, image, m, s in images]
+        return torch.cat([to_x for to_x, _ in found]), torch.cat([sums for _, sums in found])
+
+    def differentiated_input_gradient(
+        self, to_h: Tensor, to_x: Tensor, centred: Tensor, inverse: Tensor, sums: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """Gradient to x of `input_gradient`, written over `to_h`; see `_ImageGradient.backward` for the letters.
+
+        Args:
+            to_h: P(v).
+            to_x: P(h).
+            centred: x minus its mean.
+            sums: over each channel of v n, h n and P(v) h, (1,C) or (B,C) each.
+        """
+        s = inverse.view(len(sums[0]), -1)
+        count = centred.numel() // s.numel()
+        a, b, c = (one.view(*s.shape, -1).sum(2) / count for one in sums)
+        to_h.mul_(_by_channel(-s * b, centred)).addcmul_(to_x, _by_channel(-s * a, centred))
+        return to_h.addcmul_(centred, _by_channel(-s * s * c, centred))
 
 
 class _Forward(torch.autograd.Function):
@@ -107,7 +136,7 @@ class _Forward(torch.autograd.Function):
         normalised, mean, inverse = block.normalise(x, norm_weight, norm_bias, remember=True)
         y = F.leaky_relu_(normalised, block.slope)
         ctx.block = block
-        kept = None if ECONOMY[x.device.type].recompute else y
+        kept = None if RECOMPUTES[x.device.type] else y
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, inverse, kept)
         return F.conv2d(y, weight, bias, padding=block.padding)
 
@@ -119,8 +148,8 @@ class _Forward(torch.autograd.Function):
         x, norm_weight, norm_bias, weight, mean, inverse, y = ctx.saved_tensors
         if y is None:
             y = block.activated(x, norm_weight, norm_bias)
-        to_y, to_weight, to_bias = block.convolution_gradients(gradient, y, weight, [True, True, True])
-        to_norm = torch.ops.aten.leaky_relu_backward(to_y, y, block.slope, True)
+        to_y, to_weight, to_bias = _convolution_gradients(gradient, y, weight, block.padding, [True] * 3)
+        to_norm = block.through_activation(to_y, y, out=to_y)
         del to_y, y
         return None, *block.norm_gradients(to_norm, x, norm_weight, mean, inverse, [True] * 3), to_weight, to_bias
 
@@ -137,76 +166,78 @@ class _ImageGradient(torch.autograd.Function):
         recompute = y is None
         if recompute:
             y = block.activated(x, norm_weight, norm_bias)
-        to_y, _, _ = block.convolution_gradients(gradient, y, weight, [True, False, False])
+        to_y, _, _ = _convolution_gradients(gradient, y, weight, block.padding, [True, False, False])
         kept = (None, None) if recompute else (y, to_y)
-        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, *kept)
-        to_norm = torch.ops.aten.leaky_relu_backward(to_y, y, block.slope, True)
+        to_norm = block.through_activation(to_y, y, out=to_y if recompute else torch.empty_like(to_y))
         del to_y, y
-        return block.norm_gradients(to_norm, x, norm_weight, mean, inverse, [True, False, False])[0]
+        to_x, sums = block.input_gradient(to_norm, x, norm_weight, mean, inverse)
+        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, to_x, sums, *kept)
+        return to_x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """With n the normalised x, s the inverse deviation, h the gradient to n and m a mean over what is normalised
+        together, the gradient to x is P(h) = s (h - m(h) - n m(h n)). P is its own adjoint, so with v, `upstream`, the
+        gradient to h is P(v); that to x is -s (b P(v) + a P(h) + c n), where a = m(v n), b = m(h n), c = m(P(v) h).
+        """
         block: Block = ctx.block
-        gradient, x, norm_weight, norm_bias, weight, mean, inverse, y, to_y = ctx.saved_tensors
-        if y is None:
-            y = to_x = block.activated(x, norm_weight, norm_bias)
-            to_y, _, _ = block.convolution_gradients(gradient, y, weight, [True, False, False])
-        else:
-            to_x = torch.empty_like(x)  # the walk through the block itself needs y
-        to_norm_weight = torch.zeros_like(norm_weight)
-        for piece in _pieces(block, upstream, x, norm_weight, mean, inverse, y, to_y, to_x, to_norm_weight):
-            _differentiate_norm(*piece, block.by_batch, block.slope)
-        # From here on `to_y` is the gradient to what it was.
-        to_gradient = F.conv2d(to_y, weight, padding=block.padding)
-        _, to_weight, _ = block.convolution_gradients(gradient, to_y, weight, [False, True, False])
-        return None, to_gradient, to_x, to_norm_weight, None, to_weight, None, None, None
+        gradient, x, norm_weight, norm_bias, weight, mean, inverse, to_x, sums, y, to_y = ctx.saved_tensors
+        to_h, upstream_sums = block.input_gradient(upstream, x, torch.ones_like(norm_weight), mean, inverse)
+        recompute = y is None
+        if recompute:
+            y = block.activated(x, norm_weight, norm_bias)
+            to_y, _, _ = _convolution_gradients(gradient, y, weight, block.padding, [True, False, False])
+        # The LeakyReLU's slopes, too, are their own adjoint.
+        to_to_y = block.through_activation(to_h, y, out=y if recompute else torch.empty_like(y))
+        del y
+        to_norm_weight = to_y.mul_(to_to_y).sum((2, 3))
+        if block.by_batch:
+            to_norm_weight = to_norm_weight.sum(0, keepdim=True)
+        to_to_y.mul_(norm_weight.view(-1, 1, 1))
+        centred = torch.sub(x, _by_channel(mean, x), out=to_y)
+        of_x = block.differentiated_input_gradient(
+            to_h, to_x, centred, inverse, (upstream_sums, norm_weight * sums, norm_weight * to_norm_weight)
+        )
+        del to_y, centred
+        to_gradient = F.conv2d(to_to_y, weight, padding=block.padding)
+        _, to_weight, _ = _convolution_gradients(gradient, to_to_y, weight, block.padding, [False, True, False])
+        return None, to_gradient, of_x, to_norm_weight.sum(0), None, to_weight, None, None, None
 
 
-def _pieces(
-    block: Block, upstream: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, y: Tensor, to_y: Tensor,
-    to_x: Tensor, to_weight: Tensor,
-) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
-    """Views of the tensors as (B, groups, channels of a group, h, w), some of the groups at a time."""
-    groups = x.shape[1] if block.by_batch else block.norm.num_groups
+class _Convolution(torch.autograd.Function):
+    """A convolution alone. PyTorch takes its weight's gradient of second order with kernels as large as the image."""
 
-    def split(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(1, (groups, -1))
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+        ctx.padding = padding
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=padding)
 
-    images = [split(image) for image in (upstream, x, y, to_y, to_x)]
-    weights = [one.view(1, groups, -1, 1, 1) for one in (weight, to_weight)]
-    statistics = [one.view(-1, groups, 1, 1, 1) for one in (mean, inverse)]
-    at_once = max(1, ECONOMY[x.device.type].piece_bytes * groups // x.nbytes)
-    for first in range(0, groups, at_once):
-        some = slice(first, first + at_once)
-        yield tuple(tensor[:, some] for tensor in (*images, *weights, *statistics))
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _ConvolutionImageGradient.apply(gradient, x, weight, ctx.padding), None, None, None
+        wanted = list(ctx.needs_input_grad[:3])
+        return *_convolution_gradients(gradient, x, weight, ctx.padding, wanted), None
 
 
-def _differentiate_norm(
-    upstream: Tensor, x: Tensor, y: Tensor, to_y: Tensor, to_x: Tensor, weight: Tensor, to_weight: Tensor,
-    mean: Tensor, inverse: Tensor, by_batch: bool, slope: float,
-) -> None:  # fmt: skip
-    """Double backward of norm and LeakyReLU for some groups. Writes to `to_x`, `to_weight` and, the one to it, `to_y`.
+class _ConvolutionImageGradient(torch.autograd.Function):
+    """The gradient to a convolution's input as a function of the one to its output and the weight."""
 
-    The gradient to x is s (h - m(h) - n m(h n)), where s is `inverse`, n the normalised x, h the gradient to n and m a
-    mean over what is normalised together. Its product with v, `upstream`, is differentiated by hand: with a = m(v n),
-    b = m(h n), c = m(v h), the gradient to h is s (v - m(v) - a n), that to x is
-    -s^2 (b (v - m(v)) + a (h - m(h)) + (c - m(v) m(h) - 3 a b) n).
-    """
-    together = (0, 2, 3, 4) if by_batch else (2, 3, 4)
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor, x: Tensor, weight: Tensor, padding: int) -> Tensor:
+        ctx.padding = padding
+        ctx.save_for_backward(gradient, weight)
+        return _convolution_gradients(gradient, x, weight, padding, [True, False, False])[0]
 
-    def m(tensor: Tensor) -> Tensor:
-        return tensor.mean(together, keepdim=True)
-
-    n = (x - mean).mul_(inverse)
-    to_normed = torch.ops.aten.leaky_relu_backward(to_y, y, slope, True)
-    h = to_normed * weight
-    mean_v, mean_h, a, b, c = m(upstream), m(h), m(upstream * n), m(h * n), m(upstream * h)
-    to_h = (upstream - mean_v).sub_(n * a).mul_(inverse)
-    to_weight.copy_((to_h * to_normed).sum((0, 3, 4), keepdim=True))
-    to_y.copy_(torch.ops.aten.leaky_relu_backward(to_h.mul_(weight), y, slope, True))
-    sum_to_x = n.mul_(c - mean_v * mean_h - 3.0 * a * b).addcmul_(upstream, b).addcmul_(h, a)
-    torch.mul(sum_to_x.sub_(b * mean_v + a * mean_h), -(inverse**2), out=to_x)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, weight = ctx.saved_tensors
+        _, to_weight, _ = _convolution_gradients(gradient, upstream, weight, ctx.padding, [False, True, False])
+        return F.conv2d(upstream, weight, padding=ctx.padding), None, to_weight, None
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -215,9 +246,19 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def has_double_backward(norm: nn.Module, x: Tensor) -> bool:
-    """Whether `block_with_double_backward` knows the norm: PyTorch's own in train mode, nothing rounded by autocast."""
-    known = type(norm) in (nn.BatchNorm2d, nn.GroupNorm) and norm.training and norm.affine
+def _by_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Values of groups, (G) or (samples,G), laid out for products with x (B,C,h,w)."""
+    groups, channels = values.shape[-1], x.shape[1]
+    wide = values.reshape(-1, groups, 1).expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
+    if _layout(x) is torch.channels_last:
+        # For a row of pixels instead of one: long inner loops.
+        wide = wide.expand(-1, -1, 1, x.shape[3]).contiguous(memory_format=torch.channels_last)
+    return wide
+
+
+def has_double_backward(norm: nn.Module | None, x: Tensor) -> bool:
+    """Whether the functions below know the norm: PyTorch's own in train mode or none, nothing rounded by autocast."""
+    known = norm is None or (type(norm) in (nn.BatchNorm2d, nn.GroupNorm) and norm.training and norm.affine)
     if known and isinstance(norm, nn.BatchNorm2d):
         known = norm.momentum is not None
     return known and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
@@ -235,3 +276,8 @@ def block_with_double_backward(
     block = Block(norm, slope, convolution.padding[0])
     x = x.contiguous(memory_format=_layout(x))
     return _Forward.apply(block, x, norm.weight, norm.bias, convolution.weight, convolution.bias)
+
+
+def convolution_with_double_backward(x: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """The convolution of x, (B,in,h,w) -> (B,out,h,w), for the gradient penalty; differentiated like a block."""
+    return _Convolution.apply(x, convolution.weight, convolution.bias, convolution.padding[0])

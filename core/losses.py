@@ -31,13 +31,13 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
 
 def gram_matrix(features: Tensor) -> Tensor:
     """F F^T / (h w) of each image: (B,C,h,w) -> float32 (B,C,C). The sums go over up to half a million positions."""
-    flat = features.flatten(2).float()
-    return flat @ flat.transpose(1, 2) / flat.shape[2]
+    flat = features.float().permute(0, 2, 3, 1).flatten(1, 2)
+    return flat.transpose(1, 2) @ flat / flat.shape[1]
 
 
 def content_loss(fake: Features, own_input: Features, layers: Sequence[int]) -> Tensor:
     """Mean over the content layers of the squared feature difference to the image that was translated."""
-    return torch.stack([F.mse_loss(fake[i].float(), own_input[i].float()) for i in layers]).mean()
+    return torch.stack([(fake[i].float() - own_input[i].float()).square().mean() for i in layers]).mean()
 
 
 def style_loss(fake: Features, style: Mapping[int, Tensor], layers: Sequence[int]) -> Tensor:

@@ -16,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.double_backward import block_with_double_backward, has_double_backward
+from core.double_backward import (
+    block_with_double_backward,
+    convolution_with_double_backward,
+    has_double_backward,
+)
 
 Norm = Literal["batch", "group"]
 LEAKY_SLOPE = 0.2
@@ -74,9 +78,10 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, double_backward: bool = False) -> Tensor:
         """`double_backward`: the gradient to `x` is to be differentiated once more."""
+        double_backward = double_backward and has_double_backward(self.norm, x)
         if self.norm is None:
-            return self.actvn(self.conv(x))
-        if double_backward and has_double_backward(self.norm, x):
+            return self.actvn(convolution_with_double_backward(x, self.conv) if double_backward else self.conv(x))
+        if double_backward:
             return block_with_double_backward(x, self.norm, LEAKY_SLOPE, self.conv)
         return self.conv(self.actvn(_normalised(self.norm, x)))
 

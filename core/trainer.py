@@ -15,7 +15,7 @@ from core.batches import open_streams, penalty_alphas, step_batch
 from core.checkpoint import LATEST, NETWORK_NAMES, PREVIOUS, Checkpoint
 from core.config import ProCSTConfig
 from core.contact_sheet import contact_sheet_path, save_contact_sheet
-from core.execution import Execution, micro_batch_size
+from core.execution import Execution, image_layout, micro_batch_size
 from core.label_networks import restore_momentum
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import Diverged, RunProgress
@@ -92,7 +92,9 @@ class Trainer:
         self.saved = (0, 0)
         self._saved_at = time.monotonic()
         compute = config.compute
-        self.execution = Execution(compute.precision, compute.compile, compute.bf16_discriminators)
+        self.execution = Execution(
+            compute.precision, compute.compile, compute.bf16_discriminators, layout=image_layout(device)
+        )
         self.epoch_length = max(len(source), len(target))
         self.scale = 0
         self.step = 0

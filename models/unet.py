@@ -70,4 +70,5 @@ class UNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B,3,h,w) in [-1,1] -> logits (B,num_classes,h,w)."""
-        return self.head(self.backbone(image))
+        # Its group norms of few channels are slow on images laid out channels last.
+        return self.head(self.backbone(image.contiguous()))

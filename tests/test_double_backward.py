@@ -11,9 +11,8 @@ from torch import nn
 
 from benchmarks.meters import Meter
 from benchmarks.training_step import Variant, peak_memory
-from core import double_backward
 from core.command_line import build_parser, config_from_flags
-from core.double_backward import ECONOMY, Economy, has_double_backward
+from core.double_backward import RECOMPUTES, has_double_backward
 from core.execution import Execution
 from core.losses import gradient_penalty
 from core.networks import Discriminator
@@ -46,23 +45,12 @@ def penalty_and_gradients(net, twice, size=(3, 20, 24)):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("piece_bytes", [1, 70_000, 2**30], ids=["group by group", "uneven pieces", "whole"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_are_those_of_autograd(norm, piece_bytes, recompute, monkeypatch):
-    monkeypatch.setitem(ECONOMY, "cpu", Economy(piece_bytes, recompute))
-    differentiate, widths = double_backward._differentiate_norm, set()
-
-    def watched(upstream, *others):
-        widths.add(upstream.shape[1])
-        differentiate(upstream, *others)
-
-    monkeypatch.setattr(double_backward, "_differentiate_norm", watched)
+def test_gradients_are_those_of_autograd(norm, recompute, monkeypatch):
+    monkeypatch.setitem(RECOMPUTES, "cpu", recompute)
     net = strong_discriminator(norm)
     plain, twice = (penalty_and_gradients(copy.deepcopy(net), flag) for flag in (False, True))
     assert plain["penalty"] > 0.01
-    # Groups at once: one; as many as fit, and the rest; all, which under batch norm are 3 for the image.
-    wanted = {1: {1}, 70_000: {3, 2}, 2**30: {8}} if norm == "group" else {1: {1}, 70_000: {6, 4, 3}, 2**30: {16, 3}}
-    assert widths == wanted[piece_bytes]
     for name, value in plain.items():
         if value is None or not value.any():  # the bias of the score
             assert twice[name] is None or not twice[name].any(), name
@@ -145,14 +133,14 @@ def test_other_norms_are_left_to_autograd():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_penalty_takes_less_memory(norm, monkeypatch):
-    monkeypatch.setitem(ECONOMY, "cpu", Economy(2**16, recompute=True))
+    monkeypatch.setitem(RECOMPUTES, "cpu", True)
     peaks = []
     for flag in (False, True):
         net = strong_discriminator(norm, channels=32)
         with Meter() as meter:
             penalty_and_gradients(net, flag, size=(4, 40, 48))
         peaks.append(meter.peak)
-    assert peaks[1] < 0.6 * peaks[0]
+    assert peaks[1] < 0.65 * peaks[0]
 
 
 def test_a_step_takes_half_of_the_literal_steps_memory():

@@ -23,14 +23,14 @@ CASES = [
     for path in FILES
     for meta in [json.loads(str(np.load(path)["meta"]))]
     for scale in meta["scales"]
-    for mode in ("plain", "recompute", "micro_batch")
+    for mode in ("plain", "channels_first", "recompute", "micro_batch")
     # Batch norm mixes samples, so a batch in pieces is another batch.
     if mode != "micro_batch" or (published_norm(meta["images_per_gpu"]) == "group" and meta["batch"] > 1)
 ]
 
 
 class DoubleStep(GoldenStep):
-    """A golden step's inputs in float64, laid out channels first as the trainer does."""
+    """A golden step's inputs in float64, channels first as the trainer has them."""
 
     def network(self, kind, name, scale):
         return super().network(kind, name, scale).double()

@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.literal_step import collect_gradients, literal_step
 from conftest import GOLDEN_DIR
 from core.config import LossConfig, SGDConfig
-from core.execution import Execution, channels_last
+from core.execution import Execution, channels_last, image_layout
 from core.label_networks import segmentation_optimizer
 from core.networks import Discriminator, Generator, NetworkShape, freeze, layers_at_scale, published_norm
 from core.progress import tag_of
@@ -168,17 +168,27 @@ class GoldenStep:
             segmentation = [self.labels.source_net, self.labels.target_net] if self.labels else []
             for net in (*self.nets.values(), *frozen, *segmentation, self.perceptual):
                 channels_last(net)
-            layout = {"memory_format": torch.channels_last}
+            last = {"memory_format": torch.channels_last}
             batch = replace(
                 batch,
-                source=[level.contiguous(**layout) for level in batch.source],
-                target=[level.contiguous(**layout) for level in batch.target],
+                source=[level.contiguous(**last) for level in batch.source],
+                target=[level.contiguous(**last) for level in batch.target],
             )
         self.scale_networks = ScaleNetworks(**self.nets, lower_Gst=lower["Gst"], lower_Gts=lower["Gts"])
+        # Reference numbers come from images that lie channels last. The trainer's are channels first, and its CPU lays
+        # them out as it feeds them; the literal step gets them as they are.
+        layout = None
+        if self.mode not in ("literal", "channels_last", "channels_first"):
+            layout = image_layout(torch.device("cpu"))
+            batch = replace(
+                batch,
+                source=[level.contiguous() for level in batch.source],
+                target=[level.contiguous() for level in batch.target],
+            )
         # The tracing is that of compiled code; what is generated from it would take minutes to make. On the CPU tf32 is
         # float32, but lets generators be compiled, too.
         compiled = self.mode == "compiled"
-        execution = Execution("tf32" if compiled else "fp32", compiled, backend="aot_eager")
+        execution = Execution("tf32" if compiled else "fp32", compiled, backend="aot_eager", layout=layout)
         micro_batch = 1 if self.mode == "micro_batch" else None
         recompute = self.mode in ("recompute", "micro_batch")
         step = partial(training_step, recompute=recompute, micro_batch=micro_batch, forward=execution)

@@ -1,11 +1,27 @@
-"""How much memory a device has left."""
+"""How much memory a device has left, and what happens to what a process frees."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 import torch
+
+# Of glibc's malloc.h; blocks of more than the largest threshold it takes always come from the system.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_THRESHOLD = -1, -3, 32 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees in blocks of up to 32 MiB, for training on a CPU, which asks for it again.
+
+    Otherwise glibc gives it back, and the system zeroes every page anew: up to 8% of a step's time.
+
+    Returns:
+        Whether the C library knows how; others than glibc may not.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD))
 
 
 def available_memory(device: torch.device) -> int:
