@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import LossConfig
-from core.losses import content_loss, gradient_penalty, gram_matrix, label_loss, style_loss, total_variation
+from core.losses import gradient_penalty, label_loss, total_variation
 from core.networks import Generator
 from core.objectives import PerceptualNet
 from core.pyramid import cascade, generated_pyramid
@@ -129,9 +129,9 @@ def _adversarial_and_style(
         adversarial.backward(retain_graph=True)  # the style terms look at the same image
         adversarial = adversarial.detach()  # which frees the discriminator's part of the graph
         features, own_features, other_features = perceptual(fake), perceptual(own), perceptual(other)
-        content = content_loss(features, own_features, config.content_layers)
-        grams = {layer: gram_matrix(other_features[layer]) for layer in config.style_layers}
-        style = style_loss(features, grams, config.style_layers)
+        content = sum(F.mse_loss(features[i], own_features[i]) for i in config.content_layers)
+        style = sum(F.mse_loss(_gram(features[i]), _gram(other_features[i])) for i in config.style_layers)
+        content, style = content / len(config.content_layers), style / len(config.style_layers)
         tv = total_variation(fake)
         total_style = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
         (config.lambda_style * total_style).backward()
@@ -141,6 +141,11 @@ def _adversarial_and_style(
         }  # fmt: skip
         losses |= {f"{name}/Generator/{key}": value for key, value in parts.items()}
     return losses
+
+
+def _gram(features: Tensor) -> Tensor:
+    flat = features.flatten(2)
+    return flat @ flat.transpose(1, 2) / flat.shape[2]
 
 
 def _back(fake: Tensor, back: Generator, lower: Sequence[Generator], scale_factor: float) -> Tensor:

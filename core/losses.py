@@ -32,7 +32,7 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
 def gram_matrix(features: Tensor) -> Tensor:
     """F F^T / (h w) of each image: (B,C,h,w) -> float32 (B,C,C). The sums go over up to half a million positions."""
     flat = features.float().permute(0, 2, 3, 1).flatten(1, 2)
-    return flat.transpose(1, 2) @ flat / flat.shape[1]
+    return torch.baddbmm(flat.new_empty(()), flat.transpose(1, 2), flat, beta=0, alpha=1 / flat.shape[1])
 
 
 def content_loss(fake: Features, own_input: Features, layers: Sequence[int]) -> Tensor:

@@ -45,7 +45,7 @@ class VGGFeatures(nn.Module):
             if position in convs:
                 stack.append(nn.Conv2d(*convs[position], kernel_size=3, padding=1))
             elif position - 1 in convs:
-                stack.append(nn.ReLU())
+                stack.append(nn.ReLU(inplace=position - 1 not in self.layers))
             else:
                 stack.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*stack)

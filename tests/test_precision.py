@@ -254,12 +254,17 @@ def test_precisions_that_the_device_lacks(world, run_script, monkeypatch):
 
 
 FAULTS = """
-import resource, sys, torch
+import ctypes, resource, sys
 from utils.memory import keep_freed_memory
 kept = sys.argv[1] == "keep" and keep_freed_memory()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for megabytes in range(8, 25):
-    torch.zeros(megabytes * 2**18)
+    block = c.malloc(megabytes * 2**20)
+    c.memset(block, 1, megabytes * 2**20)
+    c.free(block)
 print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
