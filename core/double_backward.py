@@ -108,23 +108,6 @@ class Block:
         found = [self.input_gradient(g, image, weight, m, s) for g, image, m, s in images]
         return torch.cat([to_x for to_x, _ in found]), torch.cat([sums for _, sums in found])
 
-    def differentiated_input_gradient(
-        self, to_h: Tensor, to_x: Tensor, centred: Tensor, inverse: Tensor, sums: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        """Gradient to x of `input_gradient`, written over `to_h`; see `_ImageGradient.backward` for the letters.
-
-        Args:
-            to_h: P(v).
-            to_x: P(h).
-            centred: x minus its mean.
-            sums: over each channel of v n, h n and P(v) h, (1,C) or (B,C) each.
-        """
-        s = inverse.view(len(sums[0]), -1)
-        count = centred.numel() // s.numel()
-        a, b, c = (one.view(*s.shape, -1).sum(2) / count for one in sums)
-        to_h.mul_(_by_channel(-s * b, centred)).addcmul_(to_x, _by_channel(-s * a, centred))
-        return to_h.addcmul_(centred, _by_channel(-s * s * c, centred))
-
 
 class _Forward(torch.autograd.Function):
     """See `block_with_double_backward`."""
@@ -171,35 +154,46 @@ class _ImageGradient(torch.autograd.Function):
         to_norm = block.through_activation(to_y, y, out=to_y if recompute else torch.empty_like(to_y))
         del to_y, y
         to_x, sums = block.input_gradient(to_norm, x, norm_weight, mean, inverse)
-        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, to_x, sums, *kept)
+        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, sums, *kept)
+        ctx.to_x = to_x.detach()  # can be let go before the others
         return to_x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """With n the normalised x, s the inverse deviation, h the gradient to n and m a mean over what is normalised
+        """Double backward of norm, LeakyReLU and convolution.
+
+        With n the normalised x, s the inverse deviation, h the gradient to n and m a mean over what is normalised
         together, the gradient to x is P(h) = s (h - m(h) - n m(h n)). P is its own adjoint, so with v, `upstream`, the
         gradient to h is P(v); that to x is -s (b P(v) + a P(h) + c n), where a = m(v n), b = m(h n), c = m(P(v) h).
         """
         block: Block = ctx.block
-        gradient, x, norm_weight, norm_bias, weight, mean, inverse, to_x, sums, y, to_y = ctx.saved_tensors
-        to_h, upstream_sums = block.input_gradient(upstream, x, torch.ones_like(norm_weight), mean, inverse)
+        gradient, x, norm_weight, norm_bias, weight, mean, inverse, sums, y, to_y = ctx.saved_tensors
         recompute = y is None
+        s = inverse.view(len(sums), -1)
+
+        def m(products: Tensor) -> Tensor:
+            return products.view(*s.shape, -1).sum(2) * (s.numel() / x.numel())
+
+        to_h, upstream_sums = block.input_gradient(upstream, x, torch.ones_like(norm_weight), mean, inverse)
         if recompute:
             y = block.activated(x, norm_weight, norm_bias)
-            to_y, _, _ = _convolution_gradients(gradient, y, weight, block.padding, [True, False, False])
         # The LeakyReLU's slopes, too, are their own adjoint.
         to_to_y = block.through_activation(to_h, y, out=y if recompute else torch.empty_like(y))
         del y
+        a, b = m(upstream_sums), m(norm_weight * sums)
+        of_x = to_h.mul_(_by_channel(-s * b, x)).addcmul_(ctx.to_x, _by_channel(-s * a, x))
+        del ctx.to_x
+        if recompute:
+            to_y, _, _ = _convolution_gradients(gradient, x, weight, block.padding, [True, False, False])
         to_norm_weight = to_y.mul_(to_to_y).sum((2, 3))
         if block.by_batch:
             to_norm_weight = to_norm_weight.sum(0, keepdim=True)
-        to_to_y.mul_(norm_weight.view(-1, 1, 1))
+        c = m(norm_weight * to_norm_weight)
         centred = torch.sub(x, _by_channel(mean, x), out=to_y)
-        of_x = block.differentiated_input_gradient(
-            to_h, to_x, centred, inverse, (upstream_sums, norm_weight * sums, norm_weight * to_norm_weight)
-        )
+        of_x.addcmul_(centred, _by_channel(-s * s * c, x))
         del to_y, centred
+        to_to_y.mul_(norm_weight.view(-1, 1, 1))
         to_gradient = F.conv2d(to_to_y, weight, padding=block.padding)
         _, to_weight, _ = _convolution_gradients(gradient, to_to_y, weight, block.padding, [False, True, False])
         return None, to_gradient, of_x, to_norm_weight.sum(0), None, to_weight, None, None, None
