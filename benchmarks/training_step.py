@@ -77,7 +77,8 @@ class Variant:
         norm = setting.networks.Gst.shape.norm
         # What is recomputed, the layout and the size of a micro-batch are as on a GPU; --memory pretends to be one.
         device = torch.device("cuda" if recompute else "cpu")
-        execution = Execution(self.precision, self.compiled, self.bf16_discriminators, layout=image_layout(device))
+        layout = None if recompute else image_layout
+        execution = Execution(self.precision, self.compiled, self.bf16_discriminators, layout=layout)
         if setting.labels and recomputes_blocks(self.precision, device):
             recompute_blocks(setting.labels.target_net)
         micro_batch = micro_batch_size(setting.batch.source[-1].shape, norm, device)

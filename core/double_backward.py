@@ -169,6 +169,8 @@ class _ImageGradient(torch.autograd.Function):
         """
         block: Block = ctx.block
         gradient, x, norm_weight, norm_bias, weight, mean, inverse, sums, y, to_y = ctx.saved_tensors
+        if ctx.to_x is None:
+            raise RuntimeError("the graph of a gradient penalty can be walked back once")
         recompute = y is None
         s = inverse.view(len(sums), -1)
 
@@ -183,7 +185,7 @@ class _ImageGradient(torch.autograd.Function):
         del y
         a, b = m(upstream_sums), m(norm_weight * sums)
         of_x = to_h.mul_(_by_channel(-s * b, x)).addcmul_(ctx.to_x, _by_channel(-s * a, x))
-        del ctx.to_x
+        ctx.to_x = None
         if recompute:
             to_y, _, _ = _convolution_gradients(gradient, x, weight, block.padding, [True, False, False])
         to_norm_weight = to_y.mul_(to_to_y).sum((2, 3))
@@ -264,8 +266,8 @@ def block_with_double_backward(
     """norm -> LeakyReLU -> convolution, (B,in,h,w) -> (B,out,h,w), for the gradient penalty.
 
     A first backward with `create_graph` gives a gradient to `x` alone, though the other inputs take gradients; the
-    second one, and a backward without `create_graph`, give those to everything. On a CPU the second overwrites the kept
-    gradient to the convolution's input, so a graph can be walked back once.
+    second one, and a backward without `create_graph`, give those to everything. The second overwrites or lets go what
+    it has used, so a graph can be walked back once.
     """
     block = Block(norm, slope, convolution.padding[0])
     x = x.contiguous(memory_format=_layout(x))

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from core.networks import Discriminator, Generator, Norm
+from core.networks import Discriminator, Generator, NetworkShape, Norm
 from models.unet import UNet
 from utils.devices import cpu_vendor
 from utils.errors import UserError
@@ -26,6 +26,11 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 # Pixels whose losses are computed at once. A GPU is busy with one image of the published size; on a CPU more pixels do
 # not run faster.
 MICRO_BATCH_PIXELS = {"cuda": 2**19, "cpu": 2**15}
+
+# Where a CPU feeds generators and discriminators channels last: images of at most so many pixels, groups of at least so
+# many channels.
+CHANNELS_LAST_PIXELS = 2**15
+CHANNELS_LAST_GROUP = 8
 
 # (network, *inputs) -> its output
 Forward = Callable[..., Any]
@@ -123,20 +128,23 @@ def recomputes_blocks(precision: Precision, device: torch.device) -> bool:
 def channels_last(network: nn.Module) -> None:
     """Lay a network's weights out as convolutions like them: for networks of large, many-channelled convolutions.
 
-    The U-Net's group norms of few channels lose more than its convolutions gain.
+    The U-Net's group norms of few channels lose more than its convolutions gain, on a CPU.
     """
     if not isinstance(network, UNet):
         network.to(memory_format=torch.channels_last)
 
 
-def image_layout(device: torch.device) -> torch.memory_format:
-    """How generators and discriminators that compute in float32 are fed fastest in training.
+def image_layout(shape: NetworkShape, image: Tensor) -> torch.memory_format:
+    """How training feeds images to a generator or discriminator that computes in float32.
 
-    A CPU's convolutions save a copy in and out with channels last, which is more than its norms lose. In bfloat16 they
-    lose more, and on a GPU it was not measured. Channels-last norms sum less exactly: 1e-5 instead of 1e-6 of a
-    gradient, if no LeakyReLU changes side over it; the reference's numbers are of this layout.
+    A CPU's convolutions save a copy in and out with channels last, which is more than group norms of at least eight
+    channels a group lose; smaller groups lose more (benchmarks/RESULTS.md). And channels-last norms sum less exactly,
+    the more pixels and the smaller the contrast, batch norm of the image itself most: so only group norms of few pixels
+    get them. In bfloat16 it does not pay, and on a GPU it was not measured.
     """
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    few = image.shape[-2] * image.shape[-1] <= CHANNELS_LAST_PIXELS
+    wide = shape.norm == "group" and shape.channels // shape.groups >= CHANNELS_LAST_GROUP
+    return torch.channels_last if image.device.type == "cpu" and few and wide else torch.contiguous_format
 
 
 class Execution:
@@ -151,8 +159,8 @@ class Execution:
             changes side over that moves a gradient by more than their tolerance.
         bf16_discriminators: with bf16, round in discriminators, too.
         backend: of `torch.compile`.
-        layout: of the images that generators and discriminators see where they compute in float32, None for as they
-            are; see `image_layout`.
+        layout: of the images that generators and discriminators see where they compute in float32, by their shape and
+            the image, as `image_layout`; None for as they are.
     """
 
     def __init__(
@@ -161,7 +169,7 @@ class Execution:
         compiled: bool = False,
         bf16_discriminators: bool = False,
         backend: str = "inductor",
-        layout: torch.memory_format | None = None,
+        layout: Callable[[NetworkShape, Tensor], torch.memory_format] | None = None,
     ) -> None:
         self.precision = precision
         self.bf16_discriminators = bf16_discriminators
@@ -176,7 +184,8 @@ class Execution:
     def __call__(self, network: nn.Module, *inputs: Any) -> Any:
         device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
         if self.layout is not None and isinstance(network, Discriminator | Generator) and not self._rounds(network):
-            inputs = [x.contiguous(memory_format=self.layout) if isinstance(x, torch.Tensor) else x for x in inputs]
+            layout = self.layout(network.shape, inputs[0])
+            inputs = [x.contiguous(memory_format=layout) if isinstance(x, Tensor) else x for x in inputs]
         try:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._rounds(network)):
                 return self._program(network)(*inputs)

@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.literal_step import collect_gradients, literal_step
 from conftest import GOLDEN_DIR
 from core.config import LossConfig, SGDConfig
-from core.execution import Execution, channels_last, image_layout
+from core.execution import Execution, channels_last
 from core.label_networks import segmentation_optimizer
 from core.networks import Discriminator, Generator, NetworkShape, freeze, layers_at_scale, published_norm
 from core.progress import tag_of
@@ -175,11 +175,13 @@ class GoldenStep:
                 target=[level.contiguous(**last) for level in batch.target],
             )
         self.scale_networks = ScaleNetworks(**self.nets, lower_Gst=lower["Gst"], lower_Gts=lower["Gts"])
-        # Reference numbers come from images that lie channels last. The trainer's are channels first, and its CPU lays
-        # them out as it feeds them; the literal step gets them as they are.
+        # Reference numbers come from images that lie channels last; a trainer on a CPU feeds them so where it pays.
         layout = None
         if self.mode not in ("literal", "channels_last", "channels_first"):
-            layout = image_layout(torch.device("cpu"))
+
+            def layout(shape, image):
+                return torch.channels_last
+
             batch = replace(
                 batch,
                 source=[level.contiguous() for level in batch.source],

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,10 @@ import train_procst
 from core.checkpoint import load_checkpoint
 from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig, SemsegConfig
-from core.execution import Execution, bf16_pays, recomputes_blocks, resolve_precision
+from core.execution import Execution, bf16_pays, image_layout, recomputes_blocks, resolve_precision
 from core.label_networks import build_label_networks
 from core.losses import gradient_penalty
-from core.networks import Discriminator, Generator
+from core.networks import Discriminator, Generator, NetworkShape
 from core.pyramid import image_pyramid
 from core.step import Batch
 from data_handlers.images import normalise
@@ -281,17 +282,44 @@ def test_freed_memory_is_kept():
     assert found["keep"][1] < found["plain"][1] / 5
 
 
-@pytest.mark.parametrize(("precision", "laid_out"), [("fp32", {Generator, Discriminator}), ("bf16", {Discriminator})])
-def test_networks_in_float32_get_the_layout(precision, laid_out):
-    """Those alone: in bfloat16 a generator keeps the channels first, as every other network does in both."""
-    execution = Execution(precision, layout=torch.channels_last)
-    last, first = {"memory_format": torch.channels_last}, {"memory_format": torch.contiguous_format}
+@pytest.mark.parametrize(
+    ("precision", "rounded", "laid_out"),
+    [("fp32", False, {Generator, Discriminator}), ("bf16", False, {Discriminator}), ("bf16", True, set())],
+)
+def test_networks_in_float32_get_the_layout(precision, rounded, laid_out):
+    """Those alone: in bfloat16 they keep the channels first, as every other network does in both."""
+    execution = Execution(precision, bf16_discriminators=rounded, layout=lambda shape, image: torch.channels_last)
     image = torch.zeros(2, 3, 8, 10)
     for kind in (Generator, Discriminator):
         seen = []
         net = build(kind, 1, 1, 8, "group", seed=0)
         net.head.conv.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
         execution(net, image, *([image] if kind is Generator else []))
-        assert seen[0].is_contiguous(**last) == (kind in laid_out)
-        assert seen[0].is_contiguous(**first) != (kind in laid_out)
+        assert seen[0].is_contiguous(memory_format=torch.channels_last) == (kind in laid_out)
+        assert seen[0].is_contiguous() != (kind in laid_out)
     assert execution(nn.Identity(), image) is image
+
+
+def test_channels_last_is_for_group_norms_of_wide_groups_and_few_pixels():
+    shape, image = NetworkShape(2, 64, 5, "group", groups=8), torch.zeros(1, 3, 80, 160)
+    assert image_layout(shape, image) is torch.channels_last
+    first = torch.contiguous_format
+    assert image_layout(replace(shape, channels=32), image) is first
+    assert image_layout(replace(shape, groups=16), image) is first
+    assert image_layout(replace(shape, norm="batch"), image) is first
+    assert image_layout(shape, torch.zeros(1, 3, 256, 512)) is first
+    assert image_layout(shape, image.to("meta")) is first
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_norms_of_dark_images_are_exact(norm):
+    """Channels-last norms of many pixels lose digits where the mean is large against the deviation."""
+    torch.manual_seed(0)
+    net = build(Discriminator, 1, 1, 64, norm, seed=0).train()
+    image = 0.1 * torch.randn(4, 3, 128, 256) - 0.7
+    seen = []
+    net.body[0].actvn.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].detach().double().clone()))
+    execution = Execution(layout=image_layout)
+    for dtype in (torch.float32, torch.float64):
+        execution(copy.deepcopy(net).to(dtype), image.to(dtype))
+    assert float((seen[0] - seen[1]).norm() / seen[1].norm()) < 5e-6
