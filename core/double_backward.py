@@ -155,7 +155,7 @@ class _ImageGradient(torch.autograd.Function):
         del to_y, y
         to_x, sums = block.input_gradient(to_norm, x, norm_weight, mean, inverse)
         ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, sums, *kept)
-        ctx.to_x = to_x.detach()  # can be let go before the others
+        ctx.to_x, ctx.version = to_x.detach(), to_x._version  # kept by hand, to be let go before the others
         return to_x
 
     @staticmethod
@@ -169,8 +169,8 @@ class _ImageGradient(torch.autograd.Function):
         """
         block: Block = ctx.block
         gradient, x, norm_weight, norm_bias, weight, mean, inverse, sums, y, to_y = ctx.saved_tensors
-        if ctx.to_x is None:
-            raise RuntimeError("the graph of a gradient penalty can be walked back once")
+        if ctx.to_x is None or ctx.to_x._version != ctx.version:
+            raise RuntimeError("a gradient was modified by an inplace operation, or its graph is walked back once more")
         recompute = y is None
         s = inverse.view(len(sums), -1)
 
