@@ -92,8 +92,9 @@ class Trainer:
         self.saved = (0, 0)
         self._saved_at = time.monotonic()
         compute = config.compute
-        rounded = compute.bf16_discriminators
-        self.execution = Execution(compute.precision, compute.compile, rounded, layout=image_layout)
+        self.execution = Execution(
+            compute.precision, compute.compile, compute.bf16_discriminators, layout=image_layout
+        )
         self.epoch_length = max(len(source), len(target))
         self.scale = 0
         self.step = 0
