@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from core.execution import set_convolution_precision
+from core.execution import channels_last, set_convolution_precision
 from core.segmentation_files import load_segmentation_net
 from core.validation import CONVENTION, score_table
 from data_handlers.datasets import DATA_SETS, DataSet
@@ -150,6 +150,8 @@ def main() -> None:
     classes = _scored_classes(flags, data_set, shape.num_classes)
     check_samples(files)
     net.to(device)
+    if device.type == "cpu":
+        channels_last(net)
     folder = PredictionFolder(Path(flags.save_predictions), flags.prediction_format) if flags.save_predictions else None
     if flags.json:
         make_folder(Path(flags.json).parent, "--json")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from core.execution import Execution, Precision, set_convolution_precision
+from core.execution import Precision, set_convolution_precision
 from core.networks import Generator
 from core.pyramid import image_pyramid
 from core.translate import Translator
@@ -27,6 +27,7 @@ from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write_bytes
 from utils.loaders import batches_in_order
 from utils.locks import say
+from utils.memory import keep_freed_memory
 from utils.processes import Job, init_loader, run_jobs
 
 GO_ON = "the images translated so far stay, go on with --skip_created_files"
@@ -177,11 +178,10 @@ def translate_images(
             is on disk and whole.
     """
     set_convolution_precision(config.precision)
+    if device.type == "cpu":
+        keep_freed_memory()
     generators = [generator.to(device) for generator in generators]
-    translator = Translator(
-        generators, config.scale_factor, device, config.max_pixels, Execution(config.precision),
-        channels_last=config.precision != "fp32",
-    )  # fmt: skip
+    translator = Translator(generators, config.scale_factor, device, config.max_pixels, config.precision)
     images = SourceImages(files, list(outputs), len(generators) - 1, config.scale_factor)
     writer = PngWriter(root, config.png_compression, config.encoders)
     try:

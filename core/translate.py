@@ -4,6 +4,9 @@ A generator is run on the whole image where that fits into memory, and otherwise
 at the whole image, so tiles alone would each get their own brightness and seams would show. The tiled path therefore
 first measures every group norm's mean and variance over all tiles, layer by layer, and then normalises each tile with
 those: the result is that of the whole image up to float32 rounding.
+
+A CPU runs whole images in float32 in the same way, with the image as the only tile: its convolutions are fastest with
+images channels last, where PyTorch's own group norm sums so inexactly that it shows from a megapixel on.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.execution import Forward, exact_convolutions, run_plainly
+from core.execution import Execution, Precision, exact_convolutions
 from core.networks import ConvBlock, Generator
 from core.pyramid import to_pixels, translate_pyramid
 from data_handlers.images import normalise
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 # Copies of the widest feature map that are alive at once inside a block, workspace of the convolution included.
 FEATURE_COPIES = 5
 MIN_TILE_PIXELS = 96 * 96
+# Pixels that are summed in float32: few enough for that to be exact, and on a CPU for its caches.
+SUMMED_PIXELS = {"cpu": 2**12, "cuda": 2**18}
 
 
 @dataclass(frozen=True)
@@ -83,23 +88,46 @@ def _run_blocks(blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: 
     return x
 
 
-def _whole_image_norm(
-    norm: nn.GroupNorm, blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: Tensor, cover: Sequence[Tile]
-) -> Affine:
-    """The group norm after `blocks` with its statistics over the whole image, summed in float64."""
-    batch, groups = x.shape[0], norm.num_groups
-    sums = torch.zeros(2, batch, groups, dtype=torch.float64, device=x.device)
-    for tile in cover:
-        features = _run_blocks(blocks, norms, x[..., tile.rows, tile.columns])[..., tile.core_rows, tile.core_columns]
-        grouped = features.reshape(batch, groups, -1).double()
-        sums += torch.stack([grouped.sum(2), grouped.square().sum(2)])
-    count = x.shape[-2] * x.shape[-1] * (norm.num_channels // groups)
-    mean, mean_square = sums / count
+def _bands(x: Tensor) -> tuple[Tensor, ...]:
+    """Bands of rows of (B,C,H,W), each of `SUMMED_PIXELS` or one row."""
+    return x.split(max(SUMMED_PIXELS[x.device.type] // x.shape[-1], 1), dim=-2)
+
+
+def _group_sums(x: Tensor, groups: int) -> Tensor:
+    """Sums of the values and of their squares in every group of channels of (B,C,H,W): (2,B,groups) in float64."""
+    sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64, device=x.device)
+    for band in _bands(x):
+        pixels = band.permute(0, 2, 3, 1).flatten(1, 2)
+        count = pixels.shape[1]
+        ones = torch.ones_like(pixels[:, :, :1]).mT  # on a CPU a product with it takes half as long as a sum
+        # About a value near the mean, so that nothing cancels out where the contrast is low.
+        near = ones @ pixels / count
+        apart = pixels - near
+        mean = near.double() + (ones @ apart).double() / count
+        squares = (ones @ apart.square_()).double() + count * (mean.square() - (mean - near).square())
+        sums += torch.cat([count * mean, squares], dim=1).transpose(0, 1)
+    return sums.unflatten(-1, (groups, -1)).sum(-1)
+
+
+def _affine(norm: nn.GroupNorm, sums: Tensor, pixels: int) -> Affine:
+    """The norm of an image of so many pixels whose `_group_sums` these are."""
+    spread = norm.num_channels // norm.num_groups
+    mean, mean_square = sums / (pixels * spread)
     inverse_std = ((mean_square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
-    spread = norm.num_channels // groups
     scale = inverse_std.repeat_interleave(spread, 1) * norm.weight.double()
     shift = norm.bias.double() - mean.repeat_interleave(spread, 1) * scale
     return Affine(scale.float()[..., None, None], shift.float()[..., None, None])
+
+
+def _whole_image_norm(
+    norm: nn.GroupNorm, blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: Tensor, cover: Sequence[Tile]
+) -> Affine:
+    """The group norm after `blocks` with its statistics over the whole image."""
+    sums = torch.zeros(2, x.shape[0], norm.num_groups, dtype=torch.float64, device=x.device)
+    for tile in cover:
+        features = _run_blocks(blocks, norms, x[..., tile.rows, tile.columns])
+        sums += _group_sums(features[..., tile.core_rows, tile.core_columns], norm.num_groups)
+    return _affine(norm, sums, x.shape[-2] * x.shape[-1])
 
 
 @torch.no_grad()
@@ -124,6 +152,32 @@ def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, m
     return output
 
 
+@torch.no_grad()
+def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
+    """The generator's output (B,3,h,w) for a whole image that lies channels last, with group norms summed exactly.
+
+    The generator must be in eval mode.
+
+    Raises:
+        ValueError: a group of a single value, which cannot be normalised.
+    """
+    x = generator.join_inputs(image, coarser)
+    for block in generator.blocks():
+        if not isinstance(block.norm, nn.GroupNorm):
+            x = block(x)
+            continue
+        pixels = x.shape[-2] * x.shape[-1]
+        if pixels * x.shape[1] == block.norm.num_groups:
+            raise ValueError("a group of a single value cannot be normalised")
+        norm = _affine(block.norm, _group_sums(x, block.norm.num_groups), pixels)
+        # In place, but not in what was handed in.
+        x = x.clone() if x is image else x
+        for band in _bands(x):
+            block.actvn(torch.addcmul(norm.shift, band, norm.scale, out=band))
+        x = block.conv(x)
+    return torch.tanh(x)
+
+
 class Translator:
     """Translates image pyramids with a frozen cascade, tiling where an image is too large for memory.
 
@@ -131,8 +185,7 @@ class Translator:
         generators: frozen, coarse to fine, on `device`.
         scale_factor: of the pyramid they were trained with.
         max_pixels: most pixels a generator may see at once; None measures free memory for each batch.
-        forward: how a generator is run on a whole image; tiles are computed in float32.
-        channels_last: lay images out as convolutions like them, which costs the group norm some exactness.
+        precision: of the arithmetic for whole images; tiles are computed in float32.
     """
 
     def __init__(
@@ -141,15 +194,15 @@ class Translator:
         scale_factor: float,
         device: torch.device,
         max_pixels: int | None = None,
-        forward: Forward = run_plainly,
-        channels_last: bool = False,
+        precision: Precision = "fp32",
     ) -> None:
         self.generators = generators
         self.scale_factor = scale_factor
         self.device = device
         self.max_pixels = max_pixels
-        self.forward = forward
-        self.channels_last = channels_last
+        exact = precision == "fp32"
+        self.forward = forward_whole if exact and device.type == "cpu" else Execution(precision)
+        self.layout = torch.contiguous_format if exact and device.type == "cuda" else torch.channels_last
 
     def _budget(self, batch: int) -> int:
         """Pixels of one image that fit, for a batch of that many."""
@@ -172,10 +225,7 @@ class Translator:
             UserError: the GPU's memory does not suffice even for the smallest tile.
         """
         moved = [level.to(self.device, non_blocking=True) for level in levels]
-        # Channels first where exactness counts: the CPU's group norm sums channels-last images less exactly, visibly so
-        # from a megapixel on.
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        inputs = [normalise(level).permute(0, 3, 1, 2).contiguous(memory_format=layout) for level in moved]
+        inputs = [normalise(level).permute(0, 3, 1, 2).contiguous(memory_format=self.layout) for level in moved]
         budget = self._budget(inputs[0].shape[0])
         while True:
             try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from core.networks import Generator, NetworkShape, freeze, init_weights
-from core.translate import Translator, forward_tiled, tiles
+from core.translate import SUMMED_PIXELS, Translator, forward_tiled, forward_whole, tiles
 from data_handlers.images import normalise
 from utils.png import is_complete_rgb8
 from worlds import noise_image
@@ -52,6 +54,41 @@ def test_tiled_equals_whole_image(norm, size):
     assert len(list(tiles(size[1], size[0], 7, 1))) > 2
     assert float(whole.std()) > 0.05
     torch.testing.assert_close(tiled, whole, rtol=0, atol=2e-5)
+
+
+def in_float64(generator, image, coarser):
+    exact = copy.deepcopy(generator).double()
+    x = exact.join_inputs(image.double(), None if coarser is None else coarser.double())
+    for block in exact.blocks():
+        x = block(x)
+    return torch.tanh(x)
+
+
+@pytest.mark.parametrize("groups", [8, 3])  # with 3 even the image itself has a norm
+@pytest.mark.parametrize("size", [(211, 173), (1, 9), (9, 1), (2, SUMMED_PIXELS["cpu"] + 5)])
+def test_whole_images_on_a_cpu_are_exact(groups, size):
+    for scale in (0, 1):
+        generator = freeze(Generator(NetworkShape(scale, 24, 5, "group", groups=groups)))
+        init_weights(generator, torch.Generator().manual_seed(scale))
+        draw = torch.Generator().manual_seed(7)
+        # Dark and bright images of little contrast, where sums of squares would cancel out.
+        pair = torch.tensor([-0.9, 0.8])[:, None, None, None] + 0.01 * torch.randn(2, 3, *size, generator=draw)
+        image = pair.contiguous(memory_format=torch.channels_last)
+        coarser = image.flip(-1).contiguous(memory_format=torch.channels_last) if scale else None
+        before = image.clone()
+        found = forward_whole(generator, image, coarser)
+        with torch.no_grad():
+            wanted = in_float64(generator, image, coarser)
+        assert torch.equal(image, before)
+        assert float(wanted.std()) > 1e-3
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-6)
+
+
+def test_batch_norm_on_a_cpu_is_that_of_the_network():
+    finest = make_generators("batch")[-1]
+    image, coarser = torch.rand(2, 1, 3, 40, 50).unbind(0)
+    with torch.no_grad():
+        torch.testing.assert_close(forward_whole(finest, image, coarser), finest(image, coarser), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])

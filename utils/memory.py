@@ -13,9 +13,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_THRESHOLD = -1, -3, 32 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees in blocks of up to 32 MiB, for training on a CPU, which asks for it again.
+    """Let this process keep what it frees in blocks of up to 32 MiB: training and export on a CPU ask for it again.
 
-    Otherwise glibc gives it back, and the system zeroes every page anew: 3 to 7% of a step's time on small images. It
+    Otherwise glibc gives it back, and the system zeroes every page anew: 3 to 7% of the time on small images. It
     costs memory: after a scale of smaller images a process was seen to need 18% more.
 
     Returns:
