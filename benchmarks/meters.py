@@ -25,12 +25,13 @@ class Meter(TorchDispatchMode):
         flops: floating point operations of convolutions and matrix products, from their shapes, by the type they are
             computed in.
         moved: bytes read and written.
+        operators: how many of them computed or moved something; on a GPU each is at least one kernel.
         peak: most bytes alive at once of those allocated inside; what a library takes within an operator is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = self.moved = 0
+        self.alive = self.peak = self.moved = self.operators = 0
         self.flops: Counter[torch.dtype] = Counter()
         self._known: weakref.WeakSet = weakref.WeakSet()
 
@@ -47,6 +48,7 @@ class Meter(TorchDispatchMode):
         in_place = func.__name__.split(".")[0].endswith("_")
         if in_place or any(storage._cdata not in read for storage in fresh):  # a view moves nothing
             self.moved += sum(x.nbytes for x in (*tensors, *written))
+            self.operators += 1
         for storage in fresh:
             if storage not in self._known and storage._cdata not in read:
                 self._add(storage)

@@ -5,7 +5,7 @@
 
 Takes the flags of train_procst.py; images, labels and weights are random, so nothing is downloaded. The variants are
 timed in turns, so that a machine that slows down slows all of them. `--memory` computes nothing and runs anywhere: it
-follows the tensors of one step at the given sizes and prints how many bytes are alive at once.
+follows the tensors of one step at the given sizes and prints how many bytes are alive at once, and the work in it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmark")
     group.add_argument("--rounds", type=int, default=5, help="timed steps of each variant (default: %(default)s)")
     group.add_argument("--scales", type=int, nargs="+", default=None, help="scales to time (default: all)")
-    group.add_argument("--memory", action="store_true", help="no timing: bytes alive at once, on any machine")
+    group.add_argument("--memory", action="store_true", help="no timing: bytes alive at once and work, on any machine")
 
 
 def variants(device: torch.device, compiled: bool) -> list[Variant]:
@@ -113,8 +113,11 @@ def arithmetic_floor(flops: Mapping[torch.dtype, int], ceilings: Mapping[str, fl
     return sum(count / ceilings[names[dtype]] for dtype, count in flops.items())
 
 
-def peak_memory(config: ProCSTConfig, scale: int, variant: Variant) -> tuple[int, int]:
-    """Most bytes alive at once in a second step as a GPU makes it, beyond networks and batch, and bytes moved."""
+def count_step(config: ProCSTConfig, scale: int, variant: Variant) -> Meter:
+    """What a second step does as a GPU makes it; its peak is beyond networks and batch.
+
+    Only the optimisers differ: on a GPU they are fused, here each weight's operators count.
+    """
     as_on_a_gpu = mock.patch.dict(RECOMPUTES, cpu=RECOMPUTES["cuda"])
     with as_on_a_gpu, FakeTensorMode(allow_non_fake_inputs=True):
         setting = build_setting(config, scale, torch.device("cpu"), fused=False)
@@ -122,19 +125,26 @@ def peak_memory(config: ProCSTConfig, scale: int, variant: Variant) -> tuple[int
         step()  # gradients and optimiser states are allocated
         with Meter() as meter:
             step()
-    return meter.peak, meter.moved
+    return meter
 
 
 def print_memory(config: ProCSTConfig, scales: list[int]) -> None:
-    """A table of `peak_memory` for every scale."""
-    print("| scale | step | most alive, GB | of literal | read and written, GB |\n| --- | --- | --- | --- | --- |")
+    """A table of `count_step` for every scale."""
+    print(
+        "| scale | step | most alive, GB | of literal | read and written, GB | TFLOP in float32 | in bfloat16 "
+        "| operators |\n" + "| --- " * 8 + "|"
+    )
     for scale in scales:
         found = {}
         throughout = Variant("bf16 throughout", "bf16", bf16_discriminators=True)
         for variant in (Variant("literal", "fp32"), Variant("fp32", "fp32"), Variant("bf16", "bf16"), throughout):
-            found[variant.name] = peak, moved = peak_memory(config, scale, variant)
-            share = peak / found["literal"][0]
-            print(f"| {scale} | {variant.name} | {peak / 1e9:.2f} | {share:.0%} | {moved / 1e9:.0f} |", flush=True)
+            found[variant.name] = meter = count_step(config, scale, variant)
+            flops = " | ".join(f"{meter.flops[dtype] / 1e12:.1f}" for dtype in (torch.float32, torch.bfloat16))
+            print(
+                f"| {scale} | {variant.name} | {meter.peak / 1e9:.2f} | {meter.peak / found['literal'].peak:.0%} "
+                f"| {meter.moved / 1e9:.0f} | {flops} | {meter.operators} |",
+                flush=True,
+            )
 
 
 def time_scale(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.meters import Meter
-from benchmarks.training_step import Variant, peak_memory
+from benchmarks.training_step import Variant, count_step
 from core.command_line import build_parser, config_from_flags
 from core.double_backward import RECOMPUTES, has_double_backward
 from core.execution import Execution
@@ -161,7 +161,7 @@ def test_a_step_takes_half_of_the_literal_steps_memory():
     parser.set_defaults(vgg_weights="random", no_semseg=True, batch_size_list=[32, 16, 3])
     config = config_from_flags(*parse_flags(parser, ["--gpus", "cpu"]))
     assert config.network.shape(1).norm == "batch"
-    literal, ours = (peak_memory(config, 1, Variant(name, "fp32"))[0] for name in ("literal", "fp32"))
+    literal, ours = (count_step(config, 1, Variant(name, "fp32")).peak for name in ("literal", "fp32"))
     assert ours < 0.5 * literal
 
 
