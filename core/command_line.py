@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import TypeVar
 
 from core.config import (
     ComputeConfig,
@@ -27,6 +28,8 @@ from models.segmentation import BACKBONES, MODELS, default_backbone
 from utils.devices import loader_workers
 from utils.errors import UserError
 from utils.flags import OneLineParser, flag_of
+
+Section = TypeVar("Section")
 
 # Flags that configure the segmentation nets of the last scale: without those nets they could not act.
 SEGMENTATION_FLAGS = (
@@ -235,18 +238,13 @@ def backbone_weights(flags: argparse.Namespace, given: frozenset[str]) -> str:
 def _semseg_config(flags: argparse.Namespace, given: frozenset[str]) -> SemsegConfig:
     if flags.no_semseg:
         return SemsegConfig()
-    return SemsegConfig(
-        lr_semseg=flags.lr_semseg,
-        weight_decay=flags.weight_decay,
-        momentum=flags.momentum,
-        model=flags.model,
+    return _section(
+        SemsegConfig, flags,
         backbone=flags.backbone or default_backbone(flags.model),
-        num_classes=flags.num_classes,
         semseg_weights=flags.semseg_weights or default_semseg_weights(flags.source),
         backbone_weights=backbone_weights(flags, given),
         select_by=flags.select_by or "auto",
-        validation_rate=flags.validation_rate,
-    )
+    )  # fmt: skip
 
 
 def _per_scale(values: list[int], scales: int) -> tuple[int, ...]:
@@ -254,17 +252,14 @@ def _per_scale(values: list[int], scales: int) -> tuple[int, ...]:
     return tuple(values) * scales if len(values) == 1 else tuple(values)
 
 
-def config_from_flags(
-    flags: argparse.Namespace, given: frozenset[str], num_processes: int | None = None
-) -> ProCSTConfig:
-    """Build and validate the configuration of a new run.
+def _section(kind: type[Section], flags: argparse.Namespace, **others: object) -> Section:
+    """A section of the configuration: flags of its fields' names, lists as tuples, where `others` does not say."""
+    flagged = {field.name: getattr(flags, field.name) for field in fields(kind) if field.name not in others}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in flagged.items()}, **others)
 
-    Args:
-        num_processes: that train together, on all machines; None where `--gpus` says it.
 
-    Raises:
-        UserError: names the flag that is missing, out of range or contradicts another.
-    """
+def _check_flags(flags: argparse.Namespace, given: frozenset[str]) -> None:
+    """Refuse what no section of the configuration can see."""
     if not flags.gpus:
         raise UserError("--gpus is required: the index of a CUDA device, or cpu")
     if flags.run_dir and "checkpoints_dir" in given:
@@ -282,74 +277,47 @@ def config_from_flags(
         raise UserError("--steps_per_scale contradicts --epochs_per_scale and --debug_run; give one of them")
     if not flags.debug_run and given & {"debug_stop_iteration", "debug_stop_epoch"}:
         raise UserError("--debug_stop_iteration and --debug_stop_epoch act only with --debug_run")
+
+
+def config_from_flags(
+    flags: argparse.Namespace, given: frozenset[str], num_processes: int | None = None
+) -> ProCSTConfig:
+    """Build and validate the configuration of a new run.
+
+    Args:
+        num_processes: that train together, on all machines; None where `--gpus` says it.
+
+    Raises:
+        UserError: names the flag that is missing, out of range or contradicts another.
+    """
+    _check_flags(flags, given)
     scales = max(flags.num_scales, 0) + 1
     batches = tuple(flags.batch_size_list or [flags.batch_size] * scales)
     require_one_per_scale("batch_size_list", batches, flags.num_scales)
     channels = tuple(flags.base_channels_list) if "base_channels_list" in given else (64,) * scales
     source, target = DATA_SETS[flags.source], DATA_SETS[flags.target]
     return ProCSTConfig(
-        data=DataConfig(
-            source=flags.source,
-            target=flags.target,
-            src_data_dir=flags.src_data_dir,
-            trg_data_dir=flags.trg_data_dir,
-            src_list=flags.src_list,
-            trg_list=flags.trg_list,
+        data=_section(
+            DataConfig, flags,
             src_resize=tuple(flags.src_resize or source.resize),
             trg_resize=tuple(flags.trg_resize or target.resize),
             crop_size=tuple(flags.crop_size or source.crop),
             num_workers=loader_workers(flags.num_workers, flags.gpus),
-            cache_dir=flags.cache_dir,
-            resample=flags.resample,
-            on_bad_image=flags.on_bad_image,
         ),
-        network=NetworkConfig(
-            num_scales=flags.num_scales,
-            scale_factor=flags.scale_factor,
+        network=_section(
+            NetworkConfig, flags,
             base_channels_list=_per_scale(list(channels), scales),
-            body_layers=flags.body_layers,
             norms=resolve_norms(flags.norm, batches, num_processes or len(flags.gpus)),
-            groups_num=flags.groups_num,
-            nc_im=flags.nc_im,
-            ker_size=flags.ker_size,
         ),
-        loss=LossConfig(
-            lambda_adversarial=flags.lambda_adversarial,
-            lambda_grad=flags.lambda_grad,
-            lambda_cyclic=flags.lambda_cyclic,
-            lambda_style=flags.lambda_style,
-            lambda_labels=flags.lambda_labels,
-            content_layers=tuple(flags.content_layers),
-            style_layers=tuple(flags.style_layers),
-            content_weight=flags.content_weight,
-            style_weight=flags.style_weight,
-            tv_weight=flags.tv_weight,
+        loss=_section(LossConfig, flags),
+        optim=_section(OptimConfig, flags),
+        schedule=_section(
+            ScheduleConfig, flags, batch_size_list=batches, steps_per_scale=_per_scale(flags.steps_per_scale, scales)
         ),
-        optim=OptimConfig(lr_g=flags.lr_g, lr_d=flags.lr_d, beta1=flags.beta1),
-        schedule=ScheduleConfig(
-            batch_size_list=batches,
-            epochs_per_scale=flags.epochs_per_scale,
-            steps_per_scale=_per_scale(flags.steps_per_scale, scales),
-            warmup_epochs=flags.warmup_epochs,
-            debug_run=flags.debug_run,
-            debug_stop_iteration=flags.debug_stop_iteration,
-            debug_stop_epoch=flags.debug_stop_epoch,
-        ),
-        run=RunConfig(
-            gpus=" ".join(flags.gpus),
-            manual_seed=flags.manual_seed,
-            vgg_weights=flags.vgg_weights,
-            no_semseg=flags.no_semseg,
-            checkpoints_dir=flags.checkpoints_dir,
-            tb_logs_dir=flags.tb_logs_dir,
-            print_rate=flags.print_rate,
-            save_checkpoint_rate=flags.save_checkpoint_rate,
-            pics_per_epoch=flags.pics_per_epoch,
-            save_checkpoint_minutes=flags.save_checkpoint_minutes,
-        ),
+        run=_section(RunConfig, flags, gpus=" ".join(flags.gpus)),
         semseg=_semseg_config(flags, given),
-        compute=ComputeConfig(flags.precision, flags.compile, flags.deterministic, flags.bf16_discriminators),
-    )
+        compute=_section(ComputeConfig, flags),
+    )  # fmt: skip
 
 
 def continued_config(stored: ProCSTConfig, flags: argparse.Namespace, given: frozenset[str]) -> ProCSTConfig:
