@@ -41,16 +41,17 @@ class Meter(TorchDispatchMode):
         outputs = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             self.flops[args[0].dtype] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=outputs)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         written = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
-        fresh = [x.untyped_storage() for x in written]
-        read = {x.untyped_storage()._cdata for x in tensors}
-        in_place = func.__name__.split(".")[0].endswith("_")
-        if in_place or any(storage._cdata not in read for storage in fresh):  # a view moves nothing
-            self.moved += sum(x.nbytes for x in (*tensors, *written))
+        known = {x.untyped_storage()._cdata for x in inputs}
+        fresh = [x.untyped_storage() for x in written if x.untyped_storage()._cdata not in known]
+        if _computes(func, bool(fresh)):
+            only_written = {a.name for a in func._schema.arguments if a.is_out} & set(kwargs or ())
+            read = sum(x.nbytes for x in inputs) - sum(kwargs[name].nbytes for name in only_written)
+            self.moved += read + sum(x.nbytes for x in written)
             self.operators += 1
         for storage in fresh:
-            if storage not in self._known and storage._cdata not in read:
+            if storage not in self._known:
                 self._add(storage)
         return outputs
 
@@ -63,6 +64,12 @@ class Meter(TorchDispatchMode):
 
     def _remove(self, size: int) -> None:
         self.alive -= size
+
+
+def _computes(func: Any, allocates: bool) -> bool:
+    """Whether an operator reads and writes: a view moves nothing, nor does memory that is only set aside."""
+    writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+    return (writes or allocates) and not func.__name__.startswith(("empty", "new_empty"))
 
 
 def synchronise(device: torch.device) -> None:

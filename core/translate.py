@@ -6,7 +6,7 @@ first measures every group norm's mean and variance over all tiles, layer by lay
 those: the result is that of the whole image up to float32 rounding.
 
 A CPU runs whole images in float32 in the same way, with the image as the only tile: its convolutions are fastest with
-images channels last, where PyTorch's own group norm sums so inexactly that it shows from a megapixel on.
+images channels last, where PyTorch's own group norm sums so inexactly that it shows from half a megapixel on.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 # Copies of the widest feature map that are alive at once inside a block, workspace of the convolution included.
 FEATURE_COPIES = 5
 MIN_TILE_PIXELS = 96 * 96
-# Pixels that are summed in float32: few enough for that to be exact, and on a CPU for its caches.
+# Pixels that are summed at once: on a CPU few enough for its caches, and for float32 to be off by some 1e-6 at most.
 SUMMED_PIXELS = {"cpu": 2**12, "cuda": 2**18}
+SUMMED_IN = {"cpu": torch.float32, "cuda": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,14 @@ def _group_sums(x: Tensor, groups: int) -> Tensor:
     """Sums of the values and of their squares in every group of channels of (B,C,H,W): (2,B,groups) in float64."""
     sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64, device=x.device)
     for band in _bands(x):
-        pixels = band.permute(0, 2, 3, 1).flatten(1, 2)
+        pixels = band.permute(0, 2, 3, 1).flatten(1, 2).to(SUMMED_IN[x.device.type])
         count = pixels.shape[1]
         ones = torch.ones_like(pixels[:, :, :1]).mT  # on a CPU a product with it takes half as long as a sum
         # About a value near the mean, so that nothing cancels out where the contrast is low.
         near = ones @ pixels / count
         apart = pixels - near
         mean = near.double() + (ones @ apart).double() / count
-        squares = (ones @ apart.square_()).double() + count * (mean.square() - (mean - near).square())
+        squares = (ones @ apart.square_()).double() + count * mean.square()
         sums += torch.cat([count * mean, squares], dim=1).transpose(0, 1)
     return sums.unflatten(-1, (groups, -1)).sum(-1)
 
@@ -154,22 +155,16 @@ def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, m
 
 @torch.no_grad()
 def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
-    """The generator's output (B,3,h,w) for a whole image that lies channels last, with group norms summed exactly.
+    """The generator's output (B,3,h,w) for a whole image that lies channels last, with group norms summed well.
 
     The generator must be in eval mode.
-
-    Raises:
-        ValueError: a group of a single value, which cannot be normalised.
     """
     x = generator.join_inputs(image, coarser)
     for block in generator.blocks():
         if not isinstance(block.norm, nn.GroupNorm):
             x = block(x)
             continue
-        pixels = x.shape[-2] * x.shape[-1]
-        if pixels * x.shape[1] == block.norm.num_groups:
-            raise ValueError("a group of a single value cannot be normalised")
-        norm = _affine(block.norm, _group_sums(x, block.norm.num_groups), pixels)
+        norm = _affine(block.norm, _group_sums(x, block.norm.num_groups), x.shape[-2] * x.shape[-1])
         # In place, but not in what was handed in.
         x = x.clone() if x is image else x
         for band in _bands(x):
@@ -211,6 +206,16 @@ class Translator:
         widest = max(generator.shape.channels for generator in self.generators)
         return available_memory(self.device) // 2 // (4 * widest * FEATURE_COPIES * batch)
 
+    def _require_sizes(self, levels: Sequence[Tensor]) -> None:
+        for generator, level in zip(self.generators, levels, strict=True):
+            norms = [block.norm for block in generator.blocks() if isinstance(block.norm, nn.GroupNorm)]
+            if level.shape[1:3].numel() == 1 and any(norm.num_groups == norm.num_channels for norm in norms):
+                height, width = levels[-1].shape[1:3]
+                raise UserError(
+                    f"an image of {width}x{height} pixels is a single pixel at the coarsest scale, too small for these "
+                    "generators; take it out of the data set"
+                )
+
     @torch.no_grad()
     def __call__(self, levels: Sequence[Tensor]) -> np.ndarray:
         """Translate a batch of equally sized images.
@@ -222,8 +227,10 @@ class Translator:
             uint8 (B,H,W,3): the pixels to save.
 
         Raises:
-            UserError: the GPU's memory does not suffice even for the smallest tile.
+            UserError: a group of channels is a single value, which cannot be normalised, or the GPU's memory does not
+                suffice even for the smallest tile.
         """
+        self._require_sizes(levels)
         moved = [level.to(self.device, non_blocking=True) for level in levels]
         inputs = [normalise(level).permute(0, 3, 1, 2).contiguous(memory_format=self.layout) for level in moved]
         budget = self._budget(inputs[0].shape[0])
@@ -231,13 +238,6 @@ class Translator:
             try:
                 output = self._translate(inputs, budget)
                 return to_pixels(output).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-            except ValueError:
-                # The only one: group norm with as many groups as channels cannot normalise a single pixel.
-                height, width = inputs[-1].shape[-2:]
-                raise UserError(
-                    f"an image of {width}x{height} pixels is a single pixel at the coarsest scale, too small for these "
-                    "generators; take it out of the data set"
-                ) from None
             except torch.cuda.OutOfMemoryError:
                 size = inputs[-1].shape[-2] * inputs[-1].shape[-1]
                 budget = min(budget, size) // 4

@@ -143,6 +143,22 @@ def test_other_norms_are_left_to_autograd():
         assert not has_double_backward(nn.BatchNorm2d(8), x)
 
 
+def test_the_meter_counts_what_is_read_and_written():
+    a, b, out = torch.ones(3, 10).unbind()
+    backward = torch.ops.aten.leaky_relu_backward.grad_input
+    for moved, operator in (
+        (120, lambda: a + b),
+        (120, lambda: torch.sub(a, b, out=out)),
+        (120, lambda: backward(a, b, 0.2, True, grad_input=a)),
+        (80, lambda: a.relu_()),
+        (0, lambda: a.view(2, 5)),
+        (0, lambda: torch.empty(10)),
+    ):
+        with Meter() as meter:
+            operator()
+        assert (meter.moved, meter.operators) == (moved, int(moved > 0))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_penalty_takes_less_memory(norm, monkeypatch):
     monkeypatch.setitem(RECOMPUTES, "cpu", True)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from core.networks import Generator, NetworkShape, freeze, init_weights
+from core.pyramid import to_pixels
 from core.translate import SUMMED_PIXELS, Translator, forward_tiled, forward_whole, tiles
 from data_handlers.images import normalise
+from utils.errors import UserError
 from utils.png import is_complete_rgb8
 from worlds import noise_image
 
@@ -66,7 +68,7 @@ def in_float64(generator, image, coarser):
 
 @pytest.mark.parametrize("groups", [8, 3])  # with 3 even the image itself has a norm
 @pytest.mark.parametrize("size", [(211, 173), (1, 9), (9, 1), (2, SUMMED_PIXELS["cpu"] + 5)])
-def test_whole_images_on_a_cpu_are_exact(groups, size):
+def test_whole_images_on_a_cpu_against_float64(groups, size):
     for scale in (0, 1):
         generator = freeze(Generator(NetworkShape(scale, 24, 5, "group", groups=groups)))
         init_weights(generator, torch.Generator().manual_seed(scale))
@@ -82,6 +84,18 @@ def test_whole_images_on_a_cpu_are_exact(groups, size):
         assert torch.equal(image, before)
         assert float(wanted.std()) > 1e-3
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-6)
+
+
+def test_exported_pixels_are_those_of_float64():
+    """PyTorch's norm of this image channels last is off by more than a level."""
+    generator = freeze(Generator(NetworkShape(0, 24, 5, "group", groups=3)))
+    init_weights(generator, torch.Generator().manual_seed(0))
+    level = torch.randint(11, 14, (1, 173, 211, 3), generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
+    found = Translator([generator], 0.5, torch.device("cpu"))([level])
+    with torch.no_grad():
+        wanted = to_pixels(in_float64(generator, normalise(level).permute(0, 3, 1, 2), None)).permute(0, 2, 3, 1)
+    assert float(wanted.float().std()) > 5
+    assert float((torch.from_numpy(found) != wanted).float().mean()) < 1e-3
 
 
 def test_batch_norm_on_a_cpu_is_that_of_the_network():
@@ -113,6 +127,15 @@ def test_one_image_does_not_change_another_in_its_batch():
     together = translator(pair)
     alone = translator([level[:1] for level in pair])
     assert np.abs(together[:1].astype(int) - alone.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_single_pixels_in_a_batch_are_refused(precision):
+    levels = [torch.zeros(2, *size, 3, dtype=torch.uint8) for size in ((1, 1), (2, 2), (4, 3))]
+    translator = Translator(make_generators("group"), 0.5, torch.device("cpu"), precision=precision)
+    with pytest.raises(UserError, match="3x4 pixels is a single pixel"):
+        translator(levels)
+    assert Translator(make_generators("group", channels=16), 0.5, torch.device("cpu"))(levels).shape == (2, 4, 3, 3)
 
 
 def test_completeness_of_a_png(tmp_path):
