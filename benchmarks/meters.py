@@ -24,7 +24,7 @@ class Meter(TorchDispatchMode):
     Attributes:
         flops: floating point operations of convolutions and matrix products, from their shapes, by the type they are
             computed in.
-        moved: bytes read and written.
+        moved: bytes read and written. What is overwritten counts as read; what fused optimisers write is left out.
         operators: how many of them computed or moved something; on a GPU each is at least one kernel.
         peak: most bytes alive at once of those allocated inside; what a library takes within an operator is not seen.
     """
@@ -41,14 +41,12 @@ class Meter(TorchDispatchMode):
         outputs = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             self.flops[args[0].dtype] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=outputs)
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        written = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+        inputs, written = _tensors((args, kwargs)), _tensors(outputs)
         known = {x.untyped_storage()._cdata for x in inputs}
         fresh = [x.untyped_storage() for x in written if x.untyped_storage()._cdata not in known]
         if _computes(func, bool(fresh)):
-            only_written = {a.name for a in func._schema.arguments if a.is_out} & set(kwargs or ())
-            read = sum(x.nbytes for x in inputs) - sum(kwargs[name].nbytes for name in only_written)
-            self.moved += read + sum(x.nbytes for x in written)
+            given = _tensors([kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in (kwargs or {})])
+            self.moved += _size(inputs) - _size(given) + _size(written or given)
             self.operators += 1
         for storage in fresh:
             if storage not in self._known:
@@ -64,6 +62,14 @@ class Meter(TorchDispatchMode):
 
     def _remove(self, size: int) -> None:
         self.alive -= size
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(x.nbytes for x in tensors)
 
 
 def _computes(func: Any, allocates: bool) -> bool:

@@ -116,7 +116,7 @@ def arithmetic_floor(flops: Mapping[torch.dtype, int], ceilings: Mapping[str, fl
 def count_step(config: ProCSTConfig, scale: int, variant: Variant) -> Meter:
     """What a second step does as a GPU makes it; its peak is beyond networks and batch.
 
-    Only the optimisers differ: on a GPU they are fused, here each weight's operators count.
+    Only Adam differs: on a GPU it is fused, here each weight's operators count.
     """
     as_on_a_gpu = mock.patch.dict(RECOMPUTES, cpu=RECOMPUTES["cuda"])
     with as_on_a_gpu, FakeTensorMode(allow_non_fake_inputs=True):

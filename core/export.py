@@ -188,7 +188,11 @@ def translate_images(
         with _progress_bar(len(images), quiet) as bar:
             samples = _samples(images, config.num_workers, config.skip_unusable)
             for batch, levels in equal_size_batches(samples, config.batch_size):
-                for name, pixels in zip(batch, translator(levels), strict=True):
+                try:
+                    translated = translator(levels)
+                except UserError as error:
+                    raise UserError(f"{files.root / batch[0]}: {error}") from None
+                for name, pixels in zip(batch, translated, strict=True):
                     writer.put(outputs[name], pixels)
                 bar.update(len(batch))
                 if not go_on(len(batch)):

@@ -207,6 +207,7 @@ class Translator:
         return available_memory(self.device) // 2 // (4 * widest * FEATURE_COPIES * batch)
 
     def _require_sizes(self, levels: Sequence[Tensor]) -> None:
+        """One channel of one pixel is a group of a single value, whose deviation is none; PyTorch refuses it, too."""
         for generator, level in zip(self.generators, levels, strict=True):
             norms = [block.norm for block in generator.blocks() if isinstance(block.norm, nn.GroupNorm)]
             if level.shape[1:3].numel() == 1 and any(norm.num_groups == norm.num_channels for norm in norms):

@@ -150,6 +150,7 @@ def test_the_meter_counts_what_is_read_and_written():
         (120, lambda: a + b),
         (120, lambda: torch.sub(a, b, out=out)),
         (120, lambda: backward(a, b, 0.2, True, grad_input=a)),
+        (80, lambda: torch.split_copy(a, 5, out=(out[:5], out[5:]))),
         (80, lambda: a.relu_()),
         (0, lambda: a.view(2, 5)),
         (0, lambda: torch.empty(10)),
