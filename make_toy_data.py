@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_handlers.toy_files import DOMAINS, MOST_FRAMES, SPLITS, prepare_folder, write_frame
+from data_handlers.toy.files import DOMAINS, MOST_FRAMES, SPLITS, prepare_folder, write_frame
 from utils.errors import UserError, run_cli
 from utils.flags import OneLineParser, parse_flags
 

@@ -22,13 +22,13 @@ from core.progress import RunProgress, ScalePlan
 from core.run_folder import claim_run_folder, log_name, print_skipped, run_to_continue, stamps
 from core.run_record import environment, git_commit, write_record
 from core.trainer import Trainer
-from core.validation import BEST_PATTERN
+from training.validation import BEST_PATTERN
 from utils.devices import training_devices
-from utils.distributed import Rank, is_launched, joined
+from training.distributed import Rank, is_launched, joined
 from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import check_folder, remove_leftovers
 from utils.flags import parse_flags
-from utils.launching import launch
+from training.launching import launch
 from utils.memory import keep_freed_memory
 from utils.stopping import StopRequests
 

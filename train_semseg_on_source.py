@@ -23,7 +23,7 @@ from core.execution import PRECISIONS, resolve_precision, set_convolution_precis
 from core.run_folder import claim_run_folder, print_skipped, run_to_continue, stamps
 from core.segmentation_files import SegmentationFile, is_of_run, read_segmentation_file, run_identity
 from core.source_training import SourceTrainer, SourceTrainingConfig
-from core.validation import Validator, scored_classes
+from training.validation import Validator, scored_classes
 from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS
 from data_handlers.labelled import check_samples

@@ -28,7 +28,8 @@ from benchmarks.pictures import picture, write_gta5
 from core.execution import computes_in_bf16, set_convolution_precision
 from core.export import ExportConfig, translate_images
 from core.networks import Generator, NetworkShape, freeze, init_weights, layers_at_scale
-from core.pyramid import image_pyramid, to_pixels, translate_pyramid
+from core.cascade import to_pixels, translate_pyramid
+from data_handlers.pyramid import image_pyramid
 from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import normalise

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import LossConfig
-from core.losses import gradient_penalty, label_loss, total_variation
+from core.losses import gradient_penalty, total_variation
+from models.losses import cross_entropy
 from core.networks import Generator
 from core.objectives import PerceptualNet
-from core.pyramid import cascade, generated_pyramid
+from core.cascade import cascade, generated_pyramid
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, StepResult
 
 Fake = Callable[[], Tensor]  # translates anew at every call
@@ -53,7 +54,7 @@ def literal_step(
     cycle_source = config.lambda_cyclic * F.l1_loss(sitis, source)
     losses["Cyclic/LossSTS"] = total = cycle_source
     if labels is not None and not warmup:
-        cyclic_label = config.lambda_labels * label_loss(labels.source_net(sitis), batch.label)
+        cyclic_label = config.lambda_labels * cross_entropy(labels.source_net(sitis), batch.label)
         losses["Cyclic/SourceLabelLoss"] = cyclic_label
         total = cycle_source + cyclic_label  # both look at the same image that came back, so they go back together
     total.backward()
@@ -69,7 +70,7 @@ def literal_step(
     if labels is not None:
         labels.target_optimizer.zero_grad()
         optimizers.Gst.zero_grad()
-        segmentation = label_loss(labels.target_net(to_target()), batch.label)
+        segmentation = cross_entropy(labels.target_net(to_target()), batch.label)
         segmentation.backward()
         labels.target_optimizer.step()
         if not warmup:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pictures import write_gta5
-from core.pyramid import array_pyramid, image_pyramid
+from data_handlers.pyramid import array_pyramid, image_pyramid
 from data_handlers.cache import ImageCache
 from data_handlers.cache_building import open_cache
 from data_handlers.datasets import DATA_SETS

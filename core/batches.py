@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.config import ProCSTConfig, Size
-from core.pyramid import array_pyramid
+from data_handlers.pyramid import array_pyramid
 from core.step import Batch
 from data_handlers.cache import ImageCache
 from data_handlers.images import normalise

@@ -13,7 +13,7 @@ from typing import Any
 
 from core.execution import PRECISIONS
 from core.networks import NetworkShape, Norm, layers_at_scale, published_norm
-from core.pyramid import level_size
+from data_handlers.pyramid import level_size
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import RESAMPLINGS
 from data_handlers.stream import ON_BAD_IMAGE

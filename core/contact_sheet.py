@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 
 from core.config import ProCSTConfig
 from core.networks import Generator
-from core.pyramid import image_pyramid, to_pixels, translate_pyramid
+from core.cascade import to_pixels, translate_pyramid
+from data_handlers.pyramid import image_pyramid
 from data_handlers.images import normalise, read_image
 from data_handlers.lists import FileList
 from utils.errors import UserError

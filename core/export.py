@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from core.execution import Precision, set_convolution_precision
 from core.networks import Generator
-from core.pyramid import image_pyramid
+from data_handlers.pyramid import image_pyramid
 from core.translate import Translator
 from data_handlers.images import read_image
 from data_handlers.lists import FileList

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_LABEL = 255
 Features = Mapping[int, Tensor]
 
 
@@ -50,14 +49,3 @@ def total_variation(x: Tensor) -> Tensor:
     horizontal = (x[..., :, 1:] - x[..., :, :-1]).abs().mean()
     vertical = (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
     return horizontal + vertical
-
-
-def label_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (B,C,h,w) against trainIds (B,h,w) over the pixels that are not 255.
-
-    0, with zero gradients, where every pixel is ignored: a small crop of void must not end a run.
-    """
-    target = label.long()
-    # Summed apart: the sum inside has no deterministic order on a GPU.
-    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE_LABEL, reduction="none").sum()
-    return total / (target != IGNORE_LABEL).sum().clamp(min=1)

@@ -20,16 +20,16 @@ from core.execution import (
 from core.label_networks import build_label_networks, load_source_net
 from core.progress import ScalePlan, scale_plans
 from core.step import LabelNetworks, PerceptualNet
-from core.validation import Validator, scored_classes
+from training.validation import Validator, scored_classes
 from data_handlers.cache import OR_SKIP, ImageCache
 from data_handlers.cache_building import bytes_to_build, open_cache
 from data_handlers.datasets import DATA_SETS
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
 from models.segmentation import require_classes
-from models.synchronised_norm import synchronise_batch_norms
+from training.synchronised_norm import synchronise_batch_norms
 from models.vgg import build_vgg
-from utils.distributed import Rank
+from training.distributed import Rank
 from utils.errors import UserError
 from utils.tensor_files import weights_fingerprint
 

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from core.config import LossConfig, NetworkConfig, ProCSTConfig
 from core.networks import Discriminator, Generator
-from core.pyramid import level_size, to_unit_range
+from core.cascade import to_unit_range
+from data_handlers.pyramid import level_size
 from core.run_log import RunLog
-from core.validation import Validation, log_validation, summary
+from training.validation import Validation, log_validation, summary
 from models.segmentation import build_segmentation_net
 from models.vgg import VGG16_CONVS, VGG16_POOLINGS
 

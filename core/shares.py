@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import Optimizer
 
-from core.losses import IGNORE_LABEL
+from data_handlers.label_maps import IGNORE
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BatchShare:
         """Labelled pixels of `label` (B,h,w) over those of the whole batch: the weight of a mean over them."""
         if self.add_up is None:
             return 1.0
-        here = (label != IGNORE_LABEL).sum().double()
+        here = (label != IGNORE).sum().double()
         whole = here.clone()
         self.add_up([whole])
         return (here / whole.clamp(min=1)).float()

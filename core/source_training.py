@@ -24,11 +24,11 @@ from core.checkpoint import CONFIG, LATEST, PREVIOUS
 from core.config import SGDConfig, Size
 from core.execution import PRECISIONS, Execution
 from core.label_networks import segmentation_optimizer
-from core.losses import label_loss
+from models.losses import cross_entropy
 from core.run_folder import log_name
 from core.run_log import RunLog
 from core.segmentation_files import BEST, SegmentationFile, is_of_run, read_segmentation_file, run_identity
-from core.validation import Validator, log_validation, summary
+from training.validation import Validator, log_validation, summary
 from data_handlers.images import normalise
 from data_handlers.lists import FileList
 from data_handlers.stream import ON_BAD_IMAGE, DomainBatch, StreamConfig, open_stream
@@ -323,7 +323,7 @@ class SourceTrainer:
         for group, multiple in zip(self.optimizer.param_groups, (1.0, HEAD_RATE), strict=True):
             group["lr"] = self.config.sgd.lr_semseg * multiple * factor
         image = normalise(to_device(batch.levels[0], self.device)).permute(0, 3, 1, 2).contiguous()
-        loss = label_loss(self.execution(self.net, image), to_device(batch.label, self.device))
+        loss = cross_entropy(self.execution(self.net, image), to_device(batch.label, self.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from core.config import LossConfig
 from core.execution import Forward, run_plainly
-from core.losses import IGNORE_LABEL, label_loss
+from data_handlers.label_maps import IGNORE
+from models.losses import cross_entropy
 from core.networks import Discriminator, Generator, without_gradients
 from core.objectives import (
     PerceptualNet,
@@ -32,7 +33,7 @@ from core.objectives import (
     pieces,
     weighted_sum,
 )
-from core.pyramid import cascade
+from core.cascade import cascade
 from core.shares import WHOLE, BatchShare
 from utils.batch_norms import without_statistics
 
@@ -206,7 +207,7 @@ class GeneratorTerms:
         )
         if self.source_net is not None:
             # A mean over labelled pixels, of which every sample has another number.
-            labelled = self.label != IGNORE_LABEL
+            labelled = self.label != IGNORE
             share = labelled[piece.samples].sum() / labelled.sum().clamp(min=1)
             part.watch_labels(self.source_net, self.label[piece.samples], self.label_weight * share / piece.weight)
         return part
@@ -251,7 +252,7 @@ class GeneratorTerms:
         return total
 
     def _label_loss(self, image: Tensor) -> Tensor:
-        loss = label_loss(self.forward(self.source_net, image), self.label)
+        loss = cross_entropy(self.forward(self.source_net, image), self.label)
         return self.config.lambda_labels * self.label_weight * loss
 
     def _log(self, losses: Mapping[str, Tensor], prefix: str) -> None:
@@ -362,7 +363,7 @@ def _segmentation_phase(
         sit = direction.translate(forward)
     if again:
         sit.requires_grad_(True)
-    loss = share.of_labelled(label) * label_loss(forward(labels.target_net, sit), label)
+    loss = share.of_labelled(label) * cross_entropy(forward(labels.target_net, sit), label)
     optimizers = (labels.target_optimizer,) if warmup else (labels.target_optimizer, generator_optimizer)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)

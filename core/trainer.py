@@ -28,12 +28,12 @@ from core.step import (
     StepResult,
     training_step,
 )
-from core.validation import BEST_PATTERN, VALIDATIONS, Validator, best_name, report
+from training.validation import BEST_PATTERN, VALIDATIONS, Validator, best_name, report
 from data_handlers.cache import ImageCache
 from data_handlers.lists import FileList
 from data_handlers.stream import DomainBatch
-from models.synchronised_norm import synchronise_batch_norms
-from utils.distributed import Rank
+from training.synchronised_norm import synchronise_batch_norms
+from training.distributed import Rank
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.seeds import seed_for

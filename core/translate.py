@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from core.execution import Execution, Precision, exact_convolutions
 from core.networks import ConvBlock, Generator
-from core.pyramid import to_pixels, translate_pyramid
+from core.cascade import to_pixels, translate_pyramid
 from data_handlers.images import normalise
 from utils.errors import UserError
 from utils.memory import available_memory

@@ -11,7 +11,7 @@ from torch import nn
 
 import train_procst
 import train_semseg_on_source
-from core.validation import Validator
+from training.validation import Validator
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images
 from test_label_training import label_flags, only_run, source_flags, source_net, world  # noqa: F401

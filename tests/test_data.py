@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from core.pyramid import array_pyramid
+from data_handlers.pyramid import array_pyramid
 from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.images import read_label
 from data_handlers.label_maps import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16, to_train_ids

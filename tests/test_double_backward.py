@@ -17,7 +17,7 @@ from core.execution import Execution
 from core.losses import gradient_penalty
 from core.networks import Discriminator
 from core.objectives import at_once, at_once_before_graph
-from models.synchronised_norm import synchronise_batch_norms
+from training.synchronised_norm import synchronise_batch_norms
 from test_step import build
 from utils.flags import parse_flags
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.literal_step import literal_step
-from core.losses import IGNORE_LABEL
+from data_handlers.label_maps import IGNORE
 from core.networks import published_norm
 from core.objectives import pieces
 from core.step import Batch
@@ -114,8 +114,8 @@ class UnevenStep(Step):
             return torch.cat([level.double()] * 3)[:5] * fade
 
         label = torch.cat([self.batch.label] * 3)[:5].clone()
-        label[0] = IGNORE_LABEL
-        label[1, : label.shape[1] // 2] = IGNORE_LABEL
+        label[0] = IGNORE
+        label[1, : label.shape[1] // 2] = IGNORE
         self.batch = Batch(
             source=[five(level) for level in self.batch.source],
             target=[five(level) for level in self.batch.target],

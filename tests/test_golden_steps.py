@@ -25,7 +25,8 @@ from core.execution import Execution, channels_last
 from core.label_networks import segmentation_optimizer
 from core.networks import Discriminator, Generator, NetworkShape, freeze, layers_at_scale, published_norm
 from core.progress import tag_of
-from core.pyramid import image_pyramid, to_unit_range, translate_pyramid
+from core.cascade import to_unit_range, translate_pyramid
+from data_handlers.pyramid import image_pyramid
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
 from data_handlers.images import normalise
 from models.segmentation import HEAD_RATE

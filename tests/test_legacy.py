@@ -19,7 +19,8 @@ from torch.nn import DataParallel
 import create_sit_dataset
 from core.legacy import load_legacy_generators, read_inert
 from core.networks import ConvBlock, Generator, NetworkShape, freeze
-from core.pyramid import image_pyramid, translate_pyramid
+from core.cascade import translate_pyramid
+from data_handlers.pyramid import image_pyramid
 from data_handlers.images import normalise
 from utils.errors import UserError
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_semseg_on_source
 from core.segmentation_files import read_segmentation_file
 from core.source_training import SourceTrainer, poly_rate
-from core.validation import Validator
+from training.validation import Validator
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images
 from data_handlers.stream import StreamConfig, StreamSamples

@@ -11,9 +11,11 @@ from torch import nn
 
 from core.batches import penalty_alphas
 from core.config import LossConfig
-from core.losses import gradient_penalty, gram_matrix, label_loss, total_variation
+from core.losses import gradient_penalty, gram_matrix, total_variation
+from models.losses import cross_entropy
 from core.networks import Discriminator, Generator, NetworkShape, freeze, init_weights, layers_at_scale, published_norm
-from core.pyramid import cascade, generated_pyramid, image_pyramid, level_size
+from core.cascade import cascade, generated_pyramid
+from data_handlers.pyramid import image_pyramid, level_size
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
 from data_handlers.images import normalise
 from models.vgg import VGG16_CONVS, VGGFeatures, build_vgg
@@ -172,7 +174,7 @@ def test_losses_by_hand():
     logits = torch.tensor([[[[2.0, 0.0, 9.0]], [[0.0, 0.0, 0.0]]]])
     label = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
     expected = (np.log(1 + np.exp(-2.0)) + np.log(2.0)) / 2
-    assert float(label_loss(logits, label)) == pytest.approx(expected, rel=1e-6)
+    assert float(cross_entropy(logits, label)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_warm_up_leaves_out_the_label_loss_and_gst_s_second_step():

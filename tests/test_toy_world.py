@@ -20,9 +20,9 @@ from data_handlers.datasets import DATA_SETS
 from data_handlers.images import read_image, read_label
 from data_handlers.label_maps import CITYSCAPES_IDS, SYNTHIA_IDS
 from data_handlers.lists import list_images
-from data_handlers.toy_files import DOMAINS, draw_frame, encode_label, encode_png16
-from data_handlers.toy_looks import LOOKS, Id, Material
-from data_handlers.toy_world import draw_scene
+from data_handlers.toy.files import DOMAINS, draw_frame, encode_label, encode_png16
+from data_handlers.toy.looks import LOOKS, Id, Material
+from data_handlers.toy.world import draw_scene
 from utils.errors import run_cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent

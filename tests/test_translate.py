@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from core.networks import Generator, NetworkShape, freeze, init_weights
-from core.pyramid import to_pixels
+from core.cascade import to_pixels
 from core.translate import SUMMED_PIXELS, Translator, forward_tiled, forward_whole, tiles
 from data_handlers.images import normalise
 from utils.errors import UserError

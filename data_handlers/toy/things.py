@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_handlers.toy_looks import Id, Point
+from data_handlers.toy.looks import Id, Point
 
 if TYPE_CHECKING:  # toy_world imports this module
-    from data_handlers.toy_world import Canvas
+    from data_handlers.toy.world import Canvas
 
 Colour = tuple[float, float, float]
 Span = tuple[float, float]

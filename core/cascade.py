@@ -1,8 +1,6 @@
-"""Image pyramids and the cascade of frozen lower generators (method: specification sections 1 and 2).
+"""The cascade of generators over the pyramid of an image (docs/method.md, sections 1 and 2).
 
-Two different resamplings are part of the method: files go through Pillow's antialiased bicubic filter, always from
-the base image, while generated tensors go through PyTorch's bicubic interpolation with `align_corners=True` and no
-antialiasing.
+Generated tensors are resized by PyTorch's bicubic interpolation with `align_corners=True` and no antialiasing.
 """
 
 from __future__ import annotations
@@ -10,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from core.networks import Generator
-from data_handlers.images import Resample, resize_pixels
+from data_handlers.pyramid import level_size
 
 GeneratorForward = Callable[[Generator, Tensor, Tensor | None], Tensor]
 
@@ -30,41 +26,6 @@ def to_unit_range(x: Tensor) -> Tensor:
 def to_pixels(x: Tensor) -> Tensor:
     """Network range -> uint8 [0,255], rounded to nearest."""
     return (to_unit_range(x) * 255.0).round().to(torch.uint8)
-
-
-def level_size(size: Sequence[int], steps_down: int, scale_factor: float) -> tuple[int, ...]:
-    """ceil(f^steps * size) of each side; sides in pixels, in whatever order they come."""
-    return tuple(math.ceil(math.pow(scale_factor, steps_down) * side) for side in size)
-
-
-def image_pyramid(image: Image.Image, num_scales: int, scale_factor: float, up_to: int) -> list[np.ndarray]:
-    """Levels 0..`up_to` of a file image, each resized from the base image with Pillow's bicubic filter.
-
-    Args:
-        image: RGB base image (after the training resize and crop, or a whole native image for export).
-        num_scales: N; level N has the base size.
-        up_to: finest level wanted (training at scale s needs 0..s only).
-
-    Returns:
-        uint8 arrays (h_i, w_i, 3).
-    """
-    levels = []
-    for scale in range(up_to + 1):
-        size = level_size(image.size, num_scales - scale, scale_factor)
-        level = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-        levels.append(np.asarray(level))
-    return levels
-
-
-def array_pyramid(
-    pixels: np.ndarray, num_scales: int, scale_factor: float, up_to: int, resample: Resample
-) -> list[np.ndarray]:
-    """`image_pyramid` of uint8 (h,w,3), `exact` or within one level of it (`fast`)."""
-    if resample == "exact":
-        return image_pyramid(Image.fromarray(pixels), num_scales, scale_factor, up_to)
-    base = (pixels.shape[1], pixels.shape[0])
-    sizes = [level_size(base, num_scales - scale, scale_factor) for scale in range(up_to + 1)]
-    return [pixels if size == base else resize_pixels(pixels, size) for size in sizes]
 
 
 def resize_bicubic(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Starting the processes of one machine that train together; `utils.distributed.joined` connects them."""
+"""Starting the processes of one machine that train together; `training.distributed.joined` connects them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from utils.distributed import FORWARDED, LAUNCHER_FOLDER
+from training.distributed import FORWARDED, LAUNCHER_FOLDER
 from utils.errors import UserError
 from utils.stopping import SAME_REQUEST, announce
 

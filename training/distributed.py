@@ -1,6 +1,6 @@
 """Several processes that train together, one for each device, on one machine or on several.
 
-`utils.launching` starts those of this machine. In each of them, and in those that `torchrun` or a batch system has
+`training.launching` starts those of this machine. In each of them, and in those that `torchrun` or a batch system has
 started with `RANK`, `WORLD_SIZE` and `LOCAL_RANK` in the environment, `joined` connects it with the others.
 """
 

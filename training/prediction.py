@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.confusion import confusion_matrix, count_values
+from training.metrics import confusion_matrix, count_values
 from utils.errors import UserError
 
 CONFIDENCE_BINS = 20

@@ -18,9 +18,9 @@ from data_handlers.datasets import DataSet
 from data_handlers.label_maps import colourise
 from data_handlers.labelled import LabelledImage, open_labelled
 from data_handlers.lists import FileList
-from models.evaluation import CONFIDENCE_BINS, PredictionStatistics, evaluate
-from utils.confusion import Scores, scores_of
-from utils.distributed import Rank
+from training.prediction import CONFIDENCE_BINS, PredictionStatistics, evaluate
+from training.metrics import Scores, scores_of
+from training.distributed import Rank
 from utils.errors import UserError
 
 VALIDATIONS = "validations.json"

@@ -12,8 +12,8 @@ from PIL import Image
 from scipy.ndimage import label as connected_parts
 
 from data_handlers.label_maps import CITYSCAPES_IDS, IGNORE, SYNTHIA_IDS
-from data_handlers.toy_looks import LOOKS, Id
-from data_handlers.toy_world import draw_scene
+from data_handlers.toy.looks import LOOKS, Id
+from data_handlers.toy.world import draw_scene
 from utils.errors import UserError
 from utils.files import atomic_write_bytes, atomic_write_json, make_folder, read_json
 

@@ -1,7 +1,7 @@
 """The toy world: a street with everything along it, seen by a camera and drawn far to near.
 
 World axes: x metres right of the camera, y above the ground, z ahead. The canvas is an image of row numbers: each
-polygon is one row of the G-buffer (see toy_looks.py), so the picture and the label come from the very same pixels.
+polygon is one row of the G-buffer (see looks.py), so the picture and the label come from the very same pixels.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from data_handlers import toy_things as things
-from data_handlers.toy_looks import NEAR, SUPER, TEXTURES, Camera, GBuffer, Id, Look, Point, clip_near, develop, shade
-from data_handlers.toy_things import ROUND, Colour, Pose
+from data_handlers.toy import things
+from data_handlers.toy.looks import NEAR, SUPER, TEXTURES, Camera, GBuffer, Id, Look, Point, clip_near, develop, shade
+from data_handlers.toy.things import ROUND, Colour, Pose
 
 _TRAFFIC = ((things.truck, 8.5), (things.bus, 11.5), (things.car, 4.6))  # and their lengths
 FAR = 200.0  # metres: the street ends here, behind it stands a backdrop
@@ -169,7 +169,7 @@ class Scene:
         self.items.append((z0, z1, x, draw))
 
     def put(self, draw: Callable[..., None], x: float, z: float, *more: float | bool) -> None:
-        """Stand one of toy_things' flat things at a place."""
+        """Stand one of the flat things of `things` at a place."""
         self.add(x, z, z, lambda: draw(self.cv, (self.at(x, z)[0], 0.0, z), *more))
 
     def strip(self, x0: float, x1: float, label: int, material: str, y: float = 0.0, z0: float = NEAR, z1: float = FAR,

@@ -1,0 +1,49 @@
+"""Pyramids of file images: every level is resized from the base image (docs/method.md, section 1).
+
+Files go through Pillow's antialiased bicubic filter; generated tensors are resized otherwise, see `core.cascade`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from data_handlers.images import Resample, resize_pixels
+
+
+def level_size(size: Sequence[int], steps_down: int, scale_factor: float) -> tuple[int, ...]:
+    """ceil(f^steps * size) of each side; sides in pixels, in whatever order they come."""
+    return tuple(math.ceil(math.pow(scale_factor, steps_down) * side) for side in size)
+
+
+def image_pyramid(image: Image.Image, num_scales: int, scale_factor: float, up_to: int) -> list[np.ndarray]:
+    """Levels 0..`up_to` of a file image, each resized from the base image with Pillow's bicubic filter.
+
+    Args:
+        image: RGB base image (after the training resize and crop, or a whole native image for export).
+        num_scales: N; level N has the base size.
+        up_to: finest level wanted (training at scale s needs 0..s only).
+
+    Returns:
+        uint8 arrays (h_i, w_i, 3).
+    """
+    levels = []
+    for scale in range(up_to + 1):
+        size = level_size(image.size, num_scales - scale, scale_factor)
+        level = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+        levels.append(np.asarray(level))
+    return levels
+
+
+def array_pyramid(
+    pixels: np.ndarray, num_scales: int, scale_factor: float, up_to: int, resample: Resample
+) -> list[np.ndarray]:
+    """`image_pyramid` of uint8 (h,w,3), `exact` or within one level of it (`fast`)."""
+    if resample == "exact":
+        return image_pyramid(Image.fromarray(pixels), num_scales, scale_factor, up_to)
+    base = (pixels.shape[1], pixels.shape[0])
+    sizes = [level_size(base, num_scales - scale, scale_factor) for scale in range(up_to + 1)]
+    return [pixels if size == base else resize_pixels(pixels, size) for size in sizes]

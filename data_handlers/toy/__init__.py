@@ -1,0 +1,1 @@
+"""A generated world of street scenes, for the demo and the tests."""

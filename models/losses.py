@@ -1,0 +1,26 @@
+"""The losses that every training of a segmentation net shares, as pure functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_handlers.label_maps import IGNORE
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean cross-entropy over the pixels that are not ignored, a scalar.
+
+    It is 0, with zero gradients, where every pixel is ignored: a small crop of void must not end a run.
+
+    Args:
+        logits: (B,C,h,w); computed in float32 at least.
+        label: trainIds (B,h,w), integer, 255 = ignore.
+    """
+    target = label.long()
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    # The sum is taken outside of `F.cross_entropy`: the sum inside has no deterministic order on a GPU.
+    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none").sum()
+    return total / (target != IGNORE).sum().clamp(min=1)

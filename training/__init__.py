@@ -1,0 +1,1 @@
+"""What every training shares: loop, checkpoints, run folders, flags, validation, progress, several processes."""
