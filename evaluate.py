@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from core.execution import channels_last, set_convolution_precision
 from core.segmentation_files import load_segmentation_net
-from training.validation import CONVENTION, score_table
 from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.label_maps import SYNTHIA_13, SYNTHIA_16, colourise, to_label_ids
 from data_handlers.labelled import LabelledImage, check_samples, open_labelled
 from data_handlers.lists import FileList, list_validation, require_labels
-from training.prediction import evaluate
 from models.segmentation import require_classes
 from training.metrics import Scores, scores_of
+from training.prediction import evaluate
+from training.validation import CONVENTION, score_table
 from utils.devices import loader_workers, resolve_device
 from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import atomic_write_bytes, atomic_write_json, check_folder, check_output_file, make_folder

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.cascade import cascade, generated_pyramid
 from core.config import LossConfig
 from core.losses import gradient_penalty, total_variation
-from models.losses import cross_entropy
 from core.networks import Generator
 from core.objectives import PerceptualNet
-from core.cascade import cascade, generated_pyramid
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, StepResult
+from models.losses import cross_entropy
 
 Fake = Callable[[], Tensor]  # translates anew at every call
 

@@ -12,8 +12,8 @@ from core.config import ProCSTConfig
 from core.execution import channels_last
 from core.label_networks import build_label_networks
 from core.networks import Discriminator, Generator, freeze, init_weights
-from data_handlers.pyramid import level_size
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers
+from data_handlers.pyramid import level_size
 from models.segmentation import build_segmentation_net
 from models.vgg import VGGFeatures, build_vgg
 

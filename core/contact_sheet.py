@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from core.cascade import to_pixels, translate_pyramid
 from core.config import ProCSTConfig
 from core.networks import Generator
-from core.cascade import to_pixels, translate_pyramid
-from data_handlers.pyramid import image_pyramid
 from data_handlers.images import normalise, read_image
 from data_handlers.lists import FileList
+from data_handlers.pyramid import image_pyramid
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
 

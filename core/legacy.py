@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from core.networks import Generator, NetworkShape, freeze
-from models.segmentation import SegmentationShape, build_segmentation_net
+from models.segmentation import build_segmentation_net
+from models.shapes import SegmentationShape
 from utils.errors import UserError
 from utils.tensor_files import check_archive, load_network
 

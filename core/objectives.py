@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from core.cascade import cascade, generated_pyramid
 from core.config import LossConfig
 from core.execution import Forward
 from core.losses import content_loss, gradient_penalty, gram_matrix, style_loss, total_variation
 from core.networks import Discriminator, Generator
-from core.cascade import cascade, generated_pyramid
 
 # Image (B,3,h,w) in [-1,1] -> features by position in VGG16's `features`, holding at least the layers asked for.
 PerceptualNet = Callable[[Tensor], Mapping[int, Tensor]]

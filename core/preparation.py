@@ -1,126 +1,181 @@
-"""Looking at everything that can be wrong with the input of a ProCST run, before anything is written."""
+"""Checking everything that can be wrong with the input of a ProCST run, before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from core.config import ProCSTConfig
-from core.execution import (
-    Precision,
-    channels_last,
-    recomputes_blocks,
-    resolve_precision,
-    set_convolution_precision,
-    set_determinism,
-)
-from core.label_networks import build_label_networks, load_source_net
-from core.progress import ScalePlan, scale_plans
-from core.step import LabelNetworks, PerceptualNet
-from training.validation import Validator, scored_classes
-from data_handlers.cache import OR_SKIP, ImageCache
-from data_handlers.cache_building import bytes_to_build, open_cache
+from core.config import ProCSTConfig, default_semseg_weights
+from core.procst import ProCST
 from data_handlers.datasets import DATA_SETS
+from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
-from models.segmentation import require_classes
-from training.synchronised_norm import synchronise_batch_norms
+from models.resnet import recompute_blocks
+from models.segmentation import build_segmentation_net, load_backbone, require_classes
 from models.vgg import build_vgg
 from training.distributed import Rank
+from training.precision import channels_last, recomputes_blocks
+from training.run import Continued, Prepared
+from training.segmentation_files import load_segmentation_net
+from training.validation import Validator, scored_classes
+from utils.devices import workers_for
 from utils.errors import UserError
-from utils.tensor_files import weights_fingerprint
+from utils.seeds import seed_for
+from utils.sizes import evenly_spaced
 
-LABEL_FREE_IMAGES = 100  # target images looked at for the label-free score where there is no val split
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """A run whose input has been looked at; nothing is written yet.
-
-    Attributes:
-        config: with all that `auto` stood for resolved.
-        plans: of the scales.
-        labels: networks of the label losses, None without.
-        validation_line: says what validates the last scale, or why nothing does.
-        inputs: fingerprints of what is learnt from.
-    """
-
-    config: ProCSTConfig
-    source: FileList
-    target: FileList
-    plans: Sequence[ScalePlan]
-    labels: LabelNetworks | None
-    validator: Validator | None
-    validation_line: str
-    perceptual: PerceptualNet
-    inputs: dict[str, str]
-    rank: Rank
+LABEL_FREE_IMAGES = 100  # target images of the label-free score where there is no val split
 
 
-def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> PreparedRun:
-    """Look at everything that can be wrong with the input, and build the networks that are not trained.
-
-    Args:
-        fresh_target_net: the net trained on SiT starts from its backbone's weights, not from a checkpoint.
+def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Prepared:
+    """Check the input and build the networks that are not trained, and Q.
 
     Raises:
         UserError: names the file or flag.
     """
-    device = rank.device
-    set_determinism(config.compute.deterministic)
-    precision = agreed_precision(config.compute.precision, rank)
-    config = replace(config, compute=config.compute.in_precision(precision))
-    set_convolution_precision(precision)
     source, target = _file_lists(config)
-    plans = scale_plans(config, max(len(source), len(target)))
-    labels, validator, validation_line = None, None, ""
-    inputs = {"list of source images": source.fingerprint(), "list of target images": target.fingerprint()}
-    if not config.run.no_semseg:
-        require_classes(config.semseg.num_classes, source.data_set.name, source.data_set.id_map)
-        config, validator, validation_line = _validation(config, target, device, rank)
-        source_net = load_source_net(config)
-        inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(source_net)
-        labels = build_label_networks(
-            config.semseg, source_net, config.run.manual_seed, pretrained=fresh_target_net,
-            save_memory=recomputes_blocks(precision, device),
+    seg_source, seg_sit, validator, line = None, None, None, ""
+    if not config.labels.no_semseg:
+        require_classes(config.net.num_classes, source.data_set)
+        config, validator, line = _validation(config, target, rank)
+        seg_source = _load_seg_source(config)
+        seg_sit = _build_seg_sit(config, fresh=continued is None or "seg_sit" not in continued.checkpoint.modules)
+        if recomputes_blocks(config.run.precision, rank.device):
+            recompute_blocks(seg_sit)
+    workers = workers_for(config.loader.num_workers, rank.device, rank.count)
+
+    def domain(files: FileList, name: str, resize: tuple[int, int], labels: str) -> Domain:
+        return Domain(
+            files=files, name=name, seed=config.run.manual_seed, resize=resize, crop=config.source.crop_size,
+            labels=labels, resample=config.loader.resample, on_bad_image=config.loader.on_bad_image,
+            num_workers=workers, cache_dir=config.loader.cache_dir,
         )  # fmt: skip
-        if fresh_target_net:
-            inputs["start of the net trained on SiT (--backbone_weights)"] = weights_fingerprint(labels.target_net)
-        if rank.count > 1:
-            synchronise_batch_norms(labels.target_net)
-        channels_last(labels.source_net)
-        channels_last(labels.target_net)
-    if config.data.on_bad_image == "stop":
-        check_samples(source, "check" if config.run.no_semseg else "read", OR_SKIP)
-        check_samples(target, "none", OR_SKIP)
-    perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
-    channels_last(perceptual)
-    inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)
-    _require_one_run(config, inputs, rank)
-    return PreparedRun(config, source, target, plans, labels, validator, validation_line, perceptual, inputs, rank)
 
-
-def agreed_precision(wanted: str, rank: Rank) -> Precision:
-    """What every process computes in: of `auto`, what pays on the first one's device.
-
-    Raises:
-        UserError: this process was asked for another precision, or its device cannot do it.
-    """
-    rank.require_equal({"--precision": wanted})
-    return resolve_precision(rank.from_first(resolve_precision(wanted, rank.device)), rank.device)
+    with_labels = "none" if not source.data_set.label_path else "check" if config.labels.no_semseg else "read"
+    if config.loader.on_bad_image == "stop":
+        explicit = bool(config.source.src_labels)
+        check_samples(source, labels=with_labels, flag="--src_labels", explicit=explicit)
+        check_samples(target, labels="none")
+    perceptual = build_vgg(config.loss.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed)
+    channels_last(perceptual.to(rank.device))
+    method = ProCST(
+        config=config,
+        rank=rank,
+        source=domain(source, "source", config.source.src_resize, with_labels),
+        target=domain(target, "target", config.target.trg_resize, "none"),
+        perceptual=perceptual,
+        seg_source=seg_source,
+        seg_sit=seg_sit,
+    )
+    return Prepared(method=method, validator=validator, validation_line=line)
 
 
 def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:
-    data = config.data
-    source = list_images(DATA_SETS[data.source], data.src_data_dir, "--src_data_dir", list_file=data.src_list)
-    target = list_images(DATA_SETS[data.target], data.trg_data_dir, "--trg_data_dir", list_file=data.trg_list)
+    source_set = DATA_SETS[config.source.source].with_labels(config.source.src_labels)
+    target_set = DATA_SETS[config.target.target].with_labels(config.target.trg_labels)
+    source = list_images(source_set, config.source.src_data_dir, "--src_data_dir", list_file=config.source.src_list)
+    target = list_images(target_set, config.target.trg_data_dir, "--trg_data_dir", list_file=config.target.trg_list)
     require_labels(source, "--src_data_dir")
-    if not config.run.no_semseg and not source.data_set.label_path:
-        raise UserError(f"--source {data.source} has no labels, which the label losses need: add --no_semseg")
+    if not config.labels.no_semseg and not source_set.label_path:
+        raise UserError(f"--source {source_set.name} has no labels, which the label losses need: add --no_semseg")
     return source, target
+
+
+# --- the segmentation nets of the last scale -------------------------------------------------------------------------
+
+
+def _load_seg_source(config: ProCSTConfig) -> nn.Module:
+    """P of a run, frozen, on the CPU.
+
+    Raises:
+        UserError: a missing or damaged file, or a net of another shape than configured.
+    """
+    path, wanted = Path(config.labels.semseg_weights), config.net.shape()
+    if not path.exists():
+        raise UserError(
+            f"--semseg_weights {path}: no such file; the label losses need a segmentation net trained on "
+            f"{config.source.source}: put the authors' file there, name another, go without (--no_semseg), or train one "
+            f"with: {_training_command(config)}"
+        )
+    shape, net = load_segmentation_net(path, "--semseg_weights")
+    if shape != wanted:
+        differing = [
+            f"--{name} {getattr(shape, name)}"
+            for name in ("model", "backbone", "num_classes")
+            if getattr(shape, name) != getattr(wanted, name) and getattr(shape, name) != "none"
+        ]
+        raise UserError(
+            f"--semseg_weights {path} holds {shape}, but the command line asks for {wanted}; give "
+            f"{' '.join(differing)}, or other weights"
+        )
+    return net
+
+
+def _training_command(config: ProCSTConfig) -> str:
+    """The command that trains P for a run."""
+    source, weights = config.source, config.labels.semseg_weights
+    words = ["--source", source.source, "--src_data_dir", source.src_data_dir, *config.net.shape().flags()]
+    if Path(weights) != Path(default_semseg_weights(source.source)).absolute():
+        words += ["--output", weights]
+    return shlex.join(["python", "train_semseg_on_source.py", *words])
+
+
+def _build_seg_sit(config: ProCSTConfig, fresh: bool) -> nn.Module:
+    """Q on the CPU, its backbone from the weights asked for unless a checkpoint fills it.
+
+    Raises:
+        UserError: the backbone weights cannot be loaded.
+    """
+    torch.manual_seed(seed_for(config.run.manual_seed, 5))
+    net = build_segmentation_net(config.net.shape())
+    if fresh and config.net.backbone_weights != "random":
+        load_backbone(net, config.net.backbone, config.net.backbone_weights)
+    return net.train()
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[ProCSTConfig, Validator | None, str]:
+    """Resolve `--select_by`, and make what validates the last scale, with a line that says what is done.
+
+    Raises:
+        UserError: selection by mIoU where labels are missing, or `--validation_rate` where nothing is validated.
+    """
+    files, missing = _validation_list(target)
+    asked = config.validation.select_by
+    select_by = _resolve_selection(asked, files, missing, target)
+    config = replace(config, validation=replace(config.validation, select_by=select_by))
+    if select_by == "none":
+        if config.validation.validation_rate:
+            raise UserError(
+                f"--validation_rate: {target.root} has no labelled val split, so nothing is validated; leave it out, "
+                "or validate without labels with --select_by label_free"
+            )
+        reason = "as --select_by none says" if asked == "none" else "the target has no labelled val split"
+        return config, None, f"no validation of the last scale: {reason}"
+    labelled = files is not None and not missing
+    if files is None:
+        files = replace(target, images=tuple(evenly_spaced(target.images, LABEL_FREE_IMAGES)))
+    skip = config.loader.on_bad_image == "skip"
+    if not skip:
+        explicit = bool(config.target.trg_labels)
+        check_samples(files, labels="read" if labelled else "none", flag="--trg_labels", explicit=explicit)
+    validator = Validator(
+        files=files,
+        with_labels=labelled,
+        select_by=select_by,
+        classes=scored_classes(config.net.num_classes, target.data_set, DATA_SETS[config.source.source]),
+        num_classes=config.net.num_classes,
+        num_workers=workers_for(config.loader.num_workers, rank.device, rank.count),
+        rank=rank,
+        skip_unusable=skip,
+    )
+    return config, validator, f"validating the last scale on {files.describe()}, best by {select_by}"
 
 
 def _validation_list(target: FileList) -> tuple[FileList | None, int]:
@@ -144,90 +199,13 @@ def _resolve_selection(select_by: str, files: FileList | None, missing: int, tar
         if select_by == "auto":
             return "none"
         raise UserError(
-            f"--select_by miou needs a labelled val split in --trg_data_dir {target.root}, and there is none; "
-            "use --select_by label_free, which needs no labels, or none"
+            f"--select_by miou needs a labelled val split in --trg_data_dir {target.root}, and there is none; use "
+            "--select_by label_free, which needs no labels, or none"
         )
     if missing:
         # Some labels and not others is a broken download, and neither way of going on is what was meant.
         raise UserError(
-            f"--trg_data_dir {target.root}: {missing} of the {len(files)} val images have no label, so no mIoU can "
-            "be had; complete the labels, or use --select_by label_free or none"
+            f"--trg_data_dir {target.root}: {missing} of the {len(files)} val images have no label, so no mIoU can be "
+            "had; complete the labels, or use --select_by label_free or none"
         )
     return "miou"
-
-
-def _validation(
-    config: ProCSTConfig, target: FileList, device: torch.device, rank: Rank
-) -> tuple[ProCSTConfig, Validator | None, str]:
-    """Resolve `--select_by`, and make what validates the last scale, with a line that says what is done.
-
-    Raises:
-        UserError: selection by mIoU where labels are missing, or `--validation_rate` where nothing is validated.
-    """
-    files, missing = _validation_list(target)
-    asked = config.semseg.select_by
-    select_by = _resolve_selection(asked, files, missing, target)
-    if select_by == "none":
-        if config.semseg.validation_rate:
-            raise UserError(
-                f"--validation_rate: {target.root} has no labelled val split, so nothing is validated; leave it out, "
-                "or validate without labels with --select_by label_free"
-            )
-        reason = "as --select_by none says" if asked == "none" else "the target has no labelled val split"
-        return _with_selection(config, "none"), None, f"no validation of the last scale: {reason}"
-    labelled = files is not None and not missing
-    if files is None:
-        count = min(LABEL_FREE_IMAGES, len(target))
-        files = replace(target, images=tuple(target.images[k * len(target) // count] for k in range(count)))
-    skip = config.data.on_bad_image == "skip"
-    if not skip:
-        check_samples(files, "read" if labelled else "none", OR_SKIP)
-    classes = scored_classes(config.semseg.num_classes, target.data_set, DATA_SETS[config.data.source])
-    num_classes, workers = config.semseg.num_classes, config.data.num_workers
-    validator = Validator(files, labelled, classes, num_classes, device, workers, rank, skip)
-    line = f"validating the last scale on {files.describe()}, best by {select_by}"
-    return _with_selection(config, select_by), validator, line
-
-
-def _with_selection(config: ProCSTConfig, select_by: str) -> ProCSTConfig:
-    return replace(config, semseg=replace(config.semseg, select_by=select_by))
-
-
-def open_caches(config: ProCSTConfig, source: FileList, target: FileList) -> dict[str, ImageCache]:
-    """The caches of the `source` and `target` images, built where they are not there yet; none without `--cache_dir`.
-
-    Raises:
-        UserError: as of `data_handlers.cache_building.open_cache`.
-    """
-    data = config.data
-    if not data.cache_dir:
-        return {}
-    folder, workers, skip = Path(data.cache_dir), data.num_workers, data.on_bad_image == "skip"
-    labels = not config.run.no_semseg
-    return {
-        "source": open_cache(folder, source, data.src_resize, data.resample, labels, workers, skip),
-        "target": open_cache(folder, target, data.trg_resize, data.resample, False, workers, skip),
-    }
-
-
-def bytes_to_cache(config: ProCSTConfig, source: FileList, target: FileList) -> int:
-    """Disk space that `open_caches` will take.
-
-    Raises:
-        UserError: the cache cannot be read.
-    """
-    data = config.data
-    folder, labels, skip = Path(data.cache_dir), not config.run.no_semseg, data.on_bad_image == "skip"
-    source_bytes = bytes_to_build(folder, source, data.src_resize, data.resample, labels, skip)
-    return source_bytes + bytes_to_build(folder, target, data.trg_resize, data.resample, False, skip)
-
-
-def _require_one_run(config: ProCSTConfig, inputs: dict[str, str], rank: Rank) -> None:
-    """Check that all processes were asked for the same run and see the same files."""
-    plain = config.to_json()
-    compared = ("network", "loss", "optim", "schedule", "compute")
-    values = {f"configuration ({name})": plain[name] for name in compared}
-    paths = ("semseg_weights", "backbone_weights")
-    values["configuration (semseg)"] = {name: value for name, value in plain["semseg"].items() if name not in paths}
-    values["--manual_seed"] = config.run.manual_seed
-    rank.require_equal({**values, **inputs})

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from core.cascade import cascade
 from core.config import LossConfig
 from core.execution import Forward, run_plainly
-from data_handlers.label_maps import IGNORE
-from models.losses import cross_entropy
 from core.networks import Discriminator, Generator, without_gradients
 from core.objectives import (
     PerceptualNet,
@@ -33,8 +32,9 @@ from core.objectives import (
     pieces,
     weighted_sum,
 )
-from core.cascade import cascade
 from core.shares import WHOLE, BatchShare
+from data_handlers.label_maps import IGNORE
+from models.losses import cross_entropy
 from utils.batch_norms import without_statistics
 
 

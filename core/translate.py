@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.cascade import to_pixels, translate_pyramid
 from core.execution import Execution, Precision, exact_convolutions
 from core.networks import ConvBlock, Generator
-from core.cascade import to_pixels, translate_pyramid
 from data_handlers.images import normalise
 from utils.errors import UserError
 from utils.memory import available_memory

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vgg import VGG16_CONVS, VGG16_POOLINGS
+from models.shapes import VGG16_CONVS, VGG16_POOLINGS
 
 FC_CHANNELS = 4096
 POOL3, POOL4, POOL5 = VGG16_POOLINGS[2:]

@@ -7,7 +7,6 @@ ImageNet weights, and a `head`, which learns ten times as fast.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from models.deeplab import DeepLab, DilatedSumHead, FiveBranchHead
 from models.fcn8s import FCN8s
 from models.resnet import RESNETS, ResNet
+from models.shapes import SegmentationShape
 from models.unet import UNet
 from utils.errors import UserError
 from utils.tensor_files import load_network, read_state_dict
 
 HEAD_RATE = 10.0
-SMALLEST_CROP = 16  # below this nothing is left to train on at output stride 8
 
 
 def _deeplab_v2(backbone: str, num_classes: int) -> nn.Module:
@@ -43,65 +42,14 @@ def _unet(backbone: str, num_classes: int) -> nn.Module:
     return UNet(num_classes)
 
 
-@dataclass(frozen=True)
-class Model:
-    """A registered net: its backbones, the default first, and how it is built from (backbone, num_classes)."""
-
-    backbones: tuple[str, ...]
-    build: Callable[[str, int], nn.Module]
-
-
-_RESNET_BACKBONES = ("resnet101", "resnet50", "resnet34", "resnet18")
-MODELS = {
-    "DeepLabV2": Model(_RESNET_BACKBONES, _deeplab_v2),
-    "DeepLab": Model(_RESNET_BACKBONES, _deeplab),
-    "VGG": Model(("vgg16",), _fcn8s),
-    "UNet": Model(("none",), _unet),
-}
-BACKBONES = tuple(dict.fromkeys(name for model in MODELS.values() for name in model.backbones))
-
-
-@dataclass(frozen=True)
-class SegmentationShape:
-    """Which net, on which backbone, with how many classes.
-
-    Raises:
-        UserError: unknown model, a backbone the model cannot use, or an impossible number of classes.
-    """
-
-    model: str = "DeepLabV2"
-    backbone: str = "resnet101"
-    num_classes: int = 19
-
-    def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise UserError(f"--model {self.model}: no such net; there are {', '.join(MODELS)}")
-        backbones = MODELS[self.model].backbones
-        if self.backbone not in backbones:
-            raise UserError(f"--backbone {self.backbone}: {self.model} is built on {', '.join(backbones)}")
-        if not isinstance(self.num_classes, int) or not 2 <= self.num_classes <= 255:
-            raise UserError(f"--num_classes is {self.num_classes}; it must be 2 to 255")
-
-    def flags(self) -> list[str]:
-        """The command line flags that ask for this shape; those at their defaults are left out."""
-        words = ["--model", self.model]
-        if self.backbone != default_backbone(self.model):
-            words += ["--backbone", self.backbone]
-        return words if self.num_classes == 19 else [*words, "--num_classes", str(self.num_classes)]
-
-    def __str__(self) -> str:
-        backbone = "" if self.backbone == "none" else f" on {self.backbone}"
-        return f"{self.model}{backbone} with {self.num_classes} classes"
-
-
-def default_backbone(model: str) -> str:
-    """The published backbone of a model ('' if there is no such model)."""
-    return MODELS[model].backbones[0] if model in MODELS else ""
+_BUILDERS: dict[str, Callable[[str, int], nn.Module]] = {
+    "DeepLabV2": _deeplab_v2, "DeepLab": _deeplab, "VGG": _fcn8s, "UNet": _unet,
+}  # fmt: skip
 
 
 def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
     """A net with PyTorch's default random weights."""
-    return MODELS[shape.model].build(shape.backbone, shape.num_classes)
+    return _BUILDERS[shape.model](shape.backbone, shape.num_classes)
 
 
 def parameter_groups(net: nn.Module, rate: float) -> list[dict[str, Any]]:

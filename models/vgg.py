@@ -14,17 +14,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
+from models.shapes import VGG16_CONVS, VGG16_RELUS
 from utils.errors import UserError
 from utils.tensor_files import read_state_dict
 
-# (in, out) channels of each convolution of VGG16 by its position in `features`; every one is followed by a ReLU, and
-# the positions left over are the 2x2 max pools.
-VGG16_CONVS = {
-    0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
-    17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512),
-}  # fmt: skip
-VGG16_POOLINGS = (4, 9, 16, 23, 30)
-VGG16_RELUS = tuple(index + 1 for index in VGG16_CONVS)
 _CONV_KEY = re.compile(r"^(?:features\.)?(\d+)\.(weight|bias)$")
 
 

@@ -22,7 +22,8 @@ from conftest import ScriptResult
 from core.segmentation_files import SegmentationFile
 from data_handlers.images import read_image, read_pixels
 from hostile_files import BAIT, Command, jpeg
-from models.segmentation import SegmentationShape, build_segmentation_net
+from models.segmentation import build_segmentation_net
+from models.shapes import SegmentationShape
 from refusals import check_refusal, tree
 from test_bad_input import write_vgg
 from test_label_training import source_flags

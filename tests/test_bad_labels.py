@@ -13,7 +13,8 @@ import train_procst
 import train_semseg_on_source
 from core.segmentation_files import SegmentationFile
 from data_handlers.datasets import DataSet
-from models.segmentation import SegmentationShape, build_segmentation_net
+from models.segmentation import build_segmentation_net
+from models.shapes import SegmentationShape
 from test_bad_input import check_refusal, tree
 from test_label_training import label_flags, source_flags
 from test_train_cli import only_run, training_flags

@@ -11,10 +11,10 @@ from torch import nn
 
 import train_procst
 import train_semseg_on_source
-from training.validation import Validator
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images
 from test_label_training import label_flags, only_run, source_flags, source_net, world  # noqa: F401
+from training.validation import Validator
 from utils.errors import UserError
 
 CPU = torch.device("cpu")

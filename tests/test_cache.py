@@ -18,12 +18,12 @@ from PIL import Image
 import train_procst
 from conftest import GOLDEN_DIR
 from core.checkpoint import load_checkpoint
-from data_handlers.pyramid import array_pyramid
 from data_handlers import cache_building as cache_module
 from data_handlers.cache_building import bytes_to_build, open_cache
 from data_handlers.datasets import DATA_SETS
 from data_handlers.label_maps import CITYSCAPES_IDS
 from data_handlers.lists import list_images
+from data_handlers.pyramid import array_pyramid
 from data_handlers.stream import StreamConfig, open_stream
 from test_bad_input import check_refusal
 from test_train_cli import all_tensors, only_run, training_flags

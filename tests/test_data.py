@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data_handlers.pyramid import array_pyramid
 from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.images import read_label
 from data_handlers.label_maps import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16, to_train_ids
 from data_handlers.lists import label_path, list_images, require_labels
+from data_handlers.pyramid import array_pyramid
 from data_handlers.stream import StreamConfig, StreamSamples, open_stream
 from utils.errors import UserError
 from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_png16, write_synthia

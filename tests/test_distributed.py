@@ -27,15 +27,15 @@ from conftest import ScriptResult
 from core.checkpoint import load_checkpoint
 from core.preparation import agreed_precision
 from core.shares import BatchShare
-from training.validation import Validator
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images
 from models.resnet import RESNETS, ResNet, recompute_blocks
-from training.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from test_exact_step import DoubleStep
 from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
 from test_train_cli import only_run, training_flags
 from training.distributed import Rank
+from training.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
+from training.validation import Validator
 from utils.errors import UserError
 from worlds import write_cityscapes, write_gta5
 

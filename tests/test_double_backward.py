@@ -17,8 +17,8 @@ from core.execution import Execution
 from core.losses import gradient_penalty
 from core.networks import Discriminator
 from core.objectives import at_once, at_once_before_graph
-from training.synchronised_norm import synchronise_batch_norms
 from test_step import build
+from training.synchronised_norm import synchronise_batch_norms
 from utils.flags import parse_flags
 
 NORMS = ("group", "batch")

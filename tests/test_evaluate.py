@@ -17,10 +17,11 @@ from torch import nn
 
 import evaluate as script
 from core.segmentation_files import SegmentationFile, load_segmentation_net
-from training.prediction import PredictionStatistics, evaluate, predict
-from models.segmentation import SegmentationShape, build_segmentation_net
+from models.segmentation import build_segmentation_net
+from models.shapes import SegmentationShape
 from test_bad_input import check_refusal, tree
 from training.metrics import confusion_matrix, scores_of
+from training.prediction import PredictionStatistics, evaluate, predict
 from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_synthia
 
 NAMES = (

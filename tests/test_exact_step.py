@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.literal_step import literal_step
-from data_handlers.label_maps import IGNORE
 from core.networks import published_norm
 from core.objectives import pieces
 from core.step import Batch
+from data_handlers.label_maps import IGNORE
 from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
 from test_step import LOSSES, Step
 

@@ -20,15 +20,15 @@ from torch import nn
 
 from benchmarks.literal_step import collect_gradients, literal_step
 from conftest import GOLDEN_DIR
+from core.cascade import to_unit_range, translate_pyramid
 from core.config import LossConfig, SGDConfig
 from core.execution import Execution, channels_last
 from core.label_networks import segmentation_optimizer
 from core.networks import Discriminator, Generator, NetworkShape, freeze, layers_at_scale, published_norm
 from core.progress import tag_of
-from core.cascade import to_unit_range, translate_pyramid
-from data_handlers.pyramid import image_pyramid
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
 from data_handlers.images import normalise
+from data_handlers.pyramid import image_pyramid
 from models.segmentation import HEAD_RATE
 from models.vgg import vgg_from_state_dict
 

@@ -19,10 +19,11 @@ from core.checkpoint import load_checkpoint
 from core.label_networks import restore_momentum
 from core.segmentation_files import SegmentationFile, load_segmentation_net
 from core.trainer import Trainer
-from training.validation import BEST_PATTERN, Validator, best_name
-from models.segmentation import SegmentationShape, build_segmentation_net
+from models.segmentation import build_segmentation_net
+from models.shapes import SegmentationShape
 from test_train_cli import all_tensors, only_run, training_flags
 from training.distributed import Rank
+from training.validation import BEST_PATTERN, Validator, best_name
 from worlds import write_cityscapes, write_gta5
 
 STEPS = 3

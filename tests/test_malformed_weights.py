@@ -8,7 +8,8 @@ import torch
 import evaluate
 from core.legacy import load_legacy_generators
 from core.segmentation_files import SegmentationFile, load_segmentation_net
-from models.segmentation import SegmentationShape, build_segmentation_net, load_backbone
+from models.segmentation import build_segmentation_net, load_backbone
+from models.shapes import SegmentationShape
 from test_bad_input import check_refusal
 from test_legacy import write_archive
 from utils.errors import UserError

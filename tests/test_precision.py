@@ -25,9 +25,9 @@ from core.execution import Execution, bf16_pays, image_layout, recomputes_blocks
 from core.label_networks import build_label_networks
 from core.losses import gradient_penalty
 from core.networks import Discriminator, Generator, NetworkShape
-from data_handlers.pyramid import image_pyramid
 from core.step import Batch
 from data_handlers.images import normalise
+from data_handlers.pyramid import image_pyramid
 from data_handlers.toy.files import draw_frame
 from test_bad_input import check_refusal
 from test_step import Step, build

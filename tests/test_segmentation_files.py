@@ -15,7 +15,8 @@ import torch
 from conftest import GOLDEN_DIR
 from core.legacy import _segmentation_net_of, load_legacy_segmentation, read_inert
 from core.segmentation_files import SegmentationFile, load_segmentation_net, read_segmentation_file
-from models.segmentation import SegmentationShape, build_segmentation_net
+from models.segmentation import build_segmentation_net
+from models.shapes import SegmentationShape
 from test_legacy import Touch, write_archive
 from test_segmentation_nets import check_refused, randomise
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from benchmarks.meters import Meter
 from models.resnet import RESNETS, ResNet, recompute_blocks
-from models.segmentation import MODELS, SegmentationShape, build_segmentation_net, load_backbone, parameter_groups
+from models.segmentation import MODELS, build_segmentation_net, load_backbone, parameter_groups
+from models.shapes import SegmentationShape
 from utils.errors import UserError
 
 DILATIONS = (6, 12, 18, 24)

@@ -13,12 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_semseg_on_source
 from core.segmentation_files import read_segmentation_file
 from core.source_training import SourceTrainer, poly_rate
-from training.validation import Validator
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images
 from data_handlers.stream import StreamConfig, StreamSamples
 from test_label_training import source_flags, world  # noqa: F401
 from test_train_cli import only_run
+from training.validation import Validator
 
 
 def test_source_training_keeps_the_best_and_the_latest(world, tmp_path, run_script):  # noqa: F811

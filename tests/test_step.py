@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from core.batches import penalty_alphas
+from core.cascade import cascade, generated_pyramid
 from core.config import LossConfig
 from core.losses import gradient_penalty, gram_matrix, total_variation
-from models.losses import cross_entropy
 from core.networks import Discriminator, Generator, NetworkShape, freeze, init_weights, layers_at_scale, published_norm
-from core.cascade import cascade, generated_pyramid
-from data_handlers.pyramid import image_pyramid, level_size
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
 from data_handlers.images import normalise
-from models.vgg import VGG16_CONVS, VGGFeatures, build_vgg
+from data_handlers.pyramid import image_pyramid, level_size
+from models.losses import cross_entropy
+from models.shapes import VGG16_CONVS
+from models.vgg import VGGFeatures, build_vgg
 from worlds import noise_image
 
 LOSSES = LossConfig(content_layers=(6,), style_layers=(3, 6))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from core.networks import Generator, NetworkShape, freeze, init_weights
 from core.cascade import to_pixels
+from core.networks import Generator, NetworkShape, freeze, init_weights
 from core.translate import SUMMED_PIXELS, Translator, forward_tiled, forward_whole, tiles
 from data_handlers.images import normalise
 from utils.errors import UserError

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,17 +22,13 @@ from torch import Tensor
 
 from utils.devices import cpus_per_device
 from utils.errors import UserError
-from utils.stopping import STOPPED, Stopped
+from utils.stopping import Stopped
 
 CPU = torch.device("cpu")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# Folder, for the processes that `launch` started, in which each says which it is.
-LAUNCHER_FOLDER = "PROCST_LAUNCHER_FOLDER"
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Processes wait for each other while one builds a cache or writes a checkpoint. One that died is noticed at once.
 TIMEOUT = timedelta(hours=3)
-PATIENCE = 5.0  # seconds in which a process that lost its connection leaves it to the others to say why
-LAST_WORDS = 60.0  # seconds to save in, when the launcher is gone
+CLOSING = 5.0  # seconds in which connections are closed after an error
 
 
 @dataclass(frozen=True)
@@ -52,18 +46,18 @@ class Rank:
     device: torch.device = CPU
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether it is this process that writes and prints."""
         return self.index == 0
 
-    def share(self, batch: int) -> range:
+    def part(self, batch: int) -> range:
         """The samples of a batch that are this process's: contiguous, and as many as every other's, or one more."""
         size, rest = divmod(batch, self.count)
         start = self.index * size + min(self.index, rest)
         return range(start, start + size + (self.index < rest))
 
     @torch.no_grad()
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one type and device, in place, by their sums over the processes."""
         if self.count == 1 or not tensors:
             return
@@ -72,24 +66,24 @@ class Rank:
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view(tensor.shape))
 
-    def agree(self, wish: int) -> int:
-        """The largest of what the processes wish for, the same in all of them. Does not wait for a GPU."""
+    def all_reduce_max(self, value: int) -> int:
+        """The largest value of all processes. It does not wait for a GPU."""
         if self.count == 1:
-            return wish
-        largest = torch.tensor(wish)
+            return value
+        largest = torch.tensor(value)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
-    def wait_for_all(self) -> None:
-        """Go on when every process has come here."""
-        self.agree(0)
+    def barrier(self) -> None:
+        """Return when every process has come here."""
+        self.all_reduce_max(0)
 
-    def from_first(self, value: Any) -> Any:
-        """The first process's value, which can be pickled."""
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, which can be pickled."""
         if self.count == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(values, src=0, device=CPU)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -104,9 +98,9 @@ class Rank:
         """Check that the processes agree on plain values, given by a name for the message.
 
         Raises:
-            UserError: in each process that differs from the first.
+            UserError: in each process that differs from the main one.
         """
-        for name, value in self.from_first(dict(values)).items():
+        for name, value in self.broadcast(dict(values)).items():
             if values.get(name) != value:
                 raise UserError(
                     f"the {name} of process {self.index} ({self.device}) is not that of process 0: all machines need "
@@ -134,14 +128,14 @@ class Rank:
         return replace(self, device=device)
 
 
-def is_launched() -> bool:
-    """Whether this process was started by `launch`, which says what signals it passes on and who was killed."""
-    return LAUNCHER_FOLDER in os.environ
-
-
 def group_size() -> int:
-    """Processes that were started to work together with this one and itself, by the environment."""
+    """Processes that were started to work together, this one included, by the environment."""
     return _number("WORLD_SIZE") if all(name in os.environ for name in VARIABLES) else 1
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started this process again after one of the group died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _number(variable: str) -> int:
@@ -151,55 +145,47 @@ def _number(variable: str) -> int:
     return int(value)
 
 
+class LostConnection(Exception):
+    """Another process of the group is gone, and whoever started the group will notice: nothing is to be said here."""
+
+
+class AlreadyReported(UserError):
+    """Bad input that another process of the group reports."""
+
+
 @contextmanager
 def joined() -> Iterator[Rank]:
     """Connect with the other processes, if there are any, for the time of the block; device not yet chosen.
 
-    Only one of them lets an error out that a person is to read; the others end silently. At the end of the block, and
-    at a `SystemExit` or `Stopped`, on which all are to agree, processes wait for each other, so that none is ended
-    while it writes.
+    At the end of the block, and at a `Stopped`, on which all agree, processes wait for each other, so that none is
+    ended while it writes. Bad input that all of them meet is reported by the one that meets it first.
 
     Raises:
-        UserError: the others cannot be reached, or one that was is gone and did not say why.
+        UserError: the variables are incomplete, or the other processes cannot be reached.
+        AlreadyReported: another process reports bad input.
+        LostConnection: another process is gone.
     """
-    count = group_size()
-    if count == 1:
+    if group_size() == 1:
         yield Rank()
         return
-    rank = Rank(_number("RANK"), count)
-    _follow_launcher(rank)
+    rank = Rank(_number("RANK"), group_size())
+    _end_with_launcher()
     store = _connect(rank)
     with _disconnected_at_the_end():
         try:
             yield rank
-            rank.wait_for_all()
-        except UserError:
-            if not _is_first_to_speak(store):
-                raise SystemExit(2) from None
+            rank.barrier()
+        except Stopped:
+            rank.barrier()
             raise
-        except SystemExit:
-            rank.wait_for_all()
-            raise
-        except Stopped as stop:
-            if rank.is_first:
-                print(stop, file=sys.stderr, flush=True)
-            rank.wait_for_all()
-            raise SystemExit(STOPPED) from None
-        except KeyboardInterrupt:
-            if not _is_first_to_speak(store):
-                raise SystemExit(130) from None
-            raise
-        except Exception as error:
-            if not _is_lost_connection(error):
-                _is_first_to_speak(store)
+        except UserError as error:
+            if _is_first(store):
                 raise
-            _leave_the_word_to_others()
-            if is_launched() or not _is_first_to_speak(store):
-                raise SystemExit(1) from None
-            raise UserError(
-                f"process {rank.index} ({rank.device}) lost its connection to the others: one of them was ended, or "
-                "its machine cannot be reached; go on from the last checkpoint"
-            ) from None
+            raise AlreadyReported(str(error)) from None
+        except Exception as error:
+            if _is_lost_connection(error):
+                raise LostConnection(str(error)) from None
+            raise
 
 
 @contextmanager
@@ -208,10 +194,10 @@ def _disconnected_at_the_end() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # Where others are gone, NCCL may wait for them.
+        # NCCL may wait for processes that are gone.
         closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
         closing.start()
-        closing.join(PATIENCE)
+        closing.join(CLOSING)
         raise
     dist.destroy_process_group()
 
@@ -232,7 +218,8 @@ def _connect(rank: Rank) -> dist.Store:
     return store
 
 
-def _is_first_to_speak(store: dist.Store) -> bool:
+def _is_first(store: dist.Store) -> bool:
+    """Whether this process is the first to fail."""
     try:
         return store.add("procst/failures", 1) == 1
     except RuntimeError:
@@ -244,15 +231,8 @@ def _is_lost_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
 
 
-def _leave_the_word_to_others() -> None:
-    """Wait a little: the process that failed says why, and who started this one will end it."""
-    for number in FORWARDED:
-        signal.signal(number, signal.SIG_DFL)
-    time.sleep(PATIENCE)
-
-
-def _follow_launcher(rank: Rank) -> None:
-    """Be known to the launcher, if there is one, and end when it has ended."""
+def _end_with_launcher() -> None:
+    """Ask this process to stop when torchrun, which started it, has been killed."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
@@ -261,12 +241,5 @@ def _follow_launcher(rank: Rank) -> None:
         while os.getppid() == launcher:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(LAST_WORDS)
-        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if is_launched():
-        folder = Path(os.environ[LAUNCHER_FOLDER])
-        (folder / f"{os.getpid()}.rank").touch()
-        if (folder / "signal").exists():  # sent before this process could be told
-            signal.raise_signal(int((folder / "signal").read_text()))

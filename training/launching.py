@@ -1,4 +1,9 @@
-"""Starting the processes of one machine that train together; `training.distributed.joined` connects them."""
+"""Starting the processes of one machine that train together; `training.distributed.joined` connects them.
+
+PyTorch's elastic launcher starts them, ends all when one has died, and starts all again, up to `RESTARTS` times: they
+continue from the last checkpoint. A process that ends for a reason that a restart cannot mend (bad input, a requested
+stop) leaves its exit code in a folder of the launcher and ends with 0, so that nothing is restarted.
+"""
 
 from __future__ import annotations
 
@@ -15,52 +20,85 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from training.distributed import FORWARDED, LAUNCHER_FOLDER
 from utils.errors import UserError
-from utils.stopping import SAME_REQUEST, announce
+from utils.locks import say
+from utils.stopping import SAME_REQUEST, STOP_SIGNALS, announce
+
+RESTARTS = 3
+FOLDER = "PROCST_LAUNCHER_FOLDER"  # environment variable: where the processes leave their numbers and exit codes
 
 
-def launch(script: Path, arguments: Sequence[str], devices: Sequence[torch.device], if_killed: str) -> None:
-    """Run a script in one process for each device of this machine and wait for all.
+def launch(script: Path, arguments: Sequence[str], devices: Sequence[torch.device], environment: Mapping[str, str]) -> int:
+    """Run a script in one process for each device of this machine and wait for all; returns their exit code.
 
-    The first one that fails ends all. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the processes, which decide
-    what to do about it; a second one kills them.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the processes, which decide what to do about it; a second one
+    kills them.
 
     Args:
-        script: calls `joined`.
+        script: its `main` runs inside `launched`.
         arguments: its command line.
-        if_killed: what to do when a process is killed from outside, as the end of a one-line message.
+        environment: variables for the processes.
 
     Raises:
-        UserError: a process was killed.
-        SystemExit: a process ended with another exit code than 0 and has said why.
+        UserError: a process was killed more often than it was restarted.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="procst_ranks_") as folder,
-        _environment(_for_ranks(folder)),
-        _signals_passed_on(Path(folder)) as received,
-        _without_logging(),
-    ):
-        try:
-            elastic_launch(_configuration(len(devices)), sys.executable)(str(script), *arguments)
-            return
-        except ChildFailedError as error:
-            index, failure = next(iter(error.failures.items()))  # the first one noticed; the others followed
-        except SignalException as error:
-            raise SystemExit(128 + error.sigval) from None
-    code = failure.exitcode
-    if code > 0:
-        raise SystemExit(code)
+    with tempfile.TemporaryDirectory(prefix="procst_ranks_") as folder, _environment({FOLDER: folder, **environment}):
+        with _signals_passed_on(Path(folder)) as received, _without_logging():
+            try:
+                elastic_launch(_configuration(len(devices)), sys.executable)(str(script), *arguments)
+                failure = None
+            except ChildFailedError as error:
+                index, failure = next(iter(error.failures.items()))  # the first one noticed; the others followed
+        codes = sorted(int(path.read_text()) for path in Path(folder).glob("*.code"))
+    if codes:
+        return codes[0]
+    if failure is None:
+        return 0
     if received:
-        raise SystemExit(128 + received[-1])
+        return 128 + received[-1]
+    if failure.exitcode > 0:
+        return failure.exitcode
+    name = signal.Signals(-failure.exitcode).name
+    hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
     print(file=sys.stderr)  # its progress bar was left without a line's end
-    name = signal.Signals(-code).name
-    hint = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
-    raise UserError(f"process {index} ({devices[index]}) was ended by signal {-code} ({name}{hint}); {if_killed}")
+    raise UserError(
+        f"process {index} ({devices[index]}) was ended by signal {-failure.exitcode} ({name}{hint}) after {RESTARTS} "
+        "restarts; the same command continues from the last checkpoint"
+    )
+
+
+def is_launched() -> bool:
+    """Whether this process was started by `launch`."""
+    return FOLDER in os.environ
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """Report to the launcher, if there is one: pass on its signals, and leave it the exit code that ends all.
+
+    Raises:
+        SystemExit: with code 0 in place of a code that a restart cannot mend.
+    """
+    if not is_launched():
+        yield
+        return
+    folder = Path(os.environ[FOLDER])
+    if any(folder.glob("*.code")):
+        raise SystemExit(0)  # all were restarted because others lost their connection to one that ended for good
+    (folder / f"{os.getpid()}.rank").touch()
+    if (folder / "signal").exists():  # sent before this process could be told
+        signal.raise_signal(int((folder / "signal").read_text()))
+    try:
+        yield
+    except SystemExit as end:
+        if end.code not in (0, 1, None):
+            (folder / f"{os.getpid()}.code").write_text(str(end.code))
+            raise SystemExit(0) from None
+        raise
 
 
 def _configuration(processes: int) -> LaunchConfig:
@@ -73,25 +111,20 @@ def _configuration(processes: int) -> LaunchConfig:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=0,
+        max_restarts=RESTARTS,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        # torchelastic would kill the processes 30 seconds after one of ours, in the middle of saving.
+        # By default the launcher kills its processes 30 seconds after a signal of ours, in the middle of saving.
         signals_to_handle="SIGQUIT",
     )
 
 
-def _for_ranks(folder: str) -> dict[str, str]:
-    values = {LAUNCHER_FOLDER: folder}
-    if Path("/sys/class/net/lo").exists():
-        values["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    return values
-
-
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    if Path("/sys/class/net/lo").exists():
+        values = {"GLOO_SOCKET_IFNAME": "lo", **values}
     before = {name: os.environ.get(name) for name in (*values, "TORCHELASTIC_SIGNALS_TO_HANDLE")}
-    os.environ.update(values)
+    os.environ.update({name: value for name, value in values.items() if name not in os.environ})
     try:
         yield
     finally:
@@ -104,7 +137,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _without_logging() -> Iterator[None]:
-    """torchelastic reports a failure on some thirty lines; one is enough."""
+    """The launcher logs a failure on some thirty lines; one is enough."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -117,7 +150,7 @@ def _without_logging() -> Iterator[None]:
 def _signals_passed_on(folder: Path) -> Iterator[list[int]]:
     """Pass signals on to the processes that have announced themselves in `folder`; yields those received, in order.
 
-    Not to their groups: loader processes are no concern of whoever asks for a stop.
+    Their loader processes get none: they are no concern of whoever asks for a stop.
     """
     received: list[int] = []
     first: list[float] = []
@@ -129,11 +162,15 @@ def _signals_passed_on(folder: Path) -> Iterator[list[int]]:
         received.append(number)
         first.append(time.monotonic())
         (folder / "signal").write_text(str(int(number)))
+        if again:
+            say("ended without saving; the last checkpoint stays")
+            (folder / "killed.code").write_text(str(128 + number))
         for path in folder.glob("*.rank"):
             with suppress(ProcessLookupError):
                 os.kill(int(path.stem), signal.SIGKILL if again else number)
 
-    wanted = [n for n in (*FORWARDED, signal.SIGQUIT) if signal.getsignal(n) != signal.SIG_IGN]  # nohup stays nohup
+    # A signal that is ignored stays so, as with nohup.
+    wanted = [n for n in (*STOP_SIGNALS, signal.SIGQUIT) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in wanted}
     try:
         yield received

@@ -77,11 +77,11 @@ class PredictionStatistics:
         bins = (confidence.nan_to_num(0.0) * CONFIDENCE_BINS).long().clamp_(max=CONFIDENCE_BINS - 1)
         self.confidence_histogram += count_values(bins, CONFIDENCE_BINS)
 
-    def add_up(self, add_up: Callable[[Sequence[Tensor]], None]) -> None:
-        """Make this the statistics of several processes' images; `add_up` sums tensors over the processes in place."""
+    def all_reduce(self, all_reduce: Callable[[Sequence[Tensor]], None]) -> None:
+        """Make this the statistics of several processes' images; `all_reduce` sums tensors in place over them."""
         pixels = torch.tensor(float(self.pixels), dtype=torch.float64, device=self.entropy_sum.device)
         sums = (self.probability_sum, self.entropy_sum, self.confidence_sum, self.confidence_histogram)
-        add_up([pixels, *sums])
+        all_reduce([pixels, *sums])
         self.pixels = int(pixels)
 
     def mean_confidence(self) -> float:

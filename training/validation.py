@@ -18,13 +18,12 @@ from data_handlers.datasets import DataSet
 from data_handlers.label_maps import colourise
 from data_handlers.labelled import LabelledImage, open_labelled
 from data_handlers.lists import FileList
-from training.prediction import CONFIDENCE_BINS, PredictionStatistics, evaluate
-from training.metrics import Scores, scores_of
 from training.distributed import Rank
+from training.metrics import Scores, scores_of
+from training.prediction import CONFIDENCE_BINS, PredictionStatistics, evaluate
 from utils.errors import UserError
 
 VALIDATIONS = "validations.json"
-BEST_PATTERN = "best_step_*.pth"
 PICTURES = 4
 PICTURE_WIDTH = 512
 CONVENTION = (
@@ -71,32 +70,33 @@ class Validator:
     Args:
         files: the images.
         with_labels: whether they have labels and scores are wanted.
+        select_by: `miou` or `label_free`: what picks the best net.
         classes: trainIds the mean goes over.
         num_classes: of the net.
-        device: of the net.
         num_workers: loader processes.
-        rank: of this process among those that share the images.
+        rank: this process among those that share the images, and the device of the net.
         skip_unusable: leave out images that cannot be used, instead of raising.
     """
 
     def __init__(
         self,
+        *,
         files: FileList,
         with_labels: bool,
+        select_by: str,
         classes: Sequence[int],
         num_classes: int,
-        device: torch.device,
         num_workers: int,
-        rank: Rank | None = None,
+        rank: Rank,
         skip_unusable: bool = False,
     ) -> None:
         self.files = files
         self.with_labels = with_labels
+        self.select_by = select_by
         self.classes = tuple(classes)
         self.num_classes = num_classes
-        self.device = device
         self.num_workers = num_workers
-        self.rank = rank or Rank()
+        self.rank = rank
         self.skip_unusable = skip_unusable
 
     def __call__(self, net: nn.Module, between_images: Callable[[], None] = lambda: None) -> Validation:
@@ -108,7 +108,8 @@ class Validator:
         Raises:
             UserError: an image or label, or with `skip_unusable` none of them, can be used, or the net has diverged.
         """
-        statistics = PredictionStatistics(self.num_classes, self.device)
+        device = self.rank.device
+        statistics = PredictionStatistics(self.num_classes, device)
         pictures: list[np.ndarray] = []
 
         def keep_picture(sample: LabelledImage, prediction: Tensor) -> None:
@@ -118,13 +119,13 @@ class Validator:
 
         files = replace(self.files, images=self.files.images[self.rank.index :: self.rank.count])
         skipped: list[str] | None = [] if self.skip_unusable else None
-        samples = open_labelled(files, self.num_workers, self.device, self.with_labels, OR_SKIP, skipped)
+        samples = open_labelled(files, self.num_workers, device, self.with_labels, OR_SKIP, skipped)
         with exact_convolutions():
             matrix = evaluate(
-                net, samples, self.num_classes, self.device, statistics=statistics, on_prediction=keep_picture
+                net, samples, self.num_classes, device, statistics=statistics, on_prediction=keep_picture
             )
-        self.rank.add_up([matrix])
-        statistics.add_up(self.rank.add_up)
+        self.rank.all_reduce([matrix])
+        statistics.all_reduce(self.rank.all_reduce)
         if not statistics.pixels:
             raise UserError(f"none of the {len(self.files)} validation images of {self.files.root} can be used")
         return Validation(
@@ -135,6 +136,11 @@ class Validator:
             pictures=pictures,
             skipped=tuple(skipped or ()),
         )
+
+
+    def score(self, validation: Validation) -> float | None:
+        """What the best net is picked by; None where the validation gives none."""
+        return validation.mean_iou if self.select_by == "miou" else validation.label_free
 
 
 def _picture(sample: LabelledImage, prediction: Tensor) -> np.ndarray:
@@ -208,9 +214,3 @@ def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
         "mean_confidence": validation.mean_confidence,
         "iou": iou,
     }
-
-
-def best_name(step: int, report: Mapping[str, Any]) -> str:
-    """File name of the best checkpoint, with the scores of its `report`."""
-    miou = "" if report["miou"] is None else f"_mIoU_{report['miou']:.4f}"
-    return f"best_step_{step}{miou}_label_free_{report['label_free']:.4f}.pth"

@@ -44,6 +44,11 @@ def resolve_devices(gpus: Sequence[str]) -> list[torch.device]:
     return [resolve_device([name]) for name in gpus]
 
 
+def default_gpus() -> tuple[str, ...]:
+    """What `--gpus` stands for where it is not given: the first GPU, or the CPU where there is none."""
+    return ("0",) if torch.cuda.is_available() else ("cpu",)
+
+
 def training_devices(gpus: Sequence[str]) -> list[torch.device]:
     """`resolve_devices` for processes that compute one step together, which unlike devices cannot.
 

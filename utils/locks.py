@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 
-LOCK = ".lock"  # file of a claimed folder
+LOCK = ".lock"  # file of a locked folder
 # What file systems that cannot lock answer.
 NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 
@@ -25,11 +25,11 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def claimed(folder: Path, flag: str) -> Iterator[None]:
-    """Inside the block no other process can claim the folder; ends with the process, however that ends.
+def locked(folder: Path, flag: str) -> Iterator[None]:
+    """Inside the block no other process can lock the folder; the lock ends with the process, however that ends.
 
     Raises:
-        UserError: names `flag` when another process has claimed it.
+        UserError: names `flag` when another process has locked it.
     """
     path = Path(folder) / LOCK
     try:

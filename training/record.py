@@ -12,18 +12,17 @@ from typing import Any
 import torch
 import torchvision
 
-from core.checkpoint import CONFIG
-from core.config import ProCSTConfig
 from utils.errors import UserError
 from utils.files import atomic_write_json, read_json
 
+CONFIG = "config.json"
 STARTS = "starts"
 
 
-def environment(device: torch.device, processes: int, commit: str | None) -> dict[str, Any]:
-    """Versions and devices, as far as results depend on them."""
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Versions, devices and the commit of this checkout, as far as results depend on them."""
     found: dict[str, Any] = {
-        "commit": commit,
+        "commit": git_commit(Path(__file__).parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -55,15 +54,12 @@ def git_commit(folder: Path) -> str | None:
         return None
 
 
-def write_record(
-    folder: Path, config: ProCSTConfig, inputs: Mapping[str, str], made_with: Mapping[str, Any], step: tuple[int, int]
-) -> None:
-    """Write `config.json`: the configuration, fingerprints of all inputs, and what each start of the run was made with.
+def write_record(folder: Path, content: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+    """Write `config.json`: method, configuration, fingerprints of all inputs, and each start of the run.
 
     Args:
-        inputs: fingerprints of file lists and networks by a name.
-        made_with: see `environment`.
-        step: (scale, step) that this start begins with.
+        content: what holds for the whole run.
+        start: what this start was made with: the stage and step it begins with, see also `environment`.
     """
     path = folder / CONFIG
     starts = []
@@ -72,6 +68,6 @@ def write_record(
             before = read_json(path)
             starts = list(before.get(STARTS, ())) if isinstance(before, dict) else []
         except UserError:
-            pass  # a record that cannot be read is no reason not to go on with the run
-    now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "scale": step[0], "step": step[1], **made_with}
-    atomic_write_json(path, {**config.to_json(), "inputs": dict(inputs), STARTS: [*starts, now]})
+            pass  # a record that cannot be read is no reason not to continue the run
+    now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start}
+    atomic_write_json(path, {**content, STARTS: [*starts, now]})

@@ -1,0 +1,298 @@
+"""ProCST as a method of training: the pyramid of cyclic generators, one stage for each scale (docs/method.md)."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from core.config import ProCSTConfig
+from core.contact_sheet import contact_sheet_path, save_contact_sheet
+from core.networks import Discriminator, Generator, freeze, init_weights
+from core.running import micro_batch_size, procst_runner
+from core.step import (
+    Batch,
+    PerceptualNet,
+    ScaleNetworks,
+    ScaleOptimizers,
+    SegmentationNets,
+    StepResult,
+    training_step,
+)
+from data_handlers.domain import Domain
+from data_handlers.images import normalise
+from data_handlers.pyramid import array_pyramid
+from data_handlers.stream import DomainBatch
+from models.segmentation import segmentation_optimizer
+from training.distributed import Rank
+from training.local_batch import LocalBatch
+from training.method import Method, Stage
+from training.precision import channels_last
+from training.synchronised_norm import synchronise_batch_norms
+from utils.seeds import seed_for
+from utils.tensor_files import weights_fingerprint
+from utils.transfer import to_device
+
+NETWORKS = ("Dst", "Gst", "Dts", "Gts")
+SEG_SIT = "seg_sit"
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """The source and target samples of a step, on the host."""
+
+    source: DomainBatch
+    target: DomainBatch
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What was wrong with images that others were taken in place of."""
+        return (*self.source.skipped, *self.target.skipped)
+
+
+def penalty_alphas(seed: int, scale: int, step: int) -> Tensor:
+    """The two interpolation factors of a step's gradient penalties, uniform in [0,1], from (seed, scale, step)."""
+    return torch.from_numpy(np.random.default_rng([seed, 2, scale, step]).random(2, dtype=np.float32))
+
+
+class ProCST(Method):
+    """Trains generators and discriminators scale by scale; at the last scale with label losses where nets are given.
+
+    Args:
+        perceptual: frozen feature network on the device.
+        seg_source: P, frozen, on the CPU; None trains without label losses.
+        seg_sit: Q, on the CPU; it is trained at the last scale.
+    """
+
+    name: ClassVar[str] = "procst"
+    batch_flag: ClassVar[str] = "--batch_size_list"
+    config: ProCSTConfig
+
+    def __init__(
+        self,
+        *,
+        config: ProCSTConfig,
+        rank: Rank,
+        source: Domain,
+        target: Domain,
+        perceptual: PerceptualNet,
+        seg_source: nn.Module | None = None,
+        seg_sit: nn.Module | None = None,
+    ) -> None:
+        super().__init__(config=config, rank=rank, domains={"source": source, "target": target})
+        self.perceptual = perceptual
+        self.seg_source = seg_source
+        self.seg_sit = seg_sit
+        self.shape = config.net.shape() if seg_sit is not None else None
+        self.dtype = torch.float32
+        self.run = procst_runner(config.run.precision, config.optim.bf16_discriminators)
+        self.epoch_length = max(len(source), len(target))
+        self.segmentation: SegmentationNets | None = None
+        self._result: StepResult | None = None
+        self._inputs = {"perceptual net (--vgg_weights)": weights_fingerprint(perceptual)}
+        if seg_source is not None:
+            self._inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(seg_source)
+
+    @staticmethod
+    def task(config: ProCSTConfig) -> str:
+        """End of the name of a new run folder."""
+        return f"{config.source.source}_to_{config.target.target}"
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of lists of images and of the nets that are not trained."""
+        return {**super().inputs(), **self._inputs}
+
+    def stages(self) -> list[Stage]:
+        """One stage for each scale, coarse to fine."""
+        config, last, stages = self.config, self.config.network.num_scales, []
+        for scale in range(last + 1):
+            per_epoch = config.schedule.steps_per_epoch(scale, self.epoch_length)
+            pictures = config.run.pics_per_epoch
+            validates = scale == last and self.seg_sit is not None
+            stages.append(Stage(
+                name=f"scale {scale}",
+                steps=config.schedule.steps(scale, self.epoch_length),
+                steps_per_epoch=per_epoch,
+                batch_size=config.schedule.batch_size_list[scale],
+                tag=f"Scale{scale}/",
+                validate_every=(config.validation.validation_rate or per_epoch) if validates else 0,
+                pictures_every=max(1, per_epoch // pictures) if pictures else 0,
+                keep_as=f"scale_{scale}.pth",
+            ))  # fmt: skip
+        return stages
+
+    # --- networks ----------------------------------------------------------------------------------------------------
+
+    def begin_stage(self, stage: int, resumed: bool) -> None:
+        """Add freshly initialised networks of the scale, and make its optimisers."""
+        optim, seed = self.config.optim, self.config.run.manual_seed
+        self.optimizers = {}
+        for index, name in enumerate(NETWORKS):
+            kind = Discriminator if name.startswith("D") else Generator
+            network = kind(self.config.network.shape(stage))
+            init_weights(network, torch.Generator().manual_seed(seed_for(seed, 3, stage, index)))
+            network.to(self.device, self.dtype).train()
+            self._synchronise(network)
+            self.modules[f"{name}.{stage}"] = network
+            rate = optim.lr_d if name.startswith("D") else optim.lr_g
+            self.optimizers[name] = Adam(network.parameters(), lr=rate, betas=(optim.beta1, 0.999), fused=True)
+        if stage == self.config.network.num_scales and self.seg_sit is not None:
+            for net in (self.seg_source, self.seg_sit):
+                channels_last(net.to(self.device, self.dtype))
+            self._synchronise(self.seg_sit.train())
+            self.modules[SEG_SIT] = self.seg_sit
+            optimizer = segmentation_optimizer(self.seg_sit, **vars(self.config.sgd))
+            self.optimizers[SEG_SIT] = optimizer
+            self.segmentation = SegmentationNets(self.seg_source, self.seg_sit, optimizer)
+
+    def _synchronise(self, network: nn.Module) -> None:
+        if self.rank.count > 1:
+            synchronise_batch_norms(network)
+
+    def end_stage(self, stage: int) -> None:
+        """Freeze the networks of the scale."""
+        for name in NETWORKS:
+            freeze(self.modules[f"{name}.{stage}"])
+
+    def generators(self, name: str, count: int) -> list[Generator]:
+        """The generators `Gst` or `Gts` of the first `count` scales."""
+        return [self.modules[f"{name}.{scale}"] for scale in range(count)]
+
+    def eval_net(self) -> nn.Module | None:
+        """Q, from the last scale on."""
+        return self.modules.get(SEG_SIT)
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def batches(self, stage: int, steps: range) -> Iterator[PairBatch]:
+        """Source and target samples of each step, with labels where there are label losses."""
+        config = self.config
+        batch_size = config.schedule.batch_size_list[stage]
+        drawn = {
+            "stage": stage,
+            "steps": steps,
+            "batch_size": batch_size,
+            "part": self.rank.part(batch_size),
+            "steps_per_epoch": config.schedule.steps_per_epoch(stage, self.epoch_length),
+            "epoch_length": self.epoch_length,
+            "pyramid": partial(
+                array_pyramid,
+                num_scales=config.network.num_scales,
+                scale_factor=config.network.scale_factor,
+                up_to=stage,
+                resample=config.loader.resample,
+            ),
+            "pin_memory": self.device.type == "cuda",
+        }
+        source, target = self.domains["source"], self.domains["target"]
+        labels = "read" if self.segmentation is not None else "none" if source.labels == "none" else "check"
+        for one, other in zip(source.stream(**drawn, labels=labels), target.stream(**drawn), strict=True):
+            yield PairBatch(one, other)
+
+    def step(self, batch: PairBatch, stage: int, step: int) -> Mapping[str, Tensor]:
+        """One update of all networks of the scale (docs/method.md, section 3)."""
+        config = self.config
+        nets = ScaleNetworks(
+            **{name: self.modules[f"{name}.{stage}"] for name in NETWORKS},
+            lower_Gst=self.generators("Gst", stage),
+            lower_Gts=self.generators("Gts", stage),
+        )
+        epoch = step // config.schedule.steps_per_epoch(stage, self.epoch_length)
+        inputs = self._on_device(batch, penalty_alphas(config.run.manual_seed, stage, step))
+        self._result = training_step(
+            nets=nets,
+            optimizers=ScaleOptimizers(**{name: self.optimizers[name] for name in NETWORKS}),
+            perceptual=self.perceptual,
+            batch=inputs,
+            loss=config.loss,
+            scale_factor=config.network.scale_factor,
+            segmentation=self.segmentation,
+            warmup=self.segmentation is not None and epoch < config.schedule.warmup_epochs,
+            run=self.run,
+            recompute=self.device.type == "cuda",
+            micro_batch=micro_batch_size(inputs.source[-1].shape, nets.Gst.shape.norm, self.device),
+            local=LocalBatch.of(self.rank, config.schedule.batch_size_list[stage]),
+        )
+        return self._result.losses
+
+    def _on_device(self, batch: PairBatch, alphas: Tensor) -> Batch:
+        """What a step sees, on the device and normalised; the label where the source has one."""
+
+        def images(levels: Sequence[Tensor]) -> list[Tensor]:
+            # Channels first for every network; the runner lays out anew where another layout pays.
+            moved = (to_device(level, self.device) for level in levels)
+            return [normalise(level, self.dtype).permute(0, 3, 1, 2).contiguous() for level in moved]
+
+        label = batch.source.label
+        return Batch(
+            source=images(batch.source.levels),
+            target=images(batch.target.levels),
+            alphas=to_device(alphas.to(self.dtype), self.device),
+            label=None if label is None else to_device(label, self.device),
+        )
+
+    # --- for people --------------------------------------------------------------------------------------------------
+
+    def images(self) -> Mapping[str, Tensor]:
+        """Images of the last step: source, SiT and back, target, TiS and back."""
+        names = {"source": "source", "SiT": "sit", "SiTiS": "sitis", "target": "target", "TiS": "tis", "TiSiT": "tisit"}
+        return {} if self._result is None else {shown: self._result.images[name] for shown, name in names.items()}
+
+    def summary(self, losses: Mapping[str, float]) -> str:
+        """Sums over both directions of the discriminator, adversarial, cycle and style losses."""
+
+        def both(name: str) -> float:
+            return losses[f"ST/{name}"] + losses[f"TS/{name}"]
+
+        cycle = losses["Cyclic/LossSTS"] + losses["Cyclic/LossTST"]
+        return (
+            f"D {both('Discriminator/LossAdversarial'):.3f} G {both('Generator/LossAdversarial'):.3f} "
+            f"cycle {cycle:.3f} style {both('Generator/TotalStyleLoss'):.4f}"
+        )
+
+    def write_summary(self, stage: int, folder: Path) -> str:
+        """Draw the contact sheet of a finished scale."""
+        path = contact_sheet_path(folder, stage)
+        if path.exists():
+            return ""
+        source, target = self.domains["source"], self.domains["target"]
+        save_contact_sheet(path, self.config, source, target, self.generators("Gst", stage + 1), self.device)
+        return f"scale {stage} finished, see {path}"
+
+    def describe(self) -> list[str]:
+        """What is trained, on what and how."""
+        config, stages = self.config, self.stages()
+        lines = super().describe()
+        if self.seg_sit is not None:
+            lines.append(f"label losses of the last scale: {self.shape} from {config.labels.semseg_weights}")
+            if config.schedule.warmup_epochs * stages[-1].steps_per_epoch >= stages[-1].steps:
+                lines.append("WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators")
+        if self.rank.count > 1:
+            lines.append(f"{self.rank.count} processes share every batch")
+        rounded = f" (discriminators {'too' if config.optim.bf16_discriminators else 'in float32'})"
+        lines.append(f"precision {config.run.precision}{rounded if config.run.precision == 'bf16' else ''}")
+        scales = f"at scales 0..{config.network.num_scales}"
+        lines.append(f"norm {scales}: {', '.join(config.network.norm)}")
+        lines.append(f"steps {scales}: {', '.join(str(stage.steps) for stage in stages)}")
+        if config.loss.vgg_weights == "random":
+            lines.append("WARNING: --vgg_weights random: the perceptual net has random weights; the result will be worse")
+        return lines
+
+    def conclusion(self, folder: Path) -> str:
+        """The command that exports the translated images."""
+        words = ["--trained_procst_path", str(folder), "--sit_output_path", "OUT"]
+        return f"export with: python {shlex.join(['create_sit_dataset.py', *words])}"
+
+
+def checkpoint_generators(modules: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The state dicts of the generators `Gst` or `Gts` in a checkpoint's modules, coarse to fine."""
+    count = sum(key.startswith(f"{name}.") for key in modules)
+    return [modules[f"{name}.{scale}"] for scale in range(count)]

@@ -1,0 +1,183 @@
+"""The one checkpoint format: state dicts, plain values and the configuration, loadable with `weights_only=True`.
+
+A run folder holds `latest.pth` (everything needed to continue), `previous.pth` (the one before it), the checkpoints that
+a method keeps at the end of its stages, and `best.pth` (the best state by validation, for use and not to continue).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.locks import say
+from utils.tensor_files import DamagedFileError, read_tensor_file
+
+FORMAT = "procst-checkpoint"
+VERSION = 2
+LATEST = "latest.pth"
+PREVIOUS = "previous.pth"
+DAMAGED = "damaged.pth"
+BEST = "best.pth"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A training state, complete: everything else follows from the configuration and the step, randomness included.
+
+    Attributes:
+        method: name of the method that wrote it.
+        config: of the run, as `Config.to_json` gives it.
+        stage: index of the stage in training.
+        step: finished steps of that stage.
+        stage_finished: whether the stage has ended.
+        modules: state dicts of all networks of the stages so far, by name.
+        optimizers: state dicts of the optimisers of the stage in training; empty in a file for use.
+        method_state: the small extra state of the method: tensors and plain values.
+        inputs: fingerprints of what the run learns from (file lists, starting weights), by a name for messages.
+        segmentation: the segmentation net that is validated: its `module` in `modules` and its `shape`; empty without.
+        info: plain values about the run that wrote it (`run`, `run_id`, `data_set`, `miou`).
+        validations: what the validations found, in order; see `training.validation.report`.
+        skipped: what was wrong with images that were replaced (`--on_bad_image skip`).
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    stage: int
+    step: int
+    stage_finished: bool
+    modules: Mapping[str, Mapping[str, Any]]
+    optimizers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    method_state: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    segmentation: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    validations: Sequence[Mapping[str, Any]] = ()
+    skipped: Sequence[str] = ()
+
+    def for_use(self) -> Checkpoint:
+        """The same without what only continuing the training needs."""
+        return dataclasses.replace(self, optimizers={}, method_state={})
+
+    def size(self) -> int:
+        """Bytes of its tensors, which is nearly the size of its file."""
+        return sum(tensor.nbytes for tensor in _tensors([self.modules, self.optimizers, self.method_state]))
+
+    def save(self, path: Path, keep: Path | None = None) -> None:
+        """Write to `path` atomically; what stood there stays under the name `keep`.
+
+        Raises:
+            UserError: the folder cannot be written to, or the disk is full.
+        """
+        content = {"format": FORMAT, "version": VERSION, **_plain(vars(self))}
+        atomic_write(path, lambda file: torch.save(content, file), keep)
+
+
+def _plain(value: Any) -> Any:
+    """The value with every mapping as a dict and every other sequence as a list; tensors as they are."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(inner)
+
+
+def is_checkpoint(content: object) -> bool:
+    """Whether the content of a tensor file is that of a checkpoint of this toolkit."""
+    return isinstance(content, Mapping) and content.get("format") == FORMAT
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, tensors on the CPU.
+
+    Raises:
+        UserError: missing, of another program or of another version, or incomplete.
+        DamagedFileError: it is not as it was written.
+    """
+    content = read_tensor_file(path)
+    if content is None:  # checkpoints hold nothing but tensors and plain values
+        raise DamagedFileError(f"{path} is not a checkpoint of this toolkit, or damaged")
+    return checkpoint_from(content, path)
+
+
+def checkpoint_from(content: Any, path: Path) -> Checkpoint:
+    """The checkpoint that a tensor file's content is.
+
+    Raises:
+        UserError: it is none, or one of another version, or incomplete.
+    """
+    if not is_checkpoint(content):
+        raise UserError(f"{path} is not a checkpoint of this toolkit")
+    version = content.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise UserError(f"{path} has checkpoint version {version}; this program reads {VERSION}")
+    try:
+        checkpoint = Checkpoint(**{f.name: content[f.name] for f in dataclasses.fields(Checkpoint)})
+    except KeyError as error:
+        raise UserError(f"{path} is incomplete: {error} is missing") from None
+    kinds = (
+        (str, "method"), (int, "stage", "step"), (list, "validations", "skipped"),
+        (dict, "config", "modules", "optimizers", "method_state", "inputs", "segmentation", "info"),
+    )  # fmt: skip
+    for kind, *names in kinds:
+        for name in names:
+            if not isinstance(getattr(checkpoint, name), kind):
+                raise UserError(f"{path} is incomplete: its {name} is no {kind.__name__}")
+    if checkpoint.stage < 0 or checkpoint.step < 0:
+        raise UserError(f"{path} claims step {checkpoint.step} of stage {checkpoint.stage}, which no run has")
+    return checkpoint
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a state to continue from."""
+    return (folder / LATEST).is_file() or (folder / PREVIOUS).is_file()
+
+
+def read_newest(folder: Path) -> tuple[Checkpoint, Path]:
+    """A run's newest checkpoint that is whole, and its path.
+
+    A line on stderr says where that is not the newest. Changes nothing; a damaged newest one has to be set aside
+    before the next save: see `set_damaged_aside`.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    problem = f"{latest} is missing"  # the run was killed between the two names of a save
+    if latest.is_file() or not previous.is_file():
+        try:
+            return load_checkpoint(latest), latest
+        except DamagedFileError as error:
+            if not previous.is_file():
+                raise
+            problem = str(error)
+    try:
+        checkpoint = load_checkpoint(previous)
+    except DamagedFileError as error:
+        raise UserError(
+            f"{problem}; {error}; a checkpoint that the run kept at the end of a stage, copied into an empty folder as "
+            f"{LATEST}, is a state to continue from"
+        ) from None
+    say(f"WARNING: {problem}; continuing from the checkpoint before it, {previous}")
+    return checkpoint, previous
+
+
+def set_damaged_aside(used: Path) -> None:
+    """Rename the `latest.pth` that `read_newest` could not use: the next save would put it in the good one's place."""
+    latest = used.parent / LATEST
+    if used.name == PREVIOUS and latest.is_file():
+        os.replace(latest, used.parent / DAMAGED)

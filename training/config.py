@@ -1,0 +1,253 @@
+"""The groups of flags that every training shares, each declared once. Nothing here imports PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data_handlers.datasets import DATA_SETS
+from models.shapes import BACKBONES, MODEL_BACKBONES, SMALLEST_CROP, SegmentationShape, default_backbone
+from training.choices import PRECISIONS, SELECT_BY
+from training.flags import (
+    Size,
+    check,
+    check_choices,
+    check_not_negative,
+    check_positive,
+    option,
+    path_option,
+    size_option,
+)
+
+RESAMPLINGS = ("fast", "exact")
+ON_BAD_IMAGE = ("stop", "skip")
+LABELS = ("ids", "trainids")
+
+
+@dataclass(frozen=True)
+class StartFlags:
+    """How one start of a run begins; not part of its configuration."""
+
+    run_dir: str = path_option(
+        "", "folder of this run: made where it is missing, continued where it holds a checkpoint, so that the same "
+        "command starts a run and continues it (default: a new folder in --checkpoints_dir)", metavar="RUN",
+    )  # fmt: skip
+    continue_train_from_path: str = path_option("", "continue the run in this folder", metavar="RUN")
+    resume_to_epoch: int = option(
+        0, "with --continue_train_from_path: set the step counter to the start of epoch E (from 1) of the stage in "
+        "training; weights and optimisers stay those of the checkpoint", metavar="E",
+    )  # fmt: skip
+    dry_run: bool = option(
+        False, "check everything, train a few steps of every stage in memory, print time and memory, and write nothing"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Machine, seed, outputs and reporting of a run.
+
+    Attributes:
+        gpus: indices of CUDA devices, or `cpu`; empty for the first GPU, or the CPU where there is none.
+        precision: arithmetic of the networks; `auto` until the run starts.
+    """
+
+    gpus: tuple[str, ...] = option(
+        (), "indices of CUDA devices, or cpu; several share every batch, one process each (default: the first GPU, or "
+        "the CPU where there is none)", type=str, nargs="+", metavar="GPU", may_change=True,
+    )  # fmt: skip
+    manual_seed: int = option(1337, "seed of weights, data order and crops")
+    checkpoints_dir: str = path_option("./TrainedModels", "new run folders are made here", metavar="DIR")
+    tb_logs_dir: str = path_option("./runs", "TensorBoard logs are written here", metavar="DIR", may_change=True)
+    print_rate: int = option(100, "steps between two log entries", may_change=True)
+    save_checkpoint_rate: int = option(1000, "steps between two checkpoints", may_change=True)
+    save_checkpoint_minutes: float = option(30.0, "most minutes between two checkpoints", may_change=True)
+    pics_per_epoch: int = option(10, "TensorBoard picture rows an epoch", may_change=True)
+    precision: str = option(
+        "auto", "arithmetic of the networks; weights and losses are float32 in each; auto: bf16 on hardware that is "
+        "faster in it, else fp32", choices=PRECISIONS, may_change=True,
+    )  # fmt: skip
+    deterministic: bool = option(
+        False, "on a GPU, use algorithms that give the same bits every time, which is slower; on the CPU all do",
+        may_change=True,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_positive(self, "print_rate", "save_checkpoint_rate", "save_checkpoint_minutes")
+        check_not_negative(self, "pics_per_epoch", "manual_seed")
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How images are read.
+
+    Attributes:
+        num_workers: loader processes for each data set and device; None for as many as suit the machine.
+        cache_dir: folder of caches of the resized images, or ''.
+        resample: `exact` is Pillow's bicubic filter, `fast` is at most one level of 255 off.
+        on_bad_image: `stop`, or `skip`: another image takes the place of one that cannot be used.
+    """
+
+    num_workers: int | None = option(
+        None, "loader processes for each data set (default: 6, or as many as CPUs; half of them on a CPU)", type=int,
+        may_change=True,
+    )  # fmt: skip
+    cache_dir: str = path_option(
+        "", "keep the resized images in memory-mapped files in this folder, made once: 2.1 MB for a GTA5 frame "
+        "(default: read the data sets every time)", metavar="DIR", may_change=True,
+    )  # fmt: skip
+    on_bad_image: str = option(
+        "stop", "an image or label that cannot be used ends the run, or another one takes its place and it is listed "
+        "at the end", choices=ON_BAD_IMAGE, may_change=True,
+    )  # fmt: skip
+    resample: str = option(
+        "fast", "arithmetic of the bicubic filter: exact is Pillow's; fast is at most one level of 255 off",
+        choices=RESAMPLINGS,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.num_workers is not None:
+            check_not_negative(self, "num_workers")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """The source images and labels, and the (W,H) of the crops that a training sees."""
+
+    source: str = option("gta5", "source data set", choices=sorted(DATA_SETS))
+    src_data_dir: str = path_option("data/gta", "its root folder", metavar="DIR", may_change=True)
+    src_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
+    src_list: str = path_option("", "text file with one source image a line, instead of all", metavar="FILE")
+    src_resize: Size | None = size_option("size source images are resized to (default: the data set's, GTA5 1126 619)")
+    crop_size: Size | None = size_option("random crop, and size of the finest scale (default: 1024 512)")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        _check_sizes(self, "src_resize", self.crop_size)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The target images; labels are used for validation alone."""
+
+    target: str = option("cityscapes", "target data set", choices=sorted(DATA_SETS))
+    trg_data_dir: str = path_option("data/cityscapes", "its root folder", metavar="DIR", may_change=True)
+    trg_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
+    trg_list: str = path_option("", "text file with one target image a line, instead of all", metavar="FILE")
+    trg_resize: Size | None = size_option("size target images are resized to (default: the data set's, 1024 512)")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        _check_sizes(self, "trg_resize", None)
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """A segmentation net and what its backbone starts from."""
+
+    model: str = option("DeepLabV2", "segmentation net", choices=tuple(MODEL_BACKBONES))
+    backbone: str = option("", "its backbone (default: the model's published one)", choices=BACKBONES)
+    num_classes: int = option(19, "its classes")
+    backbone_weights: str = path_option(
+        "imagenet", "what the backbone starts from: torchvision's ImageNet weights, or a state dict with its names",
+        keywords=("imagenet", "random"), metavar="imagenet|PATH",
+    )  # fmt: skip
+    no_pretrained_backbone: bool = option(False, "the backbone starts from random weights; nothing is downloaded")
+
+    def __post_init__(self) -> None:
+        self.shape()
+
+    def shape(self) -> SegmentationShape:
+        """The net's shape."""
+        return SegmentationShape(self.model, self.backbone or default_backbone(self.model), self.num_classes)
+
+
+@dataclass(frozen=True)
+class SGDConfig:
+    """SGD of a segmentation net; its head learns ten times as fast as its backbone."""
+
+    lr_semseg: float = option(1e-4, "learning rate of the backbone, the head's is 10x")
+    weight_decay: float = option(5e-4, "weight decay of the segmentation net's SGD")
+    momentum: float = option(0.9, "momentum of the segmentation net's SGD")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "lr_semseg")
+        check_not_negative(self, "weight_decay")
+        check(0.0 <= self.momentum < 1.0, f"--momentum is {self.momentum}; it must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Which validations pick the best checkpoint; `auto` becomes one of the others when a run starts."""
+
+    select_by: str = option(
+        "auto", "keep the best state by mIoU on the val split, which needs labels, or by the mutual information of the "
+        "predictions, which needs none (default: miou where the val split has labels, else none)", choices=SELECT_BY,
+    )  # fmt: skip
+    validation_rate: int = option(0, "steps between two validations (default: one epoch)", metavar="STEPS")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_not_negative(self, "validation_rate")
+
+
+def resolve_net(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `NetConfig` with the backbone and its weights decided: a net without a backbone starts at random."""
+    backbone = flags["backbone"] or default_backbone(flags["model"])
+    at_random = flags["no_pretrained_backbone"] or (backbone == "none" and flags["backbone_weights"] == "imagenet")
+    weights = "random" if at_random else flags["backbone_weights"]
+    return {**flags, "backbone": backbone, "backbone_weights": weights, "no_pretrained_backbone": False}
+
+
+def check_common(given: Mapping[str, Any]) -> None:
+    """Refuse flags on the command line that contradict each other, of the groups declared here.
+
+    Raises:
+        UserError: names the flags.
+    """
+    contradictions = (
+        ("run_dir", "continue_train_from_path"),
+        ("run_dir", "checkpoints_dir"),
+        ("no_pretrained_backbone", "backbone_weights"),
+    )
+    for one, other in contradictions:
+        check(not (given.get(one) and other in given), f"--{one} and --{other} contradict each other; give one")
+    check(
+        not given.get("resume_to_epoch") or bool(given.get("continue_train_from_path")),
+        "--resume_to_epoch acts only with --continue_train_from_path",
+    )
+    check(given.get("select_by") != "none" or not given.get("validation_rate"),
+          "--validation_rate acts only with a --select_by that validates")  # fmt: skip
+
+
+def check_crop(crop: Size, smallest: int = SMALLEST_CROP) -> None:
+    """Check that a crop leaves a segmentation net something to train on.
+
+    Raises:
+        UserError: names the flag.
+    """
+    check(min(crop) >= smallest, f"--crop_size {crop[0]} {crop[1]}: both sides must be at least {smallest}")
+
+
+def check_crop_fits(crop: Size, name: str, resize: Size) -> None:
+    """Check that a crop fits into the resized image.
+
+    Raises:
+        UserError: names the flags.
+    """
+    check(
+        crop[0] <= resize[0] and crop[1] <= resize[1],
+        f"--crop_size {crop[0]} {crop[1]} does not fit into --{name} {resize[0]} {resize[1]}; lower the crop or raise "
+        "the resize",
+    )
+
+
+def _check_sizes(section: object, name: str, crop: Size | None) -> None:
+    resize = getattr(section, name)
+    for flag, size in ((name, resize), ("crop_size", crop)):
+        if size is not None:
+            check(min(size) > 0, f"--{flag} {size[0]} {size[1]}: both sides must be greater than 0")
+    if resize is not None and crop is not None:
+        check_crop_fits(crop, name, resize)

@@ -1,0 +1,300 @@
+"""From the fields of frozen dataclasses to a command line, and back to a configuration.
+
+A field is declared once, by `option`: its name is the flag's, its default and help are shown by `--help`, and it says
+whether it may change when a run is continued. A configuration is a frozen dataclass whose fields are such sections.
+Nothing here imports PyTorch, so that a mistyped flag is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+from utils.errors import UserError
+
+Section = TypeVar("Section")
+Size = tuple[int, int]
+LARGEST = 1e15  # a larger setting is a mistake; the bound also keeps out NaN, infinity and integers beyond floats
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    type: type | None = None,
+    nargs: int | str | None = None,
+    choices: Sequence[Any] | None = None,
+    metavar: str | tuple[str, ...] | None = None,
+    may_change: bool = False,
+    hidden: bool = False,
+    keywords: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field that is a flag.
+
+    Args:
+        type: of one value; by default that of `default`.
+        nargs: as in argparse; several values become a tuple.
+        may_change: a continued run may be given another value: where things are, how they are reported, and how they
+            are computed where another machine may lack something; never what is computed.
+        hidden: `--help` does not show the flag.
+        keywords: the value is a path, unless it is one of these words or empty; a path becomes absolute.
+    """
+    metadata = {
+        "help": help, "type": type or default.__class__, "nargs": nargs, "choices": choices, "metavar": metavar,
+        "may_change": may_change, "hidden": hidden, "keywords": keywords,
+    }  # fmt: skip
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def path_option(default: str, help: str, *, keywords: tuple[str, ...] = (), metavar: str = "PATH", **more: Any) -> Any:
+    """An `option` whose value is a path."""
+    return option(default, help, keywords=keywords, metavar=metavar, **more)
+
+
+def size_option(help: str) -> Any:
+    """An `option` of a width and a height, None until the configuration resolves it."""
+    return option(None, help, type=int, nargs=2, metavar=("W", "H"))
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field, as a person types it."""
+    return "--weight-decay" if name == "weight_decay" else f"--{name}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad command line in one line with exit code 2, like every other bad input."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description,
+            usage="python %(prog)s [flags]",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def options_of(*sections: type) -> dict[str, dataclasses.Field]:
+    """The fields of the sections by name."""
+    return {field.name: field for section in sections for field in dataclasses.fields(section)}
+
+
+def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], first: Sequence[str] = ()) -> Parser:
+    """A parser of every field of the sections.
+
+    Args:
+        groups: sections by the title that `--help` shows.
+        first: the flags that matter most, shown before all others.
+    """
+    parser = Parser(description)
+    options = options_of(*(section for sections in groups.values() for section in sections))
+    if first:
+        group = parser.add_argument_group("the flags that matter most")
+        for name in first:
+            _add(group, options[name])
+    for title, sections in groups.items():
+        group = parser.add_argument_group(title)
+        for name, field in options_of(*sections).items():
+            if name not in first:
+                _add(group, field)
+    return parser
+
+
+def _add(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    option = field.metadata
+    names = [flag_of(field.name)] if "-" not in flag_of(field.name)[2:] else [flag_of(field.name), f"--{field.name}"]
+    text = argparse.SUPPRESS if option["hidden"] else option["help"] + _shown_default(field)
+    if option["type"] is bool:
+        action = argparse.BooleanOptionalAction if option["may_change"] else "store_true"
+        group.add_argument(*names, dest=field.name, action=action, help=text)
+        return
+    metavar = option["metavar"] or (None if option["choices"] else {int: "N", float: "X"}.get(option["type"], "NAME"))
+    group.add_argument(
+        *names, dest=field.name, type=option["type"], nargs=option["nargs"], choices=option["choices"], metavar=metavar,
+        help=text,
+    )  # fmt: skip
+
+
+def _shown_default(field: dataclasses.Field) -> str:
+    default = field.default
+    if default in (None, "", False, (), 0) or "(default" in field.metadata["help"]:
+        return ""
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return f" (default: {f'{default:.4g}' if isinstance(default, float) else shown})"
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """The flags on the command line by field name, several values as a tuple; flags that are not given are missing.
+
+    Raises:
+        UserError: an unknown flag, a value of the wrong kind, or one that is not UTF-8.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _require_utf8(arguments)
+    values = vars(parser.parse_args(arguments))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _require_utf8(arguments: Sequence[str]) -> None:
+    """Check that paths can be written to checkpoints, manifests and messages, all of which are UTF-8."""
+    flag = ""
+    for argument in arguments:
+        flag = argument.partition("=")[0] if argument.startswith("--") else flag
+        # Python passes bytes that are not UTF-8 on as lone surrogates.
+        if argument.encode("utf-8", "replace").decode() != argument:
+            shown = argument.encode("utf-8", "backslashreplace").decode()
+            raise UserError(f"{flag} {shown}: not UTF-8; rename the file or folder")
+
+
+def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:
+    """A section with the given values, paths made absolute, and defaults for the rest."""
+    values = {}
+    for name, field in options_of(section).items():
+        value = flags.get(name, field.default)
+        keywords = field.metadata["keywords"]
+        if keywords is not None and value and value not in keywords:
+            value = os.path.abspath(os.path.expanduser(value))
+        values[name] = value
+    return section(**values)
+
+
+class Config:
+    """Base of configurations: frozen dataclasses of sections, stored as JSON.
+
+    A subclass declares `groups`, the sections of `--help` by title, `first`, the flags shown first, and `resolve`.
+    """
+
+    groups: ClassVar[Mapping[str, Sequence[type]]] = {}
+    first: ClassVar[Sequence[str]] = ()
+
+    @classmethod
+    def check_given(cls, given: Mapping[str, Any]) -> None:
+        """Refuse flags on the command line that contradict each other or could not act.
+
+        Raises:
+            UserError: names the flags.
+        """
+
+    @classmethod
+    def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:
+        """Replace values that stand for others, such as None or `auto`, where the other flags decide them."""
+        return flags
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> Any:
+        """The configuration for the given flags.
+
+        Raises:
+            UserError: names the flag that is out of range or contradicts another.
+        """
+        defaults = {n: f.default for section in cls._sections().values() for n, f in options_of(section).items()}
+        resolved = cls.resolve({**defaults, **flags})
+        return cls(**{name: section_from(section, resolved) for name, section in cls._sections().items()})
+
+    @classmethod
+    def _sections(cls) -> dict[str, type]:
+        sections = {section.__name__: section for group in cls.groups.values() for section in group}
+        return {f.name: sections[str(f.type)] for f in dataclasses.fields(cls)}
+
+    def flags(self) -> dict[str, Any]:
+        """Every field's value by name, as `from_flags` takes them."""
+        sections = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return {n: getattr(section, n) for section in sections for n in options_of(type(section))}
+
+    def may_change(self, name: str) -> bool:
+        """Whether the flag of this name may differ when a run is continued."""
+        return bool(options_of(*self._sections().values())[name].metadata["may_change"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested plain values, readable by `from_json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], origin: Path | str) -> Any:
+        """The configuration of `to_json`'s form, JSON lists included.
+
+        Raises:
+            UserError: names `origin` when a section or a value is missing, unknown or out of range.
+        """
+        try:
+            sections = {}
+            for name, section in cls._sections().items():
+                values = {k: tuple(v) if isinstance(v, list) else v for k, v in content[name].items()}
+                sections[name] = section(**values)
+            return cls(**sections)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{origin} is not a configuration of this version: {error}") from None
+
+    def continued(self, given: Mapping[str, Any]) -> Any:
+        """This configuration of a run with the flags that may change when the run is continued.
+
+        Raises:
+            UserError: a given flag would change what is computed.
+        """
+        started = self.flags()
+        wanted = type(self).from_flags({**started, **given})
+        for name, value in wanted.flags().items():
+            if value != started[name] and not self.may_change(name):
+                cause = name if name in given else next(iter(sorted(given)))
+                raise UserError(
+                    f"{flag_of(cause)}: the run was started with {_shown(started[name])}, the command line says "
+                    f"{_shown(value)}; a continued run keeps its configuration, so leave the flag out or start a new "
+                    "run"
+                )
+        return wanted
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `UserError` with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def check_positive(section: object, *names: str) -> None:
+    """Check that these fields of a section are greater than 0.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for name, value, shown in _values(section, names):
+        check(0 < value < LARGEST, f"{flag_of(name)} is {shown}; it must be greater than 0 and below {LARGEST:g}")
+
+
+def check_not_negative(section: object, *names: str) -> None:
+    """Check that these fields of a section are 0 or greater.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for name, value, shown in _values(section, names):
+        check(0 <= value < LARGEST, f"{flag_of(name)} is {shown}; it must be 0 or greater and below {LARGEST:g}")
+
+
+def check_choices(section: object) -> None:
+    """Check the fields with choices, which a configuration read from a file may miss.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for name, field in options_of(type(section)).items():
+        choices, value = field.metadata["choices"] or (), getattr(section, name)
+        known = not choices or value in (*choices, field.default)
+        check(known, f"{flag_of(name)} {value}: must be one of {', '.join(map(str, choices))}")
+
+
+def _values(section: object, names: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    return ((name, getattr(section, name), str(getattr(section, name))[:20]) for name in names)

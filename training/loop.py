@@ -1,0 +1,348 @@
+"""The training loop of every method: stages, steps, checkpoints, validation, resume, stop requests, several processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.checkpoint import BEST, LATEST, PREVIOUS, Checkpoint
+from training.config import RunConfig
+from training.method import Method, Stage
+from training.progress import Diverged, Progress
+from training.validation import VALIDATIONS, Validator, report
+from utils.errors import UserError
+from utils.files import atomic_write_json
+from utils.loaders import LoaderDied, is_loader_death
+from utils.locks import say
+from utils.seeds import seed_for
+from utils.stopping import Stopped
+from utils.tensor_files import load_network, weights_fingerprint
+
+CONTINUE, SAVE, STOP = range(3)
+
+
+class Loop:
+    """Trains a method through its stages and keeps the run folder.
+
+    Args:
+        method: what is trained.
+        run: seed and rates of the run's configuration.
+        folder: existing folder for checkpoints.
+        validator: validates `method.eval_net()`; None goes without.
+        info: plain values that the files of the run carry.
+        stop: asked after every step whether to save and stop.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: Method,
+        run: RunConfig,
+        folder: Path,
+        validator: Validator | None = None,
+        info: Mapping[str, Any] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.method = method
+        self.rank = method.rank
+        self.run_config = run
+        self.folder = folder
+        self.validator = validator
+        self.info = dict(info or {})
+        self.stop = stop
+        self.stages = list(method.stages())
+        self.stage = 0
+        self.step = 0
+        self.stage_finished = False
+        self.has_begun = False
+        self.validations: list[Mapping[str, Any]] = []
+        self.skipped: list[str] = []
+        self.saved = (0, 0)
+        self._saved_at = time.monotonic()
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> Checkpoint:
+        """The present state; its tensors are shared with the networks, so it is to be saved before the next step."""
+        method, net, segmentation = self.method, self.method.eval_net(), {}
+        if net is not None:
+            (name,) = (name for name, module in method.modules.items() if module is net)
+            segmentation = {"module": name, "shape": vars(method.shape)}
+        return Checkpoint(
+            method=method.name,
+            config=method.config.to_json(),
+            stage=self.stage,
+            step=self.step,
+            stage_finished=self.stage_finished,
+            modules={name: module.state_dict() for name, module in method.modules.items()},
+            optimizers={name: optimizer.state_dict() for name, optimizer in method.optimizers.items()},
+            method_state=method.state_dict(),
+            inputs=method.inputs(),
+            segmentation=segmentation,
+            info=self.info,
+            validations=self.validations,
+            skipped=self.skipped,
+        )
+
+    def restore(self, checkpoint: Checkpoint, origin: Path) -> None:
+        """Continue from a checkpoint, which `origin` names in messages.
+
+        Raises:
+            UserError: it does not fit the configuration, or what is learnt from has changed.
+        """
+        inputs = self.method.inputs()
+        for name, fingerprint in checkpoint.inputs.items():
+            if inputs.get(name, fingerprint) != fingerprint:
+                raise UserError(f"{origin}: the {name} is not the one the run was started with; restore it to continue")
+        if checkpoint.stage >= len(self.stages) or checkpoint.step > self.stages[checkpoint.stage].steps:
+            raise UserError(
+                f"{origin} claims step {checkpoint.step} of stage {checkpoint.stage}, which its configuration does not have"
+            )
+        for stage in range(checkpoint.stage + 1):
+            self.begin_stage(stage, resumed=True)
+            if stage < checkpoint.stage or checkpoint.stage_finished:
+                self.method.end_stage(stage)
+        modules, optimizers = self.method.modules, self.method.optimizers
+        if checkpoint.modules.keys() != modules.keys() or checkpoint.optimizers.keys() != optimizers.keys():
+            raise UserError(
+                f"{origin} does not hold the networks and optimisers of step {checkpoint.step} of stage {checkpoint.stage}"
+            )
+        for name, module in modules.items():
+            load_network(module, checkpoint.modules[name], f"{origin}, {name},")
+        for name, optimizer in optimizers.items():
+            try:
+                _load_optimizer(optimizer, checkpoint.optimizers[name])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{origin}: the optimiser {name} does not fit its network ({error})") from None
+        try:
+            self.method.load_state_dict(checkpoint.method_state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{origin}: the state of the method is incomplete ({error})") from None
+        self.step, self.stage_finished = checkpoint.step, checkpoint.stage_finished
+        self.validations, self.skipped = list(checkpoint.validations), list(checkpoint.skipped)
+        self.saved = (self.stage, self.step)
+
+    def begin_stage(self, stage: int, resumed: bool) -> None:
+        """Let the method make what the stage needs; `resumed` as of `Method.begin_stage`."""
+        self.stage, self.step, self.stage_finished, self.has_begun = stage, 0, False, True
+        self.method.begin_stage(stage, resumed)
+
+    def move_to_epoch(self, epoch: int) -> None:
+        """Set the step counter to the start of `epoch` (from 1) of the stage in training.
+
+        Raises:
+            UserError: the stage has no such epoch, or is finished.
+        """
+        stage = self.stages[self.stage]
+        step = (epoch - 1) * stage.steps_per_epoch
+        if self.stage_finished:
+            raise UserError(f"--resume_to_epoch {epoch}: {stage.name} is finished; leave the flag out")
+        if epoch < 1 or step >= stage.steps:
+            raise UserError(f"--resume_to_epoch {epoch}: {stage.name} has {stage.steps} steps, and epochs count from 1")
+        self.step = step
+        self.validations = [found for found in self.validations if (found["stage"], found["step"]) <= (self.stage, step)]
+
+    def _save(self, progress: Progress, *names: str) -> None:
+        """Write the state under each name, unless the training has diverged: a good checkpoint must outlive that.
+
+        All processes have to call it; the main one writes.
+
+        Raises:
+            Diverged: a loss or a weight is not finite.
+        """
+        progress.read_losses(self.stage, self.step)
+        self.skipped = list(dict.fromkeys(reason for part in self.rank.gather(self.skipped) for reason in part))
+        if self.rank.is_main:
+            self._require_finite_weights()
+            checkpoint = self.checkpoint()
+            for name in names:
+                if name == BEST:
+                    checkpoint.for_use().save(self.folder / BEST)
+                else:
+                    checkpoint.save(self.folder / name, self.folder / PREVIOUS if name == LATEST else None)
+        self.saved, self._saved_at = (self.stage, self.step), time.monotonic()
+
+    def _require_finite_weights(self) -> None:
+        for name, module in self.method.modules.items():
+            if not all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values()):
+                raise Diverged(
+                    f"{name} has weights that are not finite after step {self.step} of {self.stages[self.stage].name}"
+                )
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Progress) -> None:
+        """Train from the present state to the end of the last stage.
+
+        Raises:
+            UserError: an image or label cannot be used, the run folder cannot be written to, or the training diverged.
+            Stopped: it was asked to, or a loader process died; the state is saved.
+            LoaderDied: a loader process died where no state could be saved.
+        """
+        try:
+            self._run(progress)
+        except Diverged as error:
+            stage, step = self.saved
+            raise UserError(
+                f"training diverged: {error}; the last good checkpoint, {self.folder / LATEST} of step {step} of "
+                f"{self.stages[stage].name}, is kept; start again with lower learning rates"
+            ) from None
+
+    def _run(self, progress: Progress) -> None:
+        if not self.has_begun:
+            self.begin_stage(0, resumed=False)
+            self._save(progress, LATEST)
+        while True:
+            stage = self.stages[self.stage]
+            if not self.stage_finished:
+                self._train_stage(stage, progress)
+                self.method.end_stage(self.stage)
+                self.stage_finished = True
+                self._save(progress, *([stage.keep_as] if stage.keep_as else []), LATEST)
+            if self.rank.is_main and (line := self.method.write_summary(self.stage, self.folder)):
+                progress.say(line)
+            if self.stage == len(self.stages) - 1:
+                self._publish(BEST if self.best() is not None else LATEST)
+                return
+            self.begin_stage(self.stage + 1, resumed=False)
+
+    def _train_stage(self, stage: Stage, progress: Progress) -> None:
+        self._require_equal_weights()
+        if self.best() is not None:
+            self._publish(BEST)  # the run may have been killed before it could
+        if self._is_validation_step(stage) and (self.stage, self.step) not in self._validated():
+            self._validate(progress)  # the run was stopped during this validation
+        batches = iter(self.method.batches(self.stage, range(self.step, stage.steps)))
+        while self.step < stage.steps:
+            try:
+                batch = next(batches)
+            except (LoaderDied, RuntimeError, OSError, EOFError) as error:
+                self._stop_for_loader(error, progress)
+            self._seed_step()
+            losses = self.method.step(batch, self.stage, self.step)
+            self.step += 1
+            progress.step(self.stage, self.step, losses)
+            self._note_skipped(progress, *batch.skipped)
+            if stage.pictures_every and self.step % stage.pictures_every == 0:
+                progress.pictures(self.stage, self.step, self.method.images())
+            validates = self._is_validation_step(stage)
+            action = self.rank.all_reduce_max(self._action(stage))
+            if validates or action >= SAVE:
+                self._save(progress, LATEST)
+            self._stop_if(action == STOP)
+            if validates:
+                self._validate(progress)
+
+    def _seed_step(self) -> None:
+        """Seed dropout by the step's number, so that a continued run draws what an uninterrupted one would have drawn.
+
+        Processes draw for other samples, so each has a seed of its own; the main one's is that of a single process.
+        """
+        others = (self.rank.index,) if self.rank.index else ()
+        torch.manual_seed(seed_for(self.run_config.manual_seed, 4, self.stage, self.step, *others))
+
+    def _stop_for_loader(self, error: Exception, progress: Progress) -> None:
+        """Save and stop where a loader process died between two steps; several processes are restarted instead.
+
+        Raises:
+            Stopped: the state is saved.
+            LoaderDied: it cannot be, as other processes are in a step that this one cannot take.
+        """
+        if not is_loader_death(error):
+            raise error
+        if self.rank.count > 1:
+            raise LoaderDied(str(error)) from None
+        self._save(progress, LATEST)
+        raise Stopped(f"{error}; {self._how_to_continue()}") from None
+
+    def _how_to_continue(self) -> str:
+        return (
+            f"stopped at step {self.step} of {self.stages[self.stage].name}, and saved; continue with "
+            f"--continue_train_from_path {self.folder}"
+        )
+
+    def _stop_if(self, wanted: bool) -> None:
+        """End the training, whose present state is saved."""
+        if wanted:
+            raise Stopped(self._how_to_continue())
+
+    def _action(self, stage: Stage) -> int:
+        """What this process wants done after a step; all processes do the most that one of them wants."""
+        if self.stop():
+            return STOP
+        if self.step == stage.steps:
+            return CONTINUE  # the finished stage is about to be saved
+        minutes = (time.monotonic() - self._saved_at) / 60.0
+        due = self.step % self.run_config.save_checkpoint_rate == 0 or minutes > self.run_config.save_checkpoint_minutes
+        return SAVE if due else CONTINUE
+
+    def _note_skipped(self, progress: Progress, *reasons: str) -> None:
+        for reason in reasons:
+            if reason not in self.skipped:
+                self.skipped.append(reason)
+                progress.say(f"skipped: {reason}")
+
+    def _require_equal_weights(self) -> None:
+        """Check that all processes start from the same weights; from then on they compute the same changes."""
+        if self.rank.count > 1:
+            weights = {f"weights of {name}": weights_fingerprint(net) for name, net in self.method.modules.items()}
+            self.rank.require_equal({"checkpoint's step": (self.stage, self.step), **weights})
+
+    # --- validation --------------------------------------------------------------------------------------------------
+
+    def _is_validation_step(self, stage: Stage) -> bool:
+        if self.validator is None or not stage.validate_every or self.method.eval_net() is None:
+            return False
+        return self.step > 0 and (self.step % stage.validate_every == 0 or self.step == stage.steps)
+
+    def _validated(self) -> set[tuple[int, int]]:
+        return {(found["stage"], found["step"]) for found in self.validations}
+
+    def _validate(self, progress: Progress) -> None:
+        """Validate the method's net; write this state as the best one if it is the best so far."""
+        validator = self.validator
+        alone = self.rank.count == 1  # several processes have to come to the end of it together
+        with progress.untimed():
+            # The state was saved before; a validation that is broken off is made again.
+            validation = validator(self.method.eval_net(), lambda: self._stop_if(alone and self.stop()))
+        score = validator.score(validation)
+        names = validator.files.data_set.class_names
+        progress.validation(self.stage, self.step, validation, names)
+        self._note_skipped(progress, *validation.skipped)
+        if score is None:
+            say(f"WARNING: the labels of {validator.files.root} hold no pixel of a scored class: no best state")
+        best = score is not None and all(score > found["score"] for found in self.validations if found["score"] is not None)
+        where = {"stage": self.stage, "step": self.step, "score": score, "best": best}
+        self.validations.append({**where, **report(validation, names)})
+        if best:
+            self.info |= {"miou": validation.mean_iou, "label_free": validation.label_free}
+        self._save(progress, *([BEST] if best else []), LATEST)
+        if self.rank.is_main:
+            atomic_write_json(self.folder / VALIDATIONS, self.validations)
+        if best:
+            self._publish(BEST)
+        self._stop_if(bool(self.rank.all_reduce_max(int(self.stop()))))
+
+    def best(self) -> Mapping[str, Any] | None:
+        """The validation that found the best state, None before there is one."""
+        return next((found for found in reversed(self.validations) if found["best"]), None)
+
+    def _publish(self, name: str) -> None:
+        if self.rank.is_main and (self.folder / name).is_file():
+            self.method.publish(self.folder / name, self.info)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """`load_state_dict`, with every buffer laid out in memory as its weight is.
+
+    Fused optimisers pair weights and buffers by their place in memory, and a checkpoint may be of another layout.
+    """
+    optimizer.load_state_dict(dict(state))
+    for weight, held in optimizer.state.items():
+        for name, value in held.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                held[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)

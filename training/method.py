@@ -1,0 +1,170 @@
+"""What a method of training is: networks, optimisers, batches and one step. `training.loop` does the rest.
+
+A new method is one short class that derives from `Method`; `uda/source.py` is the shortest example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data_handlers.domain import Domain
+from models.shapes import SegmentationShape
+from training.distributed import Rank
+from training.flags import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a training with a length of its own: a scale, a round, a phase.
+
+    Attributes:
+        name: for messages, such as `scale 0`.
+        steps: of the stage.
+        steps_per_epoch: of its epochs.
+        batch_size: samples in a step, over all processes.
+        tag: prefix of its losses' names in TensorBoard, such as `Scale0/`.
+        validate_every: steps between two validations, 0 for none; the last step is validated, too.
+        pictures_every: steps between two rows of pictures in TensorBoard, 0 for none.
+        keep_as: file name of the checkpoint that is kept at its end, '' for none.
+    """
+
+    name: str
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    tag: str = ""
+    validate_every: int = 0
+    pictures_every: int = 0
+    keep_as: str = ""
+
+
+class Batch(Protocol):
+    """What `Method.batches` yields and `Method.step` takes; the loop reads `skipped` alone.
+
+    Attributes:
+        skipped: what was wrong with images that others were taken in place of.
+    """
+
+    skipped: Sequence[str]
+
+
+class Method:
+    """A method of training, as the loop sees it.
+
+    Every random number of a step follows from the run's seed, the stage and the step: PyTorch's generators are seeded
+    before each step, and everything else draws from seeds of its own. So a run that was interrupted continues bit for
+    bit.
+
+    Attributes:
+        name: for checkpoints.
+        batch_flag: the flag of its batch size, for messages.
+        config: of the run.
+        rank: this process among those that share every batch, and its device.
+        modules: all networks with state, by name: those in training, finished ones, teachers. They are saved, checked
+            for finite values and compared between processes.
+        optimizers: those of the stage in training, by name.
+        domains: the lists of images that are read, by name.
+        shape: of the segmentation net that `eval_net` returns, None without.
+        unused: names of trainable tensors (`module.parameter`) that no loss reaches in this configuration, each with
+            the reason; a name may end in `*`.
+    """
+
+    name: ClassVar[str]
+    batch_flag: ClassVar[str] = "--batch_size"
+
+    def __init__(self, *, config: Config, rank: Rank, domains: Mapping[str, Domain]) -> None:
+        self.config = config
+        self.rank = rank
+        self.domains = dict(domains)
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Optimizer] = {}
+        self.shape: SegmentationShape | None = None
+        self.unused: dict[str, str] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.rank.device
+
+    @staticmethod
+    def task(config: Any) -> str:
+        """End of the name of a new run folder."""
+        raise NotImplementedError
+
+    def stages(self) -> Sequence[Stage]:
+        """The stages in order."""
+        raise NotImplementedError
+
+    def begin_stage(self, stage: int, resumed: bool) -> None:
+        """Make the networks that the stage adds and its optimisers.
+
+        Args:
+            resumed: a checkpoint of this stage or of a later one is about to be loaded: nothing is to be computed or
+                written that it holds already.
+        """
+        raise NotImplementedError
+
+    def batches(self, stage: int, steps: range) -> Iterator[Batch]:
+        """The batches of these steps of the stage, in order; what a step sees depends on its number alone."""
+        raise NotImplementedError
+
+    def step(self, batch: Batch, stage: int, step: int) -> Mapping[str, Tensor]:
+        """Train on a batch: losses, backward, optimisers, EMA. It neither reads values back to the host nor does I/O.
+
+        Returns:
+            The losses to be logged, scalars on the device without gradient. Those of several processes are summed, so
+            each is weighted by its process's part of the batch.
+        """
+        raise NotImplementedError
+
+    def end_stage(self, stage: int) -> None:
+        """Freeze what is final after the stage. Called for every finished stage when a run is resumed, too."""
+
+    def write_summary(self, stage: int, folder: Path) -> str:
+        """Write files for people at the end of a stage, if they are not there yet; returns a line to print, or ''."""
+        return ""
+
+    def eval_net(self) -> nn.Module | None:
+        """The segmentation net that is validated and used afterwards, one of `modules`; None before there is one."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Small state beside modules and optimisers: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what is learnt from, by a name for messages; they must stay when the run is continued."""
+        return {f"list of {name} images": domain.files.fingerprint() for name, domain in self.domains.items()}
+
+    def images(self) -> Mapping[str, Tensor]:
+        """Images of the last step for TensorBoard, (B,3,h,w) in [-1,1], shown side by side in this order."""
+        return {}
+
+    def summary(self, losses: Mapping[str, float]) -> str:
+        """Part of the progress bar's text, from the mean losses since the last log entry."""
+        return " ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in list(losses.items())[:3])
+
+    def describe(self) -> list[str]:
+        """Lines that say what is trained on what."""
+        return [domain.files.describe() for domain in self.domains.values()]
+
+    def publish(self, path: Path, info: Mapping[str, Any]) -> None:
+        """Copy the net in the checkpoint at `path` to where users look for it: a new best state, or the last one.
+
+        Args:
+            info: of the run, as its checkpoints carry it.
+        """
+
+    def conclusion(self, folder: Path) -> str:
+        """A line that says what to do with a finished run."""
+        return ""

@@ -1,0 +1,299 @@
+"""A run from its flags to its end: configuration, devices, folder, loop. The same for every method."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from training.checkpoint import Checkpoint, read_newest
+from training.config import StartFlags
+from training.distributed import AlreadyReported, LostConnection, Rank, is_restarted, joined
+from training.dry_run import dry_run
+from training.flags import Config, section_from
+from training.launching import is_launched, launch, launched
+from training.loop import Loop
+from training.method import Method
+from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
+from training.progress import Progress
+from training.record import environment, write_record
+from training.run_folder import checkpoint_ids, folder_to_continue, lock_run_folder, log_name, print_skipped
+from training.validation import Validator
+from utils.devices import default_gpus, training_devices
+from utils.errors import UserError, out_of_memory_means, run_cli
+from utils.files import check_folder, remove_leftovers
+from utils.loaders import LoaderDied, is_loader_death
+from utils.memory import keep_freed_memory
+from utils.stopping import StopRequests, Stopped
+
+# Environment variable: the folder of a new run, for the processes that train it together and are started again.
+RUN_DIR = "PROCST_RUN_DIR"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continued:
+    """The run that is continued: its newest checkpoint, the file that holds it, and `checkpoint_ids` of its folder."""
+
+    checkpoint: Checkpoint
+    origin: Path
+    ids_before: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A method whose input has been checked; nothing is written yet.
+
+    Attributes:
+        validator: validates its segmentation net, None goes without.
+        validation_line: says what validates it, or why nothing does.
+    """
+
+    method: Method
+    validator: Validator | None = None
+    validation_line: str = ""
+
+
+class Prepare(Protocol):
+    """Checks everything that can be wrong with the input of a run and makes its method."""
+
+    def __call__(self, config: Any, rank: Rank, continued: Continued | None) -> Prepared:
+        """Raises `UserError`, which names the file or flag."""
+
+
+def train(
+    *, script: str, config_class: type[Config], method: type[Method], prepare: Prepare, given: Mapping[str, Any]
+) -> None:
+    """Start a run or continue one, in this process or in those that it launches.
+
+    Args:
+        script: file of the command.
+        given: the flags on the command line.
+
+    Raises:
+        UserError: bad input; a checkpoint that stands stays.
+        Stopped: the run was asked to stop, and its state is saved.
+    """
+
+    def main() -> None:
+        try:
+            with joined() as rank, ExitStack() as stack:
+                _Run(Path(script), config_class, method, prepare, given, rank, stack).start()
+        except AlreadyReported:
+            raise SystemExit(2) from None
+        except LostConnection:
+            if is_launched():
+                raise SystemExit(1) from None  # the launcher starts all processes again
+            raise UserError(
+                "the connection to the other processes was lost: one of them was ended, or its machine cannot be "
+                "reached; continue from the last checkpoint"
+            ) from None
+
+    if is_launched():
+        with launched():
+            run_cli(main)
+    else:
+        main()
+
+
+@dataclass
+class _Run:
+    script: Path
+    config_class: type[Config]
+    method_class: type[Method]
+    prepare: Prepare
+    given: Mapping[str, Any]
+    rank: Rank
+    stack: ExitStack
+
+    def start(self) -> None:
+        """See `train`."""
+        self.config_class.check_given(self.given)
+        flags = section_from(StartFlags, self.given)
+        run_dir = flags.run_dir or ("" if flags.continue_train_from_path else os.environ.get(RUN_DIR, ""))
+        if is_restarted() and not (run_dir or flags.continue_train_from_path):
+            raise UserError("--run_dir is needed where processes are restarted: without it, each start is a new run")
+        stop = StopRequests(quiet=is_launched() or not self.rank.is_main)
+        continued = _continued(folder_to_continue(flags.continue_train_from_path, run_dir), self.method_class.name)
+        config = self._config(continued)
+        gpus = config.run.gpus or default_gpus()
+        devices = training_devices(gpus)
+        if self.rank.count == 1 and len(devices) > 1:
+            self._launch(config, devices, run_dir or flags.continue_train_from_path)
+            return
+        self.rank = self.rank.at(devices)
+        if not config.run.gpus and self.rank.is_main:
+            print(f"computing on {self.rank.device} (choose with --gpus)")
+        if self.rank.device.type == "cpu":
+            keep_freed_memory()
+        # Until the training begins there is nothing to save; several processes decide together when they are trained.
+        stop.at_once = self.rank.count == 1
+        self.stack.enter_context(stop)
+        with self._naming_stored_flags(continued):
+            set_determinism(config.run.deterministic)
+            config = self._with_precision(config)
+            prepared = self.prepare(config, self.rank, continued)
+            for name in ("checkpoints_dir", "tb_logs_dir"):
+                check_folder(Path(getattr(config.run, name)), f"--{name}")
+        self._require_one_run(prepared)
+        if flags.dry_run:
+            self._dry_run(prepared, continued, Path(run_dir or config.run.checkpoints_dir))
+        else:
+            self._train(prepared, continued, run_dir, flags.resume_to_epoch, stop)
+
+    def _config(self, continued: Continued | None) -> Any:
+        if continued is None:
+            processes = {"num_processes": self.rank.count} if self.rank.count > 1 else {}
+            return self.config_class.from_flags({**self.given, **processes})
+        stored = self.config_class.from_json(continued.checkpoint.config, continued.origin)
+        names = {name for name in self.given if name not in StartFlags.__dataclass_fields__}
+        return stored.continued({name: self.given[name] for name in names})
+
+    def _launch(self, config: Any, devices: Sequence[torch.device], known: str) -> None:
+        """Start one process for each device; a new run gets its folder's name here, so that a restart finds it."""
+        parent = Path(config.run.checkpoints_dir)
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.method_class.task(config)}"
+        environment = {} if known else {RUN_DIR: str(parent.absolute() / name)}
+        code = launch(self.script, sys.argv[1:], devices, environment)
+        if code:
+            raise SystemExit(code)
+
+    def _with_precision(self, config: Any) -> Any:
+        """The configuration with the precision that `auto` stands for, the same in every process."""
+        self.rank.require_equal({"--precision": config.run.precision})
+        wanted = self.rank.broadcast(resolve_precision(config.run.precision, self.rank.device))
+        precision: Precision = resolve_precision(wanted, self.rank.device)
+        set_convolution_precision(precision)
+        return replace(config, run=replace(config.run, precision=precision))
+
+    @contextmanager
+    def _naming_stored_flags(self, continued: Continued | None) -> Iterator[None]:
+        """Say of bad input that a continued run's configuration names, and not the command line, that it does."""
+        try:
+            yield
+        except UserError as error:
+            flag = re.match(r"--([\w-]+)", str(error))
+            if continued is None or flag is None or flag[1].replace("-", "_") in self.given:
+                raise
+            raise UserError(f"{flag[0]} of the run's configuration{str(error)[flag.end() :]}") from None
+
+    def _require_one_run(self, prepared: Prepared) -> None:
+        """Check that all processes were asked for the same run and see the same files."""
+        config = prepared.method.config
+        changing = {name for name, value in config.flags().items() if config.may_change(name)}
+        values = {f"configuration (--{n})": v for n, v in config.flags().items() if n not in changing}
+        self.rank.require_equal({**values, **prepared.method.inputs()})
+        smallest = min(stage.batch_size for stage in prepared.method.stages())
+        if smallest < self.rank.count:
+            raise UserError(
+                f"{prepared.method.batch_flag}: a batch of {smallest} cannot be shared by {self.rank.count} processes, "
+                "the batch sizes are totals; raise it, or name fewer GPUs"
+            )
+
+    def _dry_run(self, prepared: Prepared, continued: Continued | None, folder: Path) -> None:
+        folder = continued.origin.parent if continued else folder
+        loop = Loop(method=prepared.method, run=prepared.method.config.run, folder=folder)
+        if self.rank.is_main:
+            print("\n".join([*prepared.method.describe(), prepared.validation_line]))
+        with out_of_memory_means(lambda: _less_memory(loop)):
+            dry_run(loop, continued=continued is not None, with_best=prepared.validator is not None)
+
+    def _train(
+        self, prepared: Prepared, continued: Continued | None, run_dir: str, resume_to_epoch: int, stop: StopRequests
+    ) -> None:
+        rank, method = self.rank, prepared.method
+        config, folder = method.config, None
+        # The main process builds the caches, the others open them.
+        if not rank.is_main:
+            rank.barrier()
+        method.domains = {name: domain.with_cache() for name, domain in method.domains.items()}
+        if rank.is_main:
+            rank.barrier()
+            # Everything that can be wrong with the input has been checked; only now is a run folder made.
+            folder = lock_run_folder(
+                origin=continued.origin if continued else None,
+                ids_before=continued.ids_before if continued else {},
+                run_dir=run_dir,
+                parent=Path(config.run.checkpoints_dir),
+                task=method.task(config),
+                stack=self.stack,
+            )
+            remove_leftovers(folder)
+        folder = rank.broadcast(folder)
+        run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
+        info = {**(continued.checkpoint.info if continued else {}), "run": folder.name, "run_id": run_id}
+        loop = Loop(
+            method=method, run=config.run, folder=folder, validator=prepared.validator, info=info, stop=stop
+        )
+        if continued:
+            loop.restore(continued.checkpoint, continued.origin)
+            if resume_to_epoch:
+                loop.move_to_epoch(resume_to_epoch)
+        if rank.is_main:
+            content = {"method": method.name, "config": config.to_json(), "inputs": method.inputs()}
+            where = {"stage": loop.stage, "step": loop.step}
+            write_record(folder, content, {**where, **environment(rank.device, rank.count)})
+            print("\n".join([*method.describe(), prepared.validation_line]))
+            print(f"run folder: {folder}", flush=True)
+        progress = Progress(
+            method=method,
+            done=(loop.stage, loop.step),
+            folder=folder if rank.is_main else None,
+            log_dir=Path(config.run.tb_logs_dir) / log_name(folder) if rank.is_main else None,
+            print_rate=config.run.print_rate,
+            quiet=not rank.is_main,
+        )
+        stop.at_once = False
+        try:
+            with out_of_memory_means(lambda: _less_memory(loop)):
+                loop.run(progress)
+        except Exception as error:
+            if is_loader_death(error) or isinstance(error, LoaderDied):
+                _end_for_loader(error, rank)
+            raise
+        finally:
+            progress.close()
+        if rank.is_main:
+            print_skipped(loop.skipped)
+            if best := loop.best():
+                print(f"best state by {prepared.validator.select_by}: {folder / 'best.pth'}, of step {best['step']}")
+            print(f"finished; {method.conclusion(folder)}")
+
+
+def _continued(folder: Path | None, method: str) -> Continued | None:
+    if folder is None:
+        return None
+    ids_before = checkpoint_ids(folder)
+    checkpoint, origin = read_newest(folder)
+    if checkpoint.method != method:
+        raise UserError(f"{origin} is a checkpoint of another training ({checkpoint.method}); continue it with its script")
+    if not checkpoint.optimizers:
+        raise UserError(f"{origin} holds a finished net and no training state")
+    return Continued(checkpoint=checkpoint, origin=origin, ids_before=ids_before)
+
+
+def _end_for_loader(error: Exception, rank: Rank) -> None:
+    """End where a loader process died within a step: the last checkpoint stands.
+
+    Raises:
+        Stopped: this process is alone.
+        SystemExit: with code 1, for which a launcher starts all processes again.
+    """
+    line = f"{error}; the last checkpoint stays, run the same command again"
+    if rank.count == 1:
+        raise Stopped(line) from None
+    print(line, file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+def _less_memory(loop: Loop) -> str:
+    stage = loop.stages[loop.stage]
+    return f" for batch {stage.batch_size} of {stage.name}; lower {loop.method.batch_flag} or --crop_size"

@@ -1,0 +1,110 @@
+"""Configuration of the training of a segmentation net: frozen, validated once, stored as JSON. It imports no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from data_handlers.datasets import DATA_SETS
+from training.config import (
+    LoaderConfig,
+    NetConfig,
+    RunConfig,
+    SGDConfig,
+    SourceConfig,
+    StartFlags,
+    ValidationConfig,
+    check_common,
+    check_crop,
+    resolve_net,
+)
+from training.flags import Config, check, check_not_negative, check_positive, option, path_option
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """Where the labels are, and which labelled images the net is validated on.
+
+    Attributes:
+        output: where the best net goes besides the run folder, or ''.
+    """
+
+    src_label_dir: str = path_option(
+        "", "root folder of the labels, where it is another: SiT images have the labels of their source", metavar="DIR",
+        may_change=True,
+    )  # fmt: skip
+    val_list: str = path_option("", "text file with the images to validate on", metavar="FILE")
+    val_count: int = option(
+        0, "validate on the last N images, which are then not trained on (default: the data set's val split; GTA5 the "
+        "last 500, SYNTHIA the last 300)",
+    )  # fmt: skip
+    output: str | None = path_option(
+        None, "the best net (default: pretrained/pretrained_semseg_on_<source>.pth); never overwrites a file of "
+        "another run; '' writes to the run folder alone", metavar="FILE", type=str, may_change=True,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "val_count")
+
+
+@dataclass(frozen=True)
+class PolyConfig:
+    """Length of the training and its poly schedule: rate * (1 - step / num_steps) ** power."""
+
+    num_steps: int = option(250_000, "steps of the poly schedule")
+    batch_size: int = option(1, "images in a step, over all GPUs")
+    power: float = option(0.9, "power of the poly schedule")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_steps", "batch_size")
+        check(0.0 <= self.power < 100.0, f"--power is {self.power}; it must be between 0 and 100")
+
+
+@dataclass(frozen=True)
+class SourceTrainingConfig(Config):
+    """The whole configuration of a training on labelled source images."""
+
+    run: RunConfig
+    loader: LoaderConfig
+    source: SourceConfig
+    held_out: HeldOutConfig
+    net: NetConfig
+    sgd: SGDConfig
+    poly: PolyConfig
+    validation: ValidationConfig
+
+    groups: ClassVar[Mapping[str, Sequence[type]]] = {
+        "run": (StartFlags, RunConfig),
+        "data": (SourceConfig, HeldOutConfig, LoaderConfig),
+        "net and training": (NetConfig, SGDConfig, PolyConfig, ValidationConfig),
+    }
+    first: ClassVar[Sequence[str]] = (
+        "gpus", "source", "src_data_dir", "model", "num_steps", "batch_size", "crop_size", "output", "run_dir", "dry_run",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_crop(self.source.crop_size)
+
+    @classmethod
+    def check_given(cls, given: Mapping[str, Any]) -> None:
+        """Refuse flags that contradict each other.
+
+        Raises:
+            UserError: names the flags.
+        """
+        check_common(given)
+        both = given.get("val_list") and given.get("val_count")
+        check(not both, "--val_list and --val_count contradict each other; give one")
+
+    @classmethod
+    def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:
+        """The flags with what follows from the data set filled in."""
+        flags, data_set = resolve_net(flags), DATA_SETS[flags["source"]]
+        default = f"pretrained/pretrained_semseg_on_{flags['source']}.pth"
+        return {
+            **flags,
+            "src_resize": flags["src_resize"] or data_set.resize,
+            "crop_size": flags["crop_size"] or data_set.crop,
+            "output": default if flags["output"] is None else flags["output"],
+        }

@@ -1,0 +1,93 @@
+"""Checking everything that can be wrong with the input of a training of a segmentation net, before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_handlers.datasets import DATA_SETS
+from data_handlers.domain import Domain
+from data_handlers.labelled import check_samples
+from data_handlers.lists import train_and_validation
+from models.segmentation import build_segmentation_net, load_backbone, require_classes
+from training.distributed import Rank
+from training.run import Continued, Prepared
+from training.segmentation_files import is_of_run, run_identity
+from training.validation import Validator, scored_classes
+from uda.config import SourceTrainingConfig
+from uda.source import SourceTraining
+from utils.devices import workers_for
+from utils.errors import UserError
+from utils.files import check_folder
+from utils.seeds import seed_for
+
+
+def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continued | None) -> Prepared:
+    """Check the input of a training on source and build its net.
+
+    Raises:
+        UserError: names the file or flag.
+    """
+    data, held_out, net_config = config.source, config.held_out, config.net
+    data_set = DATA_SETS[data.source].with_labels(data.src_labels)
+    if not data_set.label_path:
+        raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
+    require_classes(net_config.num_classes, data_set)
+    train, val = train_and_validation(
+        data_set, data.src_data_dir, "--src_data_dir", list_file=data.src_list, val_list=held_out.val_list,
+        val_count=held_out.val_count, label_dir=held_out.src_label_dir,
+    )  # fmt: skip
+    if len(train) < config.poly.batch_size:
+        raise UserError(f"--batch_size {config.poly.batch_size}: there are {len(train)} images to train on")
+    skip = config.loader.on_bad_image == "skip"
+    for files in () if skip else (train, val):
+        check_samples(files, labels="read", flag="--src_labels", explicit=bool(data.src_labels))
+    _check_output(held_out.output, continued)
+    net = _build_net(config, fresh=continued is None)
+    workers = workers_for(config.loader.num_workers, rank.device, rank.count)
+    validation = config.validation
+    select_by = "miou" if validation.select_by == "auto" else validation.select_by
+    rate = validation.validation_rate or len(train) // config.poly.batch_size
+    config = replace(config, validation=replace(validation, select_by=select_by, validation_rate=rate))
+    source = Domain(
+        files=train, name="source", seed=config.run.manual_seed, resize=data.src_resize, crop=data.crop_size,
+        labels="read", flip=True, resample=config.loader.resample, on_bad_image=config.loader.on_bad_image,
+        num_workers=workers, cache_dir=config.loader.cache_dir,
+    )  # fmt: skip
+    method = SourceTraining(config=config, rank=rank, source=source, net=net)
+    if select_by == "none":
+        return Prepared(method=method, validation_line="no validation, as --select_by none says")
+    validator = Validator(
+        files=val, with_labels=True, select_by=select_by, classes=scored_classes(net_config.num_classes, data_set),
+        num_classes=net_config.num_classes, num_workers=workers, rank=rank, skip_unusable=skip,
+    )  # fmt: skip
+    line = f"validating on {val.describe()}, best by {select_by}"
+    return Prepared(method=method, validator=validator, validation_line=line)
+
+
+def _build_net(config: SourceTrainingConfig, fresh: bool) -> nn.Module:
+    torch.manual_seed(seed_for(config.run.manual_seed, 5))
+    net = build_segmentation_net(config.net.shape())
+    if fresh and config.net.backbone_weights != "random":
+        load_backbone(net, config.net.backbone, config.net.backbone_weights)
+    return net
+
+
+def _check_output(output: str, continued: Continued | None) -> None:
+    """Check that the output is no file of another run, or of the authors: those are never overwritten.
+
+    Raises:
+        UserError: it is, or it cannot be written.
+    """
+    if not output:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file")
+    check_folder(path.parent, "--output")
+    own = continued and run_identity(continued.origin.parent, continued.checkpoint.info)
+    if path.exists() and not (own and is_of_run(path, own)):
+        raise UserError(f"--output {path} exists and is not of this run; move it away or name another file")
