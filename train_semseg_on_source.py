@@ -19,7 +19,8 @@ import torch
 from core.checkpoint import LATEST, has_checkpoint, read_newest
 from core.command_line import backbone_weights
 from core.config import SGDConfig, default_semseg_weights
-from core.execution import PRECISIONS, resolve_precision, set_convolution_precision
+from training.choices import PRECISIONS
+from training.precision import resolve_precision, set_convolution_precision
 from core.run_folder import claim_run_folder, print_skipped, run_to_continue, stamps
 from core.segmentation_files import SegmentationFile, is_of_run, read_segmentation_file, run_identity
 from core.source_training import SourceTrainer, SourceTrainingConfig

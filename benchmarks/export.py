@@ -25,7 +25,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pictures import picture, write_gta5
-from core.execution import computes_in_bf16, set_convolution_precision
+from training.precision import computes_in_bf16, set_convolution_precision
 from core.export import ExportConfig, translate_images
 from core.networks import Generator, NetworkShape, freeze, init_weights, layers_at_scale
 from core.cascade import to_pixels, translate_pyramid

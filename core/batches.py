@@ -84,7 +84,7 @@ def step_batch(source: DomainBatch, target: DomainBatch, alphas: Tensor, device:
     """What a step sees, on `device` and normalised; the label where the source has one."""
 
     def images(levels: list[Tensor]) -> list[Tensor]:
-        # Channels first for every network; `Execution` lays out anew where another layout pays.
+        # Channels first for every network; the `Runner` lays out anew where another layout pays.
         moved = [to_device(level, device) for level in levels]
         return [normalise(level).permute(0, 3, 1, 2).contiguous() for level in moved]
 

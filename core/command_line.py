@@ -20,7 +20,7 @@ from core.config import (
     require_one_per_scale,
     resolve_norms,
 )
-from core.execution import PRECISIONS
+from training.choices import PRECISIONS
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import RESAMPLINGS
 from data_handlers.stream import ON_BAD_IMAGE

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from core.execution import PRECISIONS
+from training.choices import PRECISIONS
 from core.networks import NetworkShape, Norm, layers_at_scale, published_norm
 from data_handlers.pyramid import level_size
 from data_handlers.datasets import DATA_SETS

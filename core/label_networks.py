@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from core.config import ProCSTConfig, SemsegConfig, SGDConfig, default_semseg_weights
 from core.segmentation_files import load_segmentation_net
-from core.step import LabelNetworks
+from core.step import SegmentationNets
 from models.resnet import recompute_blocks
 from models.segmentation import build_segmentation_net, load_backbone, parameter_groups
 from utils.errors import UserError
@@ -80,7 +80,7 @@ def restore_momentum(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 def build_label_networks(
     config: SemsegConfig, source_net: nn.Module, seed: int, pretrained: bool, save_memory: bool = False
-) -> LabelNetworks:
+) -> SegmentationNets:
     """P with a fresh Q and its optimiser, on the CPU.
 
     Args:
@@ -97,4 +97,4 @@ def build_label_networks(
     target_net.train()
     if save_memory:
         recompute_blocks(target_net)
-    return LabelNetworks(source_net, target_net, segmentation_optimizer(target_net, config))
+    return SegmentationNets(source_net, target_net, segmentation_optimizer(target_net, config))

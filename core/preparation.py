@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from core.config import ProCSTConfig
-from core.execution import (
+from training.precision import (
     Precision,
     channels_last,
     recomputes_blocks,
@@ -19,7 +19,7 @@ from core.execution import (
 )
 from core.label_networks import build_label_networks, load_source_net
 from core.progress import ScalePlan, scale_plans
-from core.step import LabelNetworks, PerceptualNet
+from core.step import PerceptualNet, SegmentationNets
 from training.validation import Validator, scored_classes
 from data_handlers.cache import OR_SKIP, ImageCache
 from data_handlers.cache_building import bytes_to_build, open_cache
@@ -52,7 +52,7 @@ class PreparedRun:
     source: FileList
     target: FileList
     plans: Sequence[ScalePlan]
-    labels: LabelNetworks | None
+    labels: SegmentationNets | None
     validator: Validator | None
     validation_line: str
     perceptual: PerceptualNet
@@ -88,11 +88,11 @@ def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> Prepare
             save_memory=recomputes_blocks(precision, device),
         )  # fmt: skip
         if fresh_target_net:
-            inputs["start of the net trained on SiT (--backbone_weights)"] = weights_fingerprint(labels.target_net)
+            inputs["start of the net trained on SiT (--backbone_weights)"] = weights_fingerprint(labels.seg_sit)
         if rank.count > 1:
-            synchronise_batch_norms(labels.target_net)
-        channels_last(labels.source_net)
-        channels_last(labels.target_net)
+            synchronise_batch_norms(labels.seg_sit)
+        channels_last(labels.seg_source)
+        channels_last(labels.seg_sit)
     if config.data.on_bad_image == "stop":
         check_samples(source, "check" if config.run.no_semseg else "read", OR_SKIP)
         check_samples(target, "none", OR_SKIP)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from core.checkpoint import CONFIG, LATEST, PREVIOUS
 from core.config import SGDConfig, Size
-from core.execution import PRECISIONS, Execution
+from training.choices import PRECISIONS
+from training.precision import Runner
 from core.label_networks import segmentation_optimizer
 from models.losses import cross_entropy
 from core.run_folder import log_name
@@ -173,7 +174,7 @@ class SourceTrainer:
         self.class_names = class_names
         self.device = device
         self.run_folder = run_folder
-        self.execution = Execution(config.precision)
+        self.run_network = Runner(config.precision)
         self.optimizer = segmentation_optimizer(net, config.sgd)
         self.run = run_identity(run_folder, {"run_id": secrets.token_hex(8)})
         self.step = 0
@@ -323,7 +324,7 @@ class SourceTrainer:
         for group, multiple in zip(self.optimizer.param_groups, (1.0, HEAD_RATE), strict=True):
             group["lr"] = self.config.sgd.lr_semseg * multiple * factor
         image = normalise(to_device(batch.levels[0], self.device)).permute(0, 3, 1, 2).contiguous()
-        loss = cross_entropy(self.execution(self.net, image), to_device(batch.label, self.device))
+        loss = cross_entropy(self.run_network(self.net, image), to_device(batch.label, self.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

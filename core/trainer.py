@@ -15,16 +15,15 @@ from core.batches import open_streams, penalty_alphas, step_batch
 from core.checkpoint import LATEST, NETWORK_NAMES, PREVIOUS, Checkpoint
 from core.config import ProCSTConfig
 from core.contact_sheet import contact_sheet_path, save_contact_sheet
-from core.execution import Execution, image_layout, micro_batch_size
 from core.label_networks import restore_momentum
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.progress import Diverged, RunProgress
-from core.shares import WHOLE, BatchShare
+from core.running import micro_batch_size, procst_runner
 from core.step import (
-    LabelNetworks,
     PerceptualNet,
     ScaleNetworks,
     ScaleOptimizers,
+    SegmentationNets,
     StepResult,
     training_step,
 )
@@ -34,6 +33,7 @@ from data_handlers.lists import FileList
 from data_handlers.stream import DomainBatch
 from training.synchronised_norm import synchronise_batch_norms
 from training.distributed import Rank
+from training.local_batch import WHOLE, LocalBatch
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.seeds import seed_for
@@ -68,7 +68,7 @@ class Trainer:
         perceptual: PerceptualNet,
         device: torch.device,
         run_folder: Path,
-        labels: LabelNetworks | None = None,
+        labels: SegmentationNets | None = None,
         inputs: Mapping[str, str] | None = None,
         validator: Validator | None = None,
         caches: Mapping[str, ImageCache] | None = None,
@@ -92,9 +92,7 @@ class Trainer:
         self.saved = (0, 0)
         self._saved_at = time.monotonic()
         compute = config.compute
-        self.execution = Execution(
-            compute.precision, compute.compile, compute.bf16_discriminators, layout=image_layout
-        )
+        self.run_network = procst_runner(compute.precision, compute.bf16_discriminators)
         self.epoch_length = max(len(source), len(target))
         self.scale = 0
         self.step = 0
@@ -119,8 +117,8 @@ class Trainer:
             rate = optim.lr_d if name.startswith("D") else optim.lr_g
             self.optimizers[name] = Adam(network.parameters(), lr=rate, betas=(optim.beta1, 0.999), fused=True)
         if self.labels is not None and self._is_last_scale():
-            self.labels.source_net.to(self.device)
-            self.labels.target_net.to(self.device)
+            self.labels.seg_source.to(self.device)
+            self.labels.seg_sit.to(self.device)
 
     def _build(self, name: str, scale: int) -> nn.Module:
         return (Discriminator if name.startswith("D") else Generator)(self.config.network.shape(scale))
@@ -142,8 +140,8 @@ class Trainer:
         segmentation: Mapping[str, Any] = {}
         if self.labels is not None and self._is_last_scale():
             segmentation = {
-                "target_net": self.labels.target_net.state_dict(),
-                "optimizer": self.labels.target_optimizer.state_dict(),
+                "target_net": self.labels.seg_sit.state_dict(),
+                "optimizer": self.labels.optimizer.state_dict(),
             }
         return Checkpoint(
             config=self.config,
@@ -187,9 +185,9 @@ class Trainer:
         self.saved = (self.scale, self.step)
 
     def _restore_segmentation(self, segmentation: Mapping[str, Any], origin: Path) -> None:
-        load_network(self.labels.target_net, segmentation.get("target_net"), f"{origin}, segmentation net,")
+        load_network(self.labels.seg_sit, segmentation.get("target_net"), f"{origin}, segmentation net,")
         try:
-            restore_momentum(self.labels.target_optimizer, segmentation["optimizer"])
+            restore_momentum(self.labels.optimizer, segmentation["optimizer"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{origin}: the segmentation net's optimiser does not fit it ({error})") from None
 
@@ -217,7 +215,7 @@ class Trainer:
     def _require_finite_weights(self) -> None:
         trained = {name: networks[-1] for name, networks in self.networks.items()}
         if self.labels is not None and self._is_last_scale():
-            trained["the segmentation net"] = self.labels.target_net
+            trained["the segmentation net"] = self.labels.seg_sit
         for name, network in trained.items():
             if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
                 raise Diverged(f"{name} of scale {self.scale} has weights that are not finite after step {self.step}")
@@ -330,7 +328,7 @@ class Trainer:
         alone = self.rank.count == 1  # several processes have to come to the end of it together
         with progress.untimed():
             # Saved before; a validation that is broken off is made again.
-            validation = self.validator(self.labels.target_net, lambda: self._stop_if(alone and self.stop()))
+            validation = self.validator(self.labels.seg_sit, lambda: self._stop_if(alone and self.stop()))
         score = validation.mean_iou if self.config.semseg.select_by == "miou" else validation.label_free
         before = [earlier["score"] for earlier in self.validations if earlier["score"] is not None]
         best = score is not None and all(score > earlier for earlier in before)
@@ -362,14 +360,14 @@ class Trainer:
             return
         weights = {f"{name} of scale {self.scale}": weights_fingerprint(*nets) for name, nets in self.networks.items()}
         if self.labels is not None and self._is_last_scale():
-            weights["net trained on SiT"] = weights_fingerprint(self.labels.target_net)
+            weights["net trained on SiT"] = weights_fingerprint(self.labels.seg_sit)
         self.rank.require_equal({"checkpoint's step": self.step, **weights})
 
-    def _share(self) -> BatchShare:
+    def _local_batch(self) -> LocalBatch:
         if self.rank.count == 1:
             return WHOLE
         batch = self.config.schedule.batch_size_list[self.scale]
-        return BatchShare(len(self.rank.share(batch)) / batch, self.rank.add_up)
+        return LocalBatch(len(self.rank.share(batch)) / batch, self.rank.add_up)
 
     def scale_networks(self) -> ScaleNetworks:
         """The networks that a step of the present scale works on."""
@@ -390,16 +388,16 @@ class Trainer:
         batch = step_batch(source, target, alphas, self.device)
         warmup = labels is not None and epoch < self.config.schedule.warmup_epochs
         return training_step(
-            nets,
-            optimizers,
-            self.perceptual,
-            batch,
-            self.config.loss,
-            self.config.network.scale_factor,
-            labels,
-            warmup,
-            self.execution,
+            nets=nets,
+            optimizers=optimizers,
+            perceptual=self.perceptual,
+            batch=batch,
+            loss=self.config.loss,
+            scale_factor=self.config.network.scale_factor,
+            segmentation=labels,
+            warmup=warmup,
+            run=self.run_network,
             recompute=self.device.type == "cuda",
             micro_batch=micro_batch_size(batch.source[-1].shape, nets.Gst.shape.norm, self.device),
-            share=self._share(),
+            local=self._local_batch(),
         )
