@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.execution import PRECISIONS, resolve_precision
+from training.choices import PRECISIONS
+from training.precision import resolve_precision
 from core.export import ExportConfig, translate_images, translate_on_devices
 from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import MIN_TILE_PIXELS

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from core.execution import channels_last, set_convolution_precision
+from training.precision import channels_last, set_convolution_precision
 from core.segmentation_files import load_segmentation_net
 from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.label_maps import SYNTHIA_13, SYNTHIA_16, colourise, to_label_ids

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from core.domain_distance import feature_gaussian
-from core.execution import set_convolution_precision
+from training.precision import set_convolution_precision
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images
 from models.vgg import build_vgg

@@ -12,25 +12,25 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.cascade import cascade, generated_pyramid
 from core.config import LossConfig
 from core.losses import gradient_penalty, total_variation
-from core.networks import Generator
-from core.objectives import PerceptualNet
-from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, StepResult
 from models.losses import cross_entropy
+from core.networks import Generator
+from core.cascade import cascade, generated_pyramid
+from core.step import Batch, PerceptualNet, ScaleNetworks, ScaleOptimizers, SegmentationNets, StepResult
 
 Fake = Callable[[], Tensor]  # translates anew at every call
 
 
 def literal_step(
+    *,
     nets: ScaleNetworks,
     optimizers: ScaleOptimizers,
     perceptual: PerceptualNet,
     batch: Batch,
-    config: LossConfig,
+    loss: LossConfig,
     scale_factor: float,
-    labels: LabelNetworks | None = None,
+    segmentation: SegmentationNets | None = None,
     warmup: bool = False,
 ) -> StepResult:
     """See `core.step.training_step`. `lambda_adversarial` must be 1, as published: the logged parts contain it here."""
@@ -45,37 +45,37 @@ def literal_step(
     def to_source() -> Tensor:
         return translate(nets.Gts, nets.lower_Gts, batch.target)
 
-    losses = _discriminators(nets, optimizers, batch, config, to_target, to_source)
+    losses = _discriminators(nets, optimizers, batch, loss, to_target, to_source)
     optimizers.Gst.zero_grad()
     optimizers.Gts.zero_grad()
-    losses |= _adversarial_and_style(nets, perceptual, source, target, config, to_target, to_source)
+    losses |= _adversarial_and_style(nets, perceptual, source, target, loss, to_target, to_source)
     sit = to_target()
     sitis = _back(sit, nets.Gts, nets.lower_Gts, scale_factor)
-    cycle_source = config.lambda_cyclic * F.l1_loss(sitis, source)
+    cycle_source = loss.lambda_cyclic * F.l1_loss(sitis, source)
     losses["Cyclic/LossSTS"] = total = cycle_source
-    if labels is not None and not warmup:
-        cyclic_label = config.lambda_labels * cross_entropy(labels.source_net(sitis), batch.label)
+    if segmentation is not None and not warmup:
+        cyclic_label = loss.lambda_labels * cross_entropy(segmentation.seg_source(sitis), batch.label)
         losses["Cyclic/SourceLabelLoss"] = cyclic_label
         total = cycle_source + cyclic_label  # both look at the same image that came back, so they go back together
     total.backward()
     tis = to_source()
     tisit = _back(tis, nets.Gst, nets.lower_Gst, scale_factor)
-    cycle_target = config.lambda_cyclic * F.l1_loss(tisit, target)
+    cycle_target = loss.lambda_cyclic * F.l1_loss(tisit, target)
     cycle_target.backward()
     losses["Cyclic/LossTST"] = cycle_target
     optimizers.Gst.step()
     optimizers.Gts.step()
 
     # (3) segmentation
-    if labels is not None:
-        labels.target_optimizer.zero_grad()
+    if segmentation is not None:
+        segmentation.optimizer.zero_grad()
         optimizers.Gst.zero_grad()
-        segmentation = cross_entropy(labels.target_net(to_target()), batch.label)
-        segmentation.backward()
-        labels.target_optimizer.step()
+        cross_entropy_of_q = cross_entropy(segmentation.seg_sit(to_target()), batch.label)
+        cross_entropy_of_q.backward()
+        segmentation.optimizer.step()
         if not warmup:
             optimizers.Gst.step()
-        losses["Semseg/SemsegLoss"] = segmentation
+        losses["Semseg/SemsegLoss"] = cross_entropy_of_q
 
     images = {"source": source, "sit": sit, "sitis": sitis, "target": target, "tis": tis, "tisit": tisit}
     return StepResult(

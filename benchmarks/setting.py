@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from core.config import ProCSTConfig
-from core.execution import channels_last
+from training.precision import channels_last
 from core.label_networks import build_label_networks
 from core.networks import Discriminator, Generator, freeze, init_weights
-from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers
 from data_handlers.pyramid import level_size
+from core.step import Batch, SegmentationNets, ScaleNetworks, ScaleOptimizers
 from models.segmentation import build_segmentation_net
 from models.vgg import VGGFeatures, build_vgg
 
@@ -25,7 +25,7 @@ class Setting:
     networks: ScaleNetworks
     optimizers: ScaleOptimizers
     perceptual: VGGFeatures
-    labels: LabelNetworks | None
+    segmentation: SegmentationNets | None
     batch: Batch
 
 
@@ -50,19 +50,19 @@ def build_setting(config: ProCSTConfig, scale: int, device: torch.device, fused:
         for name, net in trained.items()
     }
     perceptual = _placed(build_vgg(config.run.vgg_weights, config.loss.perceptual_layers), device)
-    labels = None
+    segmentation = None
     if not config.run.no_semseg and scale == config.network.num_scales:
-        labels = build_label_networks(
+        segmentation = build_label_networks(
             config.semseg, freeze(build_segmentation_net(config.semseg.shape())), seed=0, pretrained=False
         )
-        _placed(labels.source_net, device)
-        _placed(labels.target_net, device)
+        _placed(segmentation.seg_source, device)
+        _placed(segmentation.seg_sit, device)
     if fused:
-        for network in (perceptual, *([labels.source_net, labels.target_net] if labels else [])):
+        for network in (perceptual, *([segmentation.seg_source, segmentation.seg_sit] if segmentation else [])):
             channels_last(network)
     return Setting(
-        ScaleNetworks(**trained, **lower), ScaleOptimizers(**optimizers), perceptual, labels,
-        random_batch(config, scale, device, labels is not None),
+        ScaleNetworks(**trained, **lower), ScaleOptimizers(**optimizers), perceptual, segmentation,
+        random_batch(config, scale, device, segmentation is not None),
     )  # fmt: skip
 
 

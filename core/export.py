@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from core.execution import Precision, set_convolution_precision
+from training.precision import Precision, set_convolution_precision
 from core.networks import Generator
 from core.translate import Translator
 from data_handlers.images import read_image

@@ -1,4 +1,4 @@
-"""The loss terms of the method as pure functions of tensors (specification section 3). All return scalars."""
+"""The loss terms of ProCST as pure functions of tensors (docs/method.md, section 3). All return scalars."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.dtypes import at_least_float32
+
+# Feature maps (B,C,h,w) by position in VGG16's `features`, holding at least the layers asked for.
 Features = Mapping[int, Tensor]
+
+
+def mean_score(score: Tensor) -> Tensor:
+    """Mean of a discriminator's score map (B,1,h,w)."""
+    return at_least_float32(score).mean()
 
 
 def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
@@ -16,7 +24,7 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
 
     Args:
         discriminator: image (B,3,h,w) -> score map.
-        real, fake: (B,3,h,w) in [-1,1], float32, without gradient.
+        real, fake: (B,3,h,w) in [-1,1], at least float32, without gradient.
         alpha: one interpolation factor in [0,1] for the whole batch, a scalar tensor.
 
     Returns:
@@ -24,24 +32,28 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
     """
     x = (alpha * real + (1.0 - alpha) * fake).requires_grad_(True)
     score = discriminator(x)
-    (gradient,) = torch.autograd.grad(score.float().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(at_least_float32(score).sum(), x, create_graph=True)
     return ((gradient.norm(2, dim=1) - 1.0) ** 2).mean()
 
 
 def gram_matrix(features: Tensor) -> Tensor:
-    """F F^T / (h w) of each image: (B,C,h,w) -> float32 (B,C,C). The sums go over up to half a million positions."""
-    flat = features.float().permute(0, 2, 3, 1).flatten(1, 2)
+    """F F^T / (h w) of each image: (B,C,h,w) -> (B,C,C), at least float32.
+
+    The sums go over up to half a million positions, too many for bfloat16.
+    """
+    flat = at_least_float32(features).permute(0, 2, 3, 1).flatten(1, 2)
     return torch.baddbmm(flat.new_empty(()), flat.transpose(1, 2), flat, beta=0, alpha=1 / flat.shape[1])
 
 
-def content_loss(fake: Features, own_input: Features, layers: Sequence[int]) -> Tensor:
-    """Mean over the content layers of the squared feature difference to the image that was translated."""
-    return torch.stack([(fake[i].float() - own_input[i].float()).square().mean() for i in layers]).mean()
+def content_loss(fake: Features, content_target: Features, layers: Sequence[int]) -> Tensor:
+    """Mean over the content layers of the squared difference to the features of the image that was translated."""
+    differences = [at_least_float32(fake[i]) - at_least_float32(content_target[i]) for i in layers]
+    return torch.stack([difference.square().mean() for difference in differences]).mean()
 
 
-def style_loss(fake: Features, style: Mapping[int, Tensor], layers: Sequence[int]) -> Tensor:
-    """Mean over the style layers of the squared difference to the Gram matrices of the image of the other domain."""
-    return torch.stack([F.mse_loss(gram_matrix(fake[i]), style[i]) for i in layers]).mean()
+def style_loss(fake: Features, style_target: Mapping[int, Tensor], layers: Sequence[int]) -> Tensor:
+    """Mean over the style layers of the squared difference to the Gram matrices of an image of the other domain."""
+    return torch.stack([F.mse_loss(gram_matrix(fake[i]), style_target[i]) for i in layers]).mean()
 
 
 def total_variation(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from core.double_backward import (
     convolution_with_double_backward,
     has_double_backward,
 )
+from utils.dtypes import at_least_float32
 
 Norm = Literal["batch", "group"]
 LEAKY_SLOPE = 0.2
@@ -95,7 +96,7 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     if x.dtype == torch.float32 or not isinstance(norm, nn.GroupNorm):
         return norm(x)
     with torch.autocast(x.device.type, enabled=False):
-        features = x if x.device.type == "cpu" else x.float()
+        features = x if x.device.type == "cpu" else at_least_float32(x)
         return F.group_norm(features, norm.num_groups, norm.weight, norm.bias, norm.eps).to(x.dtype)
 
 
@@ -139,7 +140,7 @@ class Generator(nn.Module):
         features = self.body(self.head(self.join_inputs(image, coarser)))
         # The last layer is cheap and its rounding would be seen in the image: bfloat16 is coarser than its 256 levels.
         with torch.autocast(image.device.type, enabled=False):
-            return self.tail(features.float())
+            return self.tail(at_least_float32(features))
 
 
 class Discriminator(nn.Module):

@@ -1,46 +1,50 @@
-"""One training step at one scale (method: specification section 3).
+"""One training step at one scale, in the three phases of the method (docs/method.md, section 3).
 
-Every optimiser step is preceded by exactly one backward, every graph is walked back once, and networks that are not
-being updated take no gradients. Nothing in here reads a device value back to the host.
+Every loss term has its own `.backward()`, so that its graph is freed before the next term is computed: at full
+resolution the activations of discriminators, perceptual net and segmentation nets are most of the memory. Where a term
+is a function of a generated image, it is computed on a detached leaf of that image; the gradients of all terms add up in
+the leaf's `.grad`, with which the generator's graph is then walked back once. Nothing in here reads a value of the
+device back to the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from core.cascade import cascade
+from core.cascade import cascade, generated_pyramid
 from core.config import LossConfig
-from core.execution import Forward, run_plainly
+from core.losses import content_loss, gradient_penalty, gram_matrix, mean_score, style_loss, total_variation
 from core.networks import Discriminator, Generator, without_gradients
-from core.objectives import (
-    PerceptualNet,
-    PerceptualTargets,
-    Piece,
-    adversarial_and_style_loss,
-    at_once,
-    at_once_before_graph,
-    cycle_back,
-    discriminator_loss,
-    perceptual_targets,
-    pieces,
-    weighted_sum,
-)
-from core.shares import WHOLE, BatchShare
 from data_handlers.label_maps import IGNORE
 from models.losses import cross_entropy
-from utils.batch_norms import without_statistics
+from training.local_batch import WHOLE, LocalBatch, all_reduce_and_step, backward_and_step, zero_gradients
+from utils.batch_norms import bn_momentum, frozen_bn_stats
+
+# Image (B,3,h,w) in [-1,1] -> feature maps by position in VGG16's `features`; collects no gradients itself.
+PerceptualNet = Callable[[Tensor], Mapping[int, Tensor]]
+
+# (network, *inputs) -> the network's output
+Run = Callable[..., Any]
+
+BN_MOMENTUM = 0.1  # of every batch norm in a generator, PyTorch's default
 
 
-@dataclass(frozen=True)
+def run_network(network: nn.Module, *inputs: Any) -> Any:
+    """Call a network as it is."""
+    return network(*inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScaleNetworks:
-    """The four networks in training at a scale, in train mode, and the frozen generators below them."""
+    """The four networks in training at a scale, in train mode, and the frozen generators below them, coarse to fine."""
 
     Dst: Discriminator
     Gst: Generator
@@ -50,7 +54,7 @@ class ScaleNetworks:
     lower_Gts: Sequence[Generator]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScaleOptimizers:
     """One optimiser for each network in training."""
 
@@ -61,28 +65,28 @@ class ScaleOptimizers:
 
 
 @dataclass(frozen=True)
-class LabelNetworks:
-    """Segmentation networks of the last scale; both map (B,3,h,w) in [-1,1] to logits (B,classes,h,w).
+class SegmentationNets:
+    """Segmentation nets of the last scale; both map (B,3,h,w) in [-1,1] to logits (B,classes,h,w).
 
     Attributes:
-        source_net: P, trained on source, frozen and in eval mode.
-        target_net: Q, trained here on translated images, in train mode.
-        target_optimizer: steps Q.
+        seg_source: P, trained on the source before, frozen and in eval mode.
+        seg_sit: Q, trained here on translated source images, in train mode.
+        optimizer: of `seg_sit`.
     """
 
-    source_net: nn.Module
-    target_net: nn.Module
-    target_optimizer: Optimizer
+    seg_source: nn.Module
+    seg_sit: nn.Module
+    optimizer: Optimizer
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees: pyramid levels 0..s of both domains, (B,3,h_i,w_i) in [-1,1].
+    """Input of one step: pyramid levels 0..s of both domains, (B,3,h_i,w_i) in [-1,1].
 
     Attributes:
         source, target: the pyramids.
-        label: trainIds (B,h_s,w_s) of the source, 255 = ignore; None where no label loss is computed.
-        alphas: the interpolation factors of the two gradient penalties, (2,), Dst's first.
+        alphas: interpolation factors in [0,1] of the two gradient penalties, (2,), Dst's first.
+        label: trainIds (B,h_s,w_s) of the source, 255 = ignore; None without segmentation nets.
     """
 
     source: Sequence[Tensor]
@@ -93,284 +97,389 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Logged scalars (detached, on the device) and the finest images of the step, all without gradient."""
+    """Logged scalars (on the device) and the finest images (B,3,h_s,w_s) of the step, all detached."""
 
     losses: dict[str, Tensor]
     images: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Direction:
-    """One of the two ways images are translated in a step.
+@dataclass(frozen=True, kw_only=True)
+class _Direction:
+    """The networks and inputs of one direction of translation.
 
     Attributes:
-        name: `ST` or `TS`, as losses are logged.
-        image, coarser: inputs of `generator`: the finest level and the output of the cascade below, None at scale 0.
+        name: `ST` or `TS`, the prefix of logged losses.
+        image, coarser: inputs of the generator: the finest level, and the output of the cascade below or None.
         real: image of the domain that is translated to.
-        back, lower_back: the generators of the other direction, which bring images back.
         alpha: interpolation factor of the gradient penalty.
+        back, lower_back: generators of the other direction.
+        momentum, back_momentum: of batch norms in `generator` when it translates and in `back` when it translates back.
     """
 
     name: str
     image: Tensor
     coarser: Tensor | None
     real: Tensor
+    alpha: Tensor
     generator: Generator
     discriminator: Discriminator
     discriminator_optimizer: Optimizer
     back: Generator
     lower_back: Sequence[Generator]
-    alpha: Tensor
-
-    def translate(self, forward: Forward) -> Tensor:
-        """The translated image, (B,3,h,w)."""
-        return forward(self.generator, self.image, self.coarser)
-
-    def translate_again(self, forward: Forward) -> Tensor:
-        """The same image once more, for its graph; batch norms have seen it already."""
-        with without_statistics(self.generator):
-            return self.translate(forward)
-
-    def part(self, samples: slice) -> Direction:
-        """The direction with some samples of its batch."""
-        coarser = None if self.coarser is None else self.coarser[samples]
-        return replace(self, image=self.image[samples], coarser=coarser, real=self.real[samples])
+    momentum: float
+    back_momentum: float
 
 
-def _directions(
-    nets: ScaleNetworks, optimizers: ScaleOptimizers, batch: Batch, scale_factor: float, forward: Forward
-) -> tuple[Direction, Direction]:
-    def direction(name: str, levels: Sequence[Tensor], real: Tensor, to: str, back: str, alpha: Tensor) -> Direction:
-        lower = getattr(nets, f"lower_G{to}")
-        return Direction(
-            name=name,
-            image=levels[-1],
-            coarser=cascade(lower, levels, scale_factor, forward),
-            real=real,
-            generator=getattr(nets, f"G{to}"),
-            discriminator=getattr(nets, f"D{to}"),
-            discriminator_optimizer=getattr(optimizers, f"D{to}"),
-            back=getattr(nets, f"G{back}"),
-            lower_back=getattr(nets, f"lower_G{back}"),
-            alpha=alpha,
-        )
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """How a step is computed; see `training_step`."""
 
-    return (
-        direction("ST", batch.source, batch.target[-1], "st", "ts", batch.alphas[0]),
-        direction("TS", batch.target, batch.source[-1], "ts", "st", batch.alphas[1]),
-    )
-
-
-class GeneratorTerms:
-    """Everything the generators' update minimises in one direction: adversarial, style, cycle and label terms.
-
-    After `total`, `logged` holds the terms by their logged names and `returned` the image that came back, all without
-    gradient. The weights of discriminator, perceptual and segmentation net must not take gradients. All terms but the
-    label loss, which has a weight of its own, are means over samples and multiplied by `weight`.
-    """
-
-    def __init__(
-        self,
-        direction: Direction,
-        perceptual: PerceptualNet,
-        own: PerceptualTargets,
-        other: PerceptualTargets,
-        config: LossConfig,
-        scale_factor: float,
-        forward: Forward,
-        weight: float = 1.0,
-    ) -> None:
-        self.direction = direction
-        self.perceptual = perceptual
-        self.own = own
-        self.other = other
-        self.config = config
-        self.scale_factor = scale_factor
-        self.forward = forward
-        self.weight = weight
-        self.source_net: nn.Module | None = None
-        self.label: Tensor | None = None
-        self.label_weight: Tensor | float = 1.0
-        self.logged: dict[str, Tensor] = {}
-        self.returned: Tensor | None = None
-
-    def watch_labels(self, source_net: nn.Module, label: Tensor, weight: Tensor | float = 1.0) -> None:
-        """Add the cyclic label loss: P on the image that came back, against the label (B,h,w) of the original."""
-        self.source_net, self.label, self.label_weight = source_net, label, weight
-
-    def part(self, piece: Piece) -> GeneratorTerms:
-        """The terms of some samples, as means over these."""
-        own, other = self.own.part(piece.samples), self.other.part(piece.samples)
-        direction = self.direction.part(piece.samples)
-        part = GeneratorTerms(
-            direction, self.perceptual, own, other, self.config, self.scale_factor, self.forward, self.weight
-        )
-        if self.source_net is not None:
-            # A mean over labelled pixels, of which every sample has another number.
-            labelled = self.label != IGNORE
-            share = labelled[piece.samples].sum() / labelled.sum().clamp(min=1)
-            part.watch_labels(self.source_net, self.label[piece.samples], self.label_weight * share / piece.weight)
-        return part
-
-    def total(self, fake: Tensor, micro_batch: int | None = None) -> Tensor:
-        """The sum, with gradients to both generators. A `fake` without a graph is translated again for them."""
-        if micro_batch is not None:
-            return self._in_pieces(fake, pieces(len(self.direction.image), micro_batch))
-        if fake.requires_grad:
-            return self._sum(fake)
-        direction = self.direction
-        translate = partial(direction.translate_again, self.forward)
-        return at_once_before_graph(
-            self._sum, fake, translate, [*direction.generator.parameters()], [*direction.back.parameters()]
-        )
-
-    def _in_pieces(self, fake: Tensor, found: Sequence[Piece]) -> Tensor:
-        parts = [self.part(piece) for piece in found]
-        total = sum(piece.weight * part.total(fake[piece.samples]) for piece, part in zip(found, parts, strict=True))
-        self.logged = weighted_sum([(piece.weight, part.logged) for piece, part in zip(found, parts, strict=True)])
-        self.returned = torch.cat([part.returned for part in parts])
-        return total
-
-    def _sum(self, fake: Tensor) -> Tensor:
-        direction = self.direction
-        total, logged = adversarial_and_style_loss(
-            fake, direction.discriminator, self.perceptual, self.own, self.other, self.config, self.forward, self.weight
-        )
-        self._log(logged, direction.name)
-        return total + at_once(self._cycle, fake, *direction.back.parameters())
-
-    def _cycle(self, fake: Tensor, *_: Tensor) -> Tensor:
-        direction = self.direction
-        returned = cycle_back(fake, direction.back, direction.lower_back, self.scale_factor, self.forward)
-        total = cycle = self.weight * self.config.lambda_cyclic * F.l1_loss(returned, direction.image)
-        self._log({f"Loss{direction.name}{direction.name[0]}": cycle}, "Cyclic")
-        if self.source_net is not None:
-            label = at_once(self._label_loss, returned)
-            self._log({"SourceLabelLoss": label}, "Cyclic")
-            total = cycle + label
-        self.returned = returned.detach()
-        return total
-
-    def _label_loss(self, image: Tensor) -> Tensor:
-        loss = cross_entropy(self.forward(self.source_net, image), self.label)
-        return self.config.lambda_labels * self.label_weight * loss
-
-    def _log(self, losses: Mapping[str, Tensor], prefix: str) -> None:
-        self.logged |= {name: value.detach() for name, value in _with_direction(prefix, losses).items()}
-
-
-def _backward_and_step(loss: Tensor, share: BatchShare, *optimizers: Optimizer) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    share.sum_gradients(*optimizers)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-def _with_direction(direction: str, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{direction}/{name}": value for name, value in losses.items()}
+    run: Run
+    recompute: bool
+    micro_batch: int | None
+    local: LocalBatch
 
 
 def training_step(
+    *,
     nets: ScaleNetworks,
     optimizers: ScaleOptimizers,
     perceptual: PerceptualNet,
     batch: Batch,
-    config: LossConfig,
+    loss: LossConfig,
     scale_factor: float,
-    labels: LabelNetworks | None = None,
+    segmentation: SegmentationNets | None = None,
     warmup: bool = False,
-    forward: Forward = run_plainly,
+    run: Run = run_network,
     recompute: bool = False,
     micro_batch: int | None = None,
-    share: BatchShare = WHOLE,
+    local: LocalBatch = WHOLE,
 ) -> StepResult:
-    """Update the four networks of a scale once, and at the last scale Q and Gst again.
+    """Update the four networks of a scale once; with segmentation nets, update Q and Gst again.
 
     Args:
-        perceptual: features of an image; must pass gradients to its input and collect none itself.
-        labels: the segmentation networks of the last scale, None elsewhere and with `no_semseg`.
-        warmup: leave the label loss out and do not step Gst in the segmentation phase.
-        forward: how networks are run.
-        recompute: translate once more for the generators' update instead of keeping both translations' activations
-            through the discriminators': three of some fifty forwards more, for the least memory. The sums are the same.
-        micro_batch: samples whose losses are computed at once, None for the whole batch. The sums are the same;
-            networks with batch norm need the whole batch, and Q always gets it.
-        share: what part of the batch of all processes `batch` is. Networks with batch norm must be synchronised ones
-            where it is not all of it.
+        perceptual: frozen feature network.
+        loss: weights and layers of the loss terms.
+        scale_factor: f, the ratio of the sides of neighbouring pyramid levels.
+        segmentation: the segmentation nets at the last scale; None at other scales and without label losses.
+        warmup: leave out the label loss and do not step Gst in the segmentation phase.
+        run: calls a network, `run(network, *inputs)`; a `training.precision.Runner`.
+        recompute: save memory: translate once more where a generator's graph is needed, instead of keeping the graphs
+            of both translations. The result is the same.
+        micro_batch: save memory: the most samples whose losses are computed at once, None for the whole batch. The
+            result is the same. Networks with batch norm need the whole batch, and Q always gets it.
+        local: the part of a global batch that `batch` is. Where it is not the whole, batch norms must be synchronised.
 
     Returns:
-        Losses under `ST|TS/Discriminator|Generator/...`, `Cyclic/...`, `Semseg/...` (those of a share are to be summed
-        over the processes), and the images `source`, `sit`, `sitis`, `target`, `tis`, `tisit`.
+        Losses `ST|TS/Discriminator|Generator/...`, `Cyclic/...` and `Semseg/...`, which are to be summed over the
+        processes, and images `source`, `sit` (source in target), `sitis` (and back), `target`, `tis`, `tisit`.
     """
-    directions = _directions(nets, optimizers, batch, scale_factor, forward)
+    how = _How(run=run, recompute=recompute, micro_batch=micro_batch, local=local)
+    directions = _directions(nets, optimizers, batch, scale_factor, run)
     losses: dict[str, Tensor] = {}
-    with torch.set_grad_enabled(not recompute):
-        fakes = [direction.translate(forward) for direction in directions]
+    fakes = []
+    for direction in directions:
+        with torch.set_grad_enabled(not recompute), bn_momentum(direction.generator, direction.momentum):
+            fakes.append(run(direction.generator, direction.image, direction.coarser))
 
-    # (1) Discriminators, one after the other: together they would need twice the memory.
+    # (1) The discriminators.
     for direction, fake in zip(directions, fakes, strict=True):
-        loss, logged = discriminator_loss(
-            direction.discriminator, direction.real, fake.detach(), direction.alpha, config, forward, micro_batch,
-            share.weight,
-        )
-        _backward_and_step(loss, share, direction.discriminator_optimizer)
-        losses |= _with_direction(direction.name, logged)
+        losses |= _update_discriminator(direction, fake.detach(), loss, how)
 
-    # (2) Generators, against the discriminators just updated.
+    # (2) The generators, against the updated discriminators.
+    labelled = 1.0 if segmentation is None else local.labelled_fraction(batch.label)
+    label_loss = None
+    if segmentation is not None and not warmup:
+        label_loss = _LabelLoss(segmentation.seg_source, batch.label, loss.lambda_labels * labelled)
     with without_gradients(nets.Dst, nets.Dts):
-        looks = perceptual_targets(*(direction.image for direction in directions), perceptual, config, forward)
-        terms = [
-            GeneratorTerms(direction, perceptual, own, other, config, scale_factor, forward, share.weight)
-            for direction, own, other in zip(directions, looks, reversed(looks), strict=True)
-        ]
-        if labels is not None and not warmup:
-            terms[0].watch_labels(labels.source_net, batch.label, share.of_labelled(batch.label))
-        total = sum(term.total(fake, micro_batch) for term, fake in zip(terms, fakes, strict=True))
-        _backward_and_step(total, share, optimizers.Gst, optimizers.Gts)
-    for term in terms:
-        losses |= term.logged
-
-    # (3) Segmentation of the images that the updated Gst makes.
-    if labels is not None:
-        losses["Semseg/SemsegLoss"] = _segmentation_phase(
-            directions[0], optimizers.Gst, labels, batch.label, warmup, forward, recompute, share
+        generator_losses, returned = _update_generators(
+            directions, fakes, optimizers, perceptual, loss, scale_factor, label_loss, how
         )
-    images = {
-        "source": directions[0].image, "sit": fakes[0], "sitis": terms[0].returned,
-        "target": directions[1].image, "tis": fakes[1], "tisit": terms[1].returned,
-    }  # fmt: skip
-    return StepResult(
-        losses={name: value.detach() for name, value in losses.items()},
-        images={name: value.detach() for name, value in images.items()},
-    )
+    losses |= generator_losses
+
+    # (3) The segmentation net Q on the images of the updated Gst, and Gst again on Q's loss.
+    if segmentation is not None:
+        optimizer = None if warmup else optimizers.Gst
+        losses["Semseg/SemsegLoss"] = _update_segmentation(
+            directions[0], segmentation, optimizer, batch.label, labelled, how
+        )
+
+    sit, tis = (fake.detach() for fake in fakes)
+    images = {"source": batch.source[-1], "sit": sit, "sitis": returned[0]}
+    images |= {"target": batch.target[-1], "tis": tis, "tisit": returned[1]}
+    return StepResult(losses, images)
 
 
-def _segmentation_phase(
-    direction: Direction,
-    generator_optimizer: Optimizer,
-    labels: LabelNetworks,
+def _directions(
+    nets: ScaleNetworks, optimizers: ScaleOptimizers, batch: Batch, scale_factor: float, run: Run
+) -> tuple[_Direction, _Direction]:
+    momentum_st, back_momentum_ts = reference_momenta(own_before=3, own_after=0)
+    momentum_ts, back_momentum_st = reference_momenta(own_before=2, own_after=1)
+    source_to_target = _Direction(
+        name="ST", image=batch.source[-1], coarser=cascade(nets.lower_Gst, batch.source, scale_factor, run),
+        real=batch.target[-1], alpha=batch.alphas[0], generator=nets.Gst, discriminator=nets.Dst,
+        discriminator_optimizer=optimizers.Dst, back=nets.Gts, lower_back=nets.lower_Gts,
+        momentum=momentum_st, back_momentum=back_momentum_st,
+    )  # fmt: skip
+    target_to_source = _Direction(
+        name="TS", image=batch.target[-1], coarser=cascade(nets.lower_Gts, batch.target, scale_factor, run),
+        real=batch.source[-1], alpha=batch.alphas[1], generator=nets.Gts, discriminator=nets.Dts,
+        discriminator_optimizer=optimizers.Dts, back=nets.Gst, lower_back=nets.lower_Gst,
+        momentum=momentum_ts, back_momentum=back_momentum_ts,
+    )  # fmt: skip
+    return source_to_target, target_to_source
+
+
+def reference_momenta(own_before: int, own_after: int) -> tuple[float, float]:
+    """Momenta of two updates of running statistics that together equal the reference's four.
+
+    In the reference a generator sees the images of its own domain three times a step and the images to be translated
+    back once, `own_before` and `own_after` say in which order. Here it sees both once, its own first. With m the
+    batch norm's momentum, the reference's statistics are
+
+        (1-m)^n r + (1 - (1-m)^n - b) own + b back,  n = own_before + 1 + own_after,  b = m (1-m)^own_after.
+
+    Returns:
+        The momentum of the own images, 1 - (1-m)^own_before where they all come first, and b.
+    """
+    keep = 1.0 - BN_MOMENTUM
+    back = BN_MOMENTUM * keep**own_after
+    return 1.0 - keep ** (own_before + 1 + own_after) / (1.0 - back), back
+
+
+def micro_batches(size: int, micro_batch: int | None) -> list[slice]:
+    """Slices that cover a batch of `size` samples, as even as possible, each of at most `micro_batch` samples."""
+    count = 1 if micro_batch is None else -(-size // micro_batch)
+    edges = [k * size // count for k in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def _log(logged: dict[str, Tensor], prefix: str, **values: Tensor) -> None:
+    """Add the losses of a micro-batch to those of the batch."""
+    for name, value in values.items():
+        key = f"{prefix}/{name}"
+        logged[key] = logged[key] + value.detach() if key in logged else value.detach()
+
+
+# --- phase 1 ---------------------------------------------------------------------------------------------------------
+
+
+def _update_discriminator(direction: _Direction, fake: Tensor, loss: LossConfig, how: _How) -> dict[str, Tensor]:
+    """Step on lambda_adversarial * (-mean D(real) + mean D(fake) + lambda_grad * penalty); returns its terms."""
+    discriminator = direction.discriminator
+
+    def differentiable_twice(image: Tensor) -> Tensor:
+        return how.run(discriminator, image, True)
+
+    logged: dict[str, Tensor] = {}
+    weights = list(discriminator.parameters())
+    zero_gradients(direction.discriminator_optimizer)
+    for samples in micro_batches(len(fake), how.micro_batch):
+        real_part, fake_part = direction.real[samples], fake[samples]
+        weight = how.local.fraction * len(real_part) / len(fake)
+        # The scores of real and fake images are not taken in one pass: the gradients of the score's bias nearly cancel
+        # between them, and are ten times as exact when they are computed apart.
+        real_term = -weight * mean_score(how.run(discriminator, real_part))
+        (loss.lambda_adversarial * real_term).backward()
+        fake_term = weight * mean_score(how.run(discriminator, fake_part))
+        (loss.lambda_adversarial * fake_term).backward()
+        penalty = gradient_penalty(differentiable_twice, real_part, fake_part, direction.alpha)
+        penalty_term = weight * loss.lambda_grad * penalty
+        (loss.lambda_adversarial * penalty_term).backward(inputs=weights)
+        total = loss.lambda_adversarial * (real_term + fake_term + penalty_term).detach()
+        _log(
+            logged, f"{direction.name}/Discriminator",
+            RealImagesLoss=real_term, FakeImagesLoss=fake_term, LossGP=penalty_term, LossAdversarial=total,
+        )  # fmt: skip
+        del penalty, real_term, fake_term, penalty_term
+    all_reduce_and_step(how.local, direction.discriminator_optimizer)
+    return logged
+
+
+# --- phase 2 ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LabelLoss:
+    """The cyclic label loss: cross-entropy of P on the source that came back, against its label (B,h,w).
+
+    `weight` multiplies the mean over the labelled pixels of `label`.
+    """
+
+    seg_source: nn.Module
+    label: Tensor
+    weight: Tensor | float
+
+    def part(self, samples: slice) -> _LabelLoss:
+        """The same for a micro-batch, whose share of the labelled pixels is not that of the samples."""
+        labelled = self.label != IGNORE
+        share = labelled[samples].sum().double() / labelled.sum().clamp(min=1)
+        return _LabelLoss(self.seg_source, self.label[samples], self.weight * share)
+
+
+def _update_generators(
+    directions: Sequence[_Direction],
+    fakes: Sequence[Tensor],
+    optimizers: ScaleOptimizers,
+    perceptual: PerceptualNet,
+    loss: LossConfig,
+    scale_factor: float,
+    label_loss: _LabelLoss | None,
+    how: _How,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Step both generators on the adversarial, style, cycle and label terms.
+
+    Returns:
+        The logged terms, and the images (B,3,h,w) that came back in each direction.
+    """
+    logged: dict[str, Tensor] = {}
+    all_returned = []
+    targets = _perceptual_targets(*(direction.image for direction in directions), perceptual, loss, how.run)
+    zero_gradients(optimizers.Gst, optimizers.Gts)
+    for direction, fake, (content_target, style_target) in zip(directions, fakes, targets, strict=True):
+        label_loss_here = label_loss if direction.name == "ST" else None
+        gradients, returned = [], []
+        for samples in micro_batches(len(fake), how.micro_batch):
+            part = _samples_of(direction, samples)
+            weight = how.local.fraction * len(part.image) / len(fake)
+            leaf = fake[samples].detach().requires_grad_(True)
+
+            adversarial = -weight * loss.lambda_adversarial * mean_score(how.run(part.discriminator, leaf))
+            adversarial.backward()
+            _log(logged, f"{part.name}/Generator", LossAdversarial=adversarial)
+            del adversarial
+
+            content_part = {layer: features[samples] for layer, features in content_target.items()}
+            style_part = {layer: gram[samples] for layer, gram in style_target.items()}
+            style_terms = _backward_of_style(leaf, perceptual, content_part, style_part, loss, weight, how.run)
+            _log(logged, f"{part.name}/Generator", **style_terms)
+
+            label_part = None if label_loss_here is None else label_loss_here.part(samples)
+            back, cycle_terms = _backward_of_cycle(leaf, part, label_part, loss, scale_factor, weight, how.run)
+            _log(logged, "Cyclic", **cycle_terms)
+            returned.append(back)
+
+            if how.recompute:
+                _recompute_translation(part, how.run).backward(leaf.grad)
+            else:
+                gradients.append(leaf.grad)
+        if not how.recompute:
+            fake.backward(torch.cat(gradients))
+        all_returned.append(torch.cat(returned))
+    all_reduce_and_step(how.local, optimizers.Gst, optimizers.Gts)
+    return logged, all_returned
+
+
+def _samples_of(direction: _Direction, samples: slice) -> _Direction:
+    coarser = None if direction.coarser is None else direction.coarser[samples]
+    return replace(direction, image=direction.image[samples], coarser=coarser, real=direction.real[samples])
+
+
+def _recompute_translation(direction: _Direction, run: Run) -> Tensor:
+    """Translate once more, for the graph; batch norms have seen the images before."""
+    with frozen_bn_stats(direction.generator):
+        return run(direction.generator, direction.image, direction.coarser)
+
+
+@torch.no_grad()
+def _perceptual_targets(
+    source: Tensor, target: Tensor, perceptual: PerceptualNet, loss: LossConfig, run: Run
+) -> list[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """(content_target, style_target) of ST and of TS.
+
+    The content target is the features of the image that is translated, the style target the Gram matrices of the image
+    of the other domain.
+    """
+    features = run(perceptual, torch.cat([source, target]))
+    contents = [{i: features[i].chunk(2)[half] for i in loss.content_layers} for half in (0, 1)]
+    styles = [{i: gram_matrix(features[i].chunk(2)[half]) for i in loss.style_layers} for half in (0, 1)]
+    return [(contents[0], styles[1]), (contents[1], styles[0])]
+
+
+def _backward_of_style(
+    leaf: Tensor,
+    perceptual: PerceptualNet,
+    content_target: Mapping[int, Tensor],
+    style_target: Mapping[int, Tensor],
+    loss: LossConfig,
+    weight: float,
+    run: Run,
+) -> dict[str, Tensor]:
+    """Add the gradient of the content, style and total variation terms to `leaf.grad`; returns the terms."""
+    features = run(perceptual, leaf)
+    content = weight * content_loss(features, content_target, loss.content_layers)
+    style = weight * style_loss(features, style_target, loss.style_layers)
+    tv = weight * total_variation(leaf)
+    total = loss.content_weight * content + loss.style_weight * style + loss.tv_weight * tv
+    (loss.lambda_style * total).backward()
+    return {"ContentLoss": content, "StyleLoss": style, "TVLoss": tv, "TotalStyleLoss": total}
+
+
+def _backward_of_cycle(
+    leaf: Tensor,
+    direction: _Direction,
+    label_loss: _LabelLoss | None,
+    loss: LossConfig,
+    scale_factor: float,
+    weight: float,
+    run: Run,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Translate `leaf` back; add the gradients of cycle and label loss to `leaf.grad` and to `direction.back`.
+
+    The cascade below `direction.back` sees the pyramid of the generated image and carries no gradient.
+
+    Returns:
+        The image that came back (B,3,h,w), detached, and the terms.
+    """
+    levels = generated_pyramid(leaf.detach(), direction.back.shape.scale, scale_factor)
+    coarser = cascade(direction.lower_back, levels, scale_factor, run)
+    with bn_momentum(direction.back, direction.back_momentum):
+        returned = run(direction.back, leaf, coarser)
+    returned_leaf = returned.detach().requires_grad_(True)
+    cycle = weight * loss.lambda_cyclic * F.l1_loss(returned_leaf, direction.image)
+    cycle.backward()
+    terms = {f"Loss{direction.name}{direction.name[0]}": cycle}
+    if label_loss is not None:
+        mean = cross_entropy(run(label_loss.seg_source, returned_leaf), label_loss.label)
+        terms["SourceLabelLoss"] = _weighted(label_loss.weight, mean)
+        terms["SourceLabelLoss"].backward()
+    returned.backward(returned_leaf.grad)
+    return returned.detach(), terms
+
+
+def _weighted(weight: Tensor | float, mean: Tensor) -> Tensor:
+    """The product in the type of `mean`; weights of labelled pixels are float64."""
+    return (weight.to(mean.dtype) if isinstance(weight, Tensor) else weight) * mean
+
+
+# --- phase 3 ---------------------------------------------------------------------------------------------------------
+
+
+def _update_segmentation(
+    direction: _Direction,
+    segmentation: SegmentationNets,
+    generator_optimizer: Optimizer | None,
     label: Tensor,
-    warmup: bool,
-    forward: Forward,
-    recompute: bool,
-    share: BatchShare,
+    labelled_fraction: Tensor | float,
+    how: _How,
 ) -> Tensor:
-    """Step Q on the freshly translated source and, after warm-up, Gst again on this gradient alone."""
-    again = recompute and not warmup
-    with torch.set_grad_enabled(not (warmup or recompute)):
-        sit = direction.translate(forward)
-    if again:
-        sit.requires_grad_(True)
-    loss = share.of_labelled(label) * cross_entropy(forward(labels.target_net, sit), label)
-    optimizers = (labels.target_optimizer,) if warmup else (labels.target_optimizer, generator_optimizer)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    """Step Q on the source translated anew; step Gst on the same gradient unless its optimiser is None.
+
+    Returns:
+        Q's cross-entropy, detached.
+    """
+    trains_generator = generator_optimizer is not None
+    with torch.set_grad_enabled(trains_generator and not how.recompute):
+        sit = how.run(direction.generator, direction.image, direction.coarser)
+    leaf = sit.detach().requires_grad_(trains_generator)
+    loss = _weighted(labelled_fraction, cross_entropy(how.run(segmentation.seg_sit, leaf), label))
+    if not trains_generator:
+        backward_and_step(loss, how.local, segmentation.optimizer)
+        return loss.detach()
+    zero_gradients(segmentation.optimizer, generator_optimizer)
     loss.backward()
-    if again:
-        direction.translate_again(forward).backward(sit.grad)  # Q's graph is gone
-    share.sum_gradients(*optimizers)
-    for optimizer in optimizers:
-        optimizer.step()
-    return loss
+    if how.recompute:
+        sit = _recompute_translation(direction, how.run)
+    sit.backward(leaf.grad)
+    all_reduce_and_step(how.local, segmentation.optimizer, generator_optimizer)
+    return loss.detach()

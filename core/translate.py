@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.cascade import to_pixels, translate_pyramid
-from core.execution import Execution, Precision, exact_convolutions
+from training.precision import Precision, Runner, exact_convolutions
 from core.networks import ConvBlock, Generator
+from core.cascade import to_pixels, translate_pyramid
 from data_handlers.images import normalise
 from utils.errors import UserError
 from utils.memory import available_memory
@@ -197,7 +197,7 @@ class Translator:
         self.device = device
         self.max_pixels = max_pixels
         exact = precision == "fp32"
-        self.forward = forward_whole if exact and device.type == "cpu" else Execution(precision)
+        self.forward = forward_whole if exact and device.type == "cpu" else Runner(precision)
         self.layout = torch.contiguous_format if exact and device.type == "cuda" else torch.channels_last
 
     def _budget(self, batch: int) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_handlers.label_maps import IGNORE
+from utils.dtypes import at_least_float32
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
@@ -19,8 +19,7 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
         label: trainIds (B,h,w), integer, 255 = ignore.
     """
     target = label.long()
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    logits = at_least_float32(logits)
     # The sum is taken outside of `F.cross_entropy`: the sum inside has no deterministic order on a GPU.
     total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none").sum()
     return total / (target != IGNORE).sum().clamp(min=1)

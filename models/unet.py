@@ -63,6 +63,9 @@ class UNetDecoder(nn.Module):
 class UNet(nn.Module):
     """Encoder-decoder with skips."""
 
+    # On a CPU its group norms of few channels lose more by channels last than its convolutions gain.
+    prefers_channels_last = False
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.backbone = UNetEncoder()

@@ -14,8 +14,6 @@ from utils.stopping import STOP_SIGNALS
 
 # Before PyTorch is imported: threads that spin while they wait make the tests crawl where another program is computing.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# MKL adds up in another order on other CPUs, by more than the reference numbers' tolerances; this order is one for all.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are shared among the files of tests
 # A shell that starts the tests in its background has them ignore these, and programs leave ignored signals ignored.

@@ -1,4 +1,4 @@
-"""Values that flags may take, importable without PyTorch."""
+"""Values that a flag or a field of the configuration may take, importable without PyTorch."""
 
 from __future__ import annotations
 

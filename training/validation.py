@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from core.execution import exact_convolutions
+from training.precision import exact_convolutions
 from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DataSet
 from data_handlers.label_maps import colourise

@@ -1,4 +1,4 @@
-"""Forwards that batch norms do not remember."""
+"""What a forward pass does to the running statistics of batch norms."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from torch import nn
 
 
+def _batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
 @contextmanager
-def without_statistics(network: nn.Module) -> Iterator[None]:
-    """Inside the block batch norms normalise by the batch, but do not add it to their running statistics."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+def frozen_bn_stats(network: nn.Module) -> Iterator[None]:
+    """Inside the block batch norms in train mode normalise by the batch and leave their running statistics alone."""
+    norms = _batch_norms(network)
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -22,13 +26,27 @@ def without_statistics(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def with_spare_statistics(network: nn.Module) -> Iterator[None]:
-    """As `without_statistics`, but the batch norms do add the batch, to a copy that is thrown away.
+def bn_momentum(network: nn.Module, momentum: float) -> Iterator[None]:
+    """Inside the block the running statistics of batch norms move to those of a batch by `momentum`, in [0,1]."""
+    norms = _batch_norms(network)
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = momentum
+    try:
+        yield
+    finally:
+        for norm, value in zip(norms, before, strict=True):
+            norm.momentum = value
 
-    `torch.utils.checkpoint` wants a recomputation to keep as many tensors for the backward as the first computation,
-    and a batch norm keeps its running statistics.
+
+@contextmanager
+def with_spare_statistics(network: nn.Module) -> Iterator[None]:
+    """As `frozen_bn_stats`, but the batch norms update a copy of their running statistics, which is thrown away.
+
+    `torch.utils.checkpoint` requires that a recomputation saves as many tensors for the backward pass as the first
+    forward pass did, and a batch norm saves its running statistics.
     """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = _batch_norms(network)
     held = [dict(norm.named_buffers()) for norm in norms]
     for norm, buffers in zip(norms, held, strict=True):
         for name, value in buffers.items():

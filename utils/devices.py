@@ -11,6 +11,8 @@ import torch
 
 from utils.errors import UserError
 
+CPU_DESCRIPTION = Path("/proc/cpuinfo")
+
 
 def resolve_device(gpus: Sequence[str]) -> torch.device:
     """The device of `--gpus`: `cpu`, or the index of one CUDA device.
@@ -61,13 +63,23 @@ def training_devices(gpus: Sequence[str]) -> list[torch.device]:
     return devices
 
 
-def cpu_vendor(description: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's own word for its maker, such as AuthenticAMD or GenuineIntel; '' where the system does not tell."""
+def cpu_vendor() -> str:
+    """The maker that the CPU names, such as AuthenticAMD or GenuineIntel; '' where the system does not tell."""
+    return _cpu_property("vendor_id")
+
+
+def cpu_flags() -> frozenset[str]:
+    """The CPU's features as Linux names them, such as avx512_bf16; empty where the system does not tell."""
+    return frozenset(_cpu_property("flags").split())
+
+
+def _cpu_property(name: str) -> str:
+    """The value that /proc/cpuinfo gives for the first CPU; '' where there is no such file or line."""
     try:
-        found = re.search(r"^vendor_id\s*:\s*(\S+)", description.read_text(), re.MULTILINE)
+        found = re.search(rf"^{name}[ \t]*:[ \t]*(.*)$", CPU_DESCRIPTION.read_text(), re.MULTILINE)
     except OSError:
         return ""
-    return found[1] if found else ""
+    return found[1].strip() if found else ""
 
 
 def cpus_per_device(devices: Sequence[torch.device] = ()) -> int:

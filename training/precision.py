@@ -1,0 +1,134 @@
+"""The arithmetic of a run: its precision, and how networks are called in it.
+
+Weights, optimiser state and losses are float32 in every precision. In bf16 convolutions and matrix products see their
+inputs and weights rounded to bfloat16 (8 significant bits and the exponent range of float32, so that no loss scaling is
+needed); losses convert the outputs to float32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from utils.devices import cpu_flags, cpu_vendor
+from utils.errors import UserError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+# Chooses the memory format of the images that a network is given; None leaves them as they are.
+Layout = Callable[[nn.Module, Tensor], torch.memory_format | None]
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16, so that PyTorch need not emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the device computes faster in bfloat16 than in float32.
+
+    The AVX-512 instructions for bfloat16 are twice as fast as those for float32 on AMD's cores and half as fast on
+    Intel's, which need AMX for it (benchmarks/RESULTS.md).
+    """
+    if device.type == "cpu" and "amx_bf16" not in cpu_flags():
+        return computes_in_bf16(device) and cpu_vendor() == "AuthenticAMD"
+    return computes_in_bf16(device)
+
+
+def resolve_precision(wanted: str, device: torch.device) -> Precision:
+    """`--precision` with `auto` resolved: bf16 where that pays on `device`, else fp32.
+
+    Raises:
+        UserError: the device does not support the precision asked for.
+    """
+    if wanted == "auto":
+        return "bf16" if bf16_pays(device) else "fp32"
+    if wanted == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise UserError(f"--precision tf32: a mode of NVIDIA GPUs from Ampere on, which {device} is not; use fp32")
+    if wanted == "bf16" and not computes_in_bf16(device):
+        raise UserError(
+            f"--precision bf16: {device} does not compute in bfloat16; give --precision fp32, also to resume a run "
+            "that was started in bf16"
+        )
+    return wanted
+
+
+def set_convolution_precision(precision: Precision) -> None:
+    """Let float32 convolutions of this process on a GPU round to TF32 (11 significant bits) unless in fp32.
+
+    This includes the float32 convolutions of a bf16 run. Matrix products, such as those of the Gram matrices, are never
+    rounded.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Inside the block float32 convolutions are not rounded to TF32, whatever precision the run trains in."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Choose between a GPU's deterministic algorithms and its fastest ones; a CPU is deterministic in both cases.
+
+    PyTorch warns where an operation has no deterministic algorithm.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def recomputes_blocks(precision: Precision, device: torch.device) -> bool:
+    """Whether a segmentation net in training recomputes its residual blocks in the backward pass to save memory.
+
+    Batch norm needs the whole batch, so micro-batches cannot save memory there. In bf16 activations take half of the
+    memory, and time is saved instead.
+    """
+    return device.type == "cuda" and precision != "bf16"
+
+
+def channels_last(network: nn.Module) -> None:
+    """Lay out the weights of `network` channels last, unless its class sets `prefers_channels_last` to False."""
+    if getattr(network, "prefers_channels_last", True):
+        network.to(memory_format=torch.channels_last)
+
+
+class Runner:
+    """Calls networks in a precision: `run(network, *inputs)` returns what `network(*inputs)` does.
+
+    Args:
+        precision: bf16 runs networks under autocast; fp32 and tf32 differ in `set_convolution_precision` alone.
+        keep_float32: classes of networks that compute in float32 in a bf16 run, too.
+        layout: memory format of the tensors given to a network that computes in float32, chosen by the network and its
+            first input.
+    """
+
+    def __init__(
+        self, precision: Precision = "fp32", *, keep_float32: tuple[type, ...] = (), layout: Layout | None = None
+    ) -> None:
+        self.precision = precision
+        self.keep_float32 = keep_float32
+        self.layout = layout
+
+    def __call__(self, network: nn.Module, *inputs: Any) -> Any:
+        rounds = self.precision == "bf16" and not isinstance(network, self.keep_float32)
+        layout = self.layout(network, inputs[0]) if self.layout and not rounds else None
+        if layout is not None:
+            inputs = [x.contiguous(memory_format=layout) if isinstance(x, Tensor) else x for x in inputs]
+        device = next(x.device for x in inputs if isinstance(x, Tensor))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=rounds):
+            return network(*inputs)
