@@ -27,8 +27,9 @@ from training.validation import Validator, scored_classes
 from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS
 from data_handlers.labelled import check_samples
-from data_handlers.lists import FileList, hold_out, list_images, require_labels
-from data_handlers.stream import ON_BAD_IMAGE
+from data_handlers.choices import ON_BAD_IMAGE
+from data_handlers.lists import FileList
+from data_handlers.splits import train_and_validation
 from models.segmentation import (
     BACKBONES,
     MODELS,
@@ -194,27 +195,10 @@ def file_lists(config: SourceTrainingConfig) -> tuple[FileList, FileList]:
     Raises:
         UserError: a list or a label is missing, or one of the two is empty.
     """
-    data_set = DATA_SETS[config.source]
-    root, flag = config.src_data_dir, "--src_data_dir"
-    train = list_images(data_set, root, flag, list_file=config.src_list)
-    if config.val_list:
-        val = list_images(data_set, root, flag, list_file=config.val_list)
-        shared = set(train.images) & set(val.images)
-        if config.src_list and shared:
-            raise UserError(f"--val_list {config.val_list}: {min(shared)} is in --src_list, too; training would see it")
-        train = replace(train, images=tuple(image for image in train.images if image not in shared))
-        if not train.images:
-            raise UserError(f"--val_list {config.val_list} names every image of {root}; none is left to train on")
-    elif "val" in data_set.images and not config.val_count:
-        val = list_images(data_set, root, flag, split="val", training=False)
-    else:
-        train, val = hold_out(train, config.val_count or data_set.held_out, "--val_count")
-    label_root = Path(config.src_label_dir) if config.src_label_dir else None
-    if label_root is not None and not label_root.is_dir():
-        raise UserError(f"--src_label_dir {label_root}: no such folder")
-    train, val = (replace(files, label_root=label_root) for files in (train, val))
-    for files in (train, val):
-        require_labels(files, "--src_label_dir" if label_root else flag)
+    train, val = train_and_validation(
+        DATA_SETS[config.source], config.src_data_dir, "--src_data_dir", list_file=config.src_list,
+        val_list=config.val_list, val_count=config.val_count, label_root=config.src_label_dir,
+    )  # fmt: skip
     if len(train) < config.batch_size:
         raise UserError(f"--batch_size {config.batch_size}: there are {len(train)} images to train on")
     return train, val
@@ -267,11 +251,11 @@ def _run(flags: argparse.Namespace, given: frozenset[str], claims: ExitStack) ->
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # one crop size
     data_set = DATA_SETS[config.source]
-    require_classes(config.shape.num_classes, data_set.name, data_set.id_map)
+    require_classes(config.shape.num_classes, data_set.name, data_set.value_map)
     train, val = file_lists(config)
     skip = config.on_bad_image == "skip"
-    for files in () if skip else (train, val):
-        check_samples(files, or_else=OR_SKIP)
+    for files in (train, val):
+        check_samples(files, flag="--src_labels", or_else=OR_SKIP, skip=skip)
     check_folder(Path(flags.checkpoints_dir), "--checkpoints_dir")
     check_folder(Path(config.tb_logs_dir), "--tb_logs_dir")
     _check_output(config.output, origin, state)

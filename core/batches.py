@@ -13,7 +13,7 @@ from core.config import ProCSTConfig, Size
 from data_handlers.pyramid import array_pyramid
 from core.step import Batch
 from data_handlers.cache import ImageCache
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import FileList
 from data_handlers.stream import DomainBatch, LabelUse, StreamConfig, open_stream
 from utils.transfer import to_device
@@ -85,8 +85,7 @@ def step_batch(source: DomainBatch, target: DomainBatch, alphas: Tensor, device:
 
     def images(levels: list[Tensor]) -> list[Tensor]:
         # Channels first for every network; `Execution` lays out anew where another layout pays.
-        moved = [to_device(level, device) for level in levels]
-        return [normalise(level).permute(0, 3, 1, 2).contiguous() for level in moved]
+        return [PROCST_INPUT(to_device(level, device)) for level in levels]
 
     return Batch(
         source=images(source.levels),

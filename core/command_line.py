@@ -21,9 +21,8 @@ from core.config import (
     resolve_norms,
 )
 from core.execution import PRECISIONS
+from data_handlers.choices import ON_BAD_IMAGE, RESAMPLINGS
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import RESAMPLINGS
-from data_handlers.stream import ON_BAD_IMAGE
 from models.segmentation import BACKBONES, MODELS, default_backbone
 from utils.devices import loader_workers
 from utils.errors import UserError

@@ -14,9 +14,8 @@ from typing import Any
 from core.execution import PRECISIONS
 from core.networks import NetworkShape, Norm, layers_at_scale, published_norm
 from data_handlers.pyramid import level_size
+from data_handlers.choices import ON_BAD_IMAGE, RESAMPLINGS
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import RESAMPLINGS
-from data_handlers.stream import ON_BAD_IMAGE
 from models.segmentation import SMALLEST_CROP, SegmentationShape
 from models.vgg import VGG16_POOLINGS
 from utils.errors import UserError

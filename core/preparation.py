@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from training.synchronised_norm import synchronise_batch_norms
 from models.vgg import build_vgg
 from training.distributed import Rank
 from utils.errors import UserError
+from utils.sizes import evenly_spaced
 from utils.tensor_files import weights_fingerprint
 
 LABEL_FREE_IMAGES = 100  # target images looked at for the label-free score where there is no val split
@@ -79,7 +81,7 @@ def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> Prepare
     labels, validator, validation_line = None, None, ""
     inputs = {"list of source images": source.fingerprint(), "list of target images": target.fingerprint()}
     if not config.run.no_semseg:
-        require_classes(config.semseg.num_classes, source.data_set.name, source.data_set.id_map)
+        require_classes(config.semseg.num_classes, source.data_set.name, source.data_set.value_map)
         config, validator, validation_line = _validation(config, target, device, rank)
         source_net = load_source_net(config)
         inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(source_net)
@@ -93,9 +95,10 @@ def prepare(config: ProCSTConfig, rank: Rank, fresh_target_net: bool) -> Prepare
             synchronise_batch_norms(labels.target_net)
         channels_last(labels.source_net)
         channels_last(labels.target_net)
-    if config.data.on_bad_image == "stop":
-        check_samples(source, "check" if config.run.no_semseg else "read", OR_SKIP)
-        check_samples(target, "none", OR_SKIP)
+    skip = config.data.on_bad_image == "skip"
+    labels_used = "check" if config.run.no_semseg else "read"
+    check_samples(source, labels=labels_used, flag="--src_labels", or_else=OR_SKIP, skip=skip)
+    check_samples(target, labels="none", or_else=OR_SKIP, skip=skip)
     perceptual = build_vgg(config.run.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed).to(device)
     channels_last(perceptual)
     inputs["perceptual net (--vgg_weights)"] = weights_fingerprint(perceptual)
@@ -177,11 +180,9 @@ def _validation(
         return _with_selection(config, "none"), None, f"no validation of the last scale: {reason}"
     labelled = files is not None and not missing
     if files is None:
-        count = min(LABEL_FREE_IMAGES, len(target))
-        files = replace(target, images=tuple(target.images[k * len(target) // count] for k in range(count)))
+        files = replace(target, images=tuple(evenly_spaced(target.images, LABEL_FREE_IMAGES)))
     skip = config.data.on_bad_image == "skip"
-    if not skip:
-        check_samples(files, "read" if labelled else "none", OR_SKIP)
+    check_samples(files, labels="read" if labelled else "none", flag="--trg_labels", or_else=OR_SKIP, skip=skip)
     classes = scored_classes(config.semseg.num_classes, target.data_set, DATA_SETS[config.data.source])
     num_classes, workers = config.semseg.num_classes, config.data.num_workers
     validator = Validator(files, labelled, classes, num_classes, device, workers, rank, skip)
@@ -202,12 +203,9 @@ def open_caches(config: ProCSTConfig, source: FileList, target: FileList) -> dic
     data = config.data
     if not data.cache_dir:
         return {}
-    folder, workers, skip = Path(data.cache_dir), data.num_workers, data.on_bad_image == "skip"
-    labels = not config.run.no_semseg
-    return {
-        "source": open_cache(folder, source, data.src_resize, data.resample, labels, workers, skip),
-        "target": open_cache(folder, target, data.trg_resize, data.resample, False, workers, skip),
-    }
+    building = {"num_workers": data.num_workers, "skip_unusable": data.on_bad_image == "skip"}
+    wanted = _wanted_caches(config, source, target)
+    return {domain: open_cache(**wanted[domain], **building) for domain in ("source", "target")}
 
 
 def bytes_to_cache(config: ProCSTConfig, source: FileList, target: FileList) -> int:
@@ -216,10 +214,17 @@ def bytes_to_cache(config: ProCSTConfig, source: FileList, target: FileList) -> 
     Raises:
         UserError: the cache cannot be read.
     """
+    return sum(bytes_to_build(**wanted) for wanted in _wanted_caches(config, source, target).values())
+
+
+def _wanted_caches(config: ProCSTConfig, source: FileList, target: FileList) -> dict[str, dict[str, Any]]:
+    """What the caches of both domains hold, as arguments of `open_cache` and `bytes_to_build`."""
     data = config.data
-    folder, labels, skip = Path(data.cache_dir), not config.run.no_semseg, data.on_bad_image == "skip"
-    source_bytes = bytes_to_build(folder, source, data.src_resize, data.resample, labels, skip)
-    return source_bytes + bytes_to_build(folder, target, data.trg_resize, data.resample, False, skip)
+    shared = {"cache_dir": Path(data.cache_dir), "resample": data.resample}
+    return {
+        "source": {**shared, "files": source, "size": data.src_resize, "with_labels": not config.run.no_semseg},
+        "target": {**shared, "files": target, "size": data.trg_resize, "with_labels": False},
+    }
 
 
 def _require_one_run(config: ProCSTConfig, inputs: dict[str, str], rank: Rank) -> None:

@@ -29,9 +29,9 @@ from core.run_folder import log_name
 from core.run_log import RunLog
 from core.segmentation_files import BEST, SegmentationFile, is_of_run, read_segmentation_file, run_identity
 from training.validation import Validator, log_validation, summary
-from data_handlers.images import normalise
 from data_handlers.lists import FileList
-from data_handlers.stream import ON_BAD_IMAGE, DomainBatch, StreamConfig, open_stream
+from data_handlers.choices import ON_BAD_IMAGE
+from data_handlers.stream import DomainBatch, StreamConfig, open_stream
 from models.segmentation import HEAD_RATE, SMALLEST_CROP, SegmentationShape
 from utils.errors import UserError
 from utils.files import atomic_write_json
@@ -322,7 +322,7 @@ class SourceTrainer:
         factor = poly_rate(self.step, self.config.num_steps, self.config.power)
         for group, multiple in zip(self.optimizer.param_groups, (1.0, HEAD_RATE), strict=True):
             group["lr"] = self.config.sgd.lr_semseg * multiple * factor
-        image = normalise(to_device(batch.levels[0], self.device)).permute(0, 3, 1, 2).contiguous()
+        image = self.net.network_input(to_device(batch.levels[0], self.device))
         loss = cross_entropy(self.execution(self.net, image), to_device(batch.label, self.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

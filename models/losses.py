@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_handlers.label_maps import IGNORE
+from data_handlers.classes import IGNORE
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The segmentation nets by name, their starting weights and their parameter groups.
 
-Every net maps images (B,3,h,w) in [-1,1] to logits (B,num_classes,h,w) and has a `backbone`, which may start from
-ImageNet weights, and a `head`, which learns ten times as fast.
+Every net maps images (B,3,h,w) to logits (B,num_classes,h,w). Its attribute `network_input` turns uint8 pixels into
+these images. A net has a `backbone`, which may start from ImageNet weights, and a `head`, which learns ten times as
+fast.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torchvision
 from torch import Tensor, nn
 
+from data_handlers.images import PROCST_INPUT, NetworkInput
 from models.deeplab import DeepLab, DilatedSumHead, FiveBranchHead
 from models.fcn8s import FCN8s
 from models.resnet import RESNETS, ResNet
@@ -45,10 +47,17 @@ def _unet(backbone: str, num_classes: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Model:
-    """A registered net: its backbones, the default first, and how it is built from (backbone, num_classes)."""
+    """A registered net.
+
+    Attributes:
+        backbones: the default first.
+        build: makes the net from (backbone, num_classes).
+        network_input: what the net expects as input.
+    """
 
     backbones: tuple[str, ...]
     build: Callable[[str, int], nn.Module]
+    network_input: NetworkInput = PROCST_INPUT
 
 
 _RESNET_BACKBONES = ("resnet101", "resnet50", "resnet34", "resnet18")
@@ -100,8 +109,11 @@ def default_backbone(model: str) -> str:
 
 
 def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
-    """A net with PyTorch's default random weights."""
-    return MODELS[shape.model].build(shape.backbone, shape.num_classes)
+    """A net with PyTorch's default random weights and its `network_input`."""
+    model = MODELS[shape.model]
+    net = model.build(shape.backbone, shape.num_classes)
+    net.network_input = model.network_input
+    return net
 
 
 def parameter_groups(net: nn.Module, rate: float) -> list[dict[str, Any]]:

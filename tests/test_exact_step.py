@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.literal_step import literal_step
-from data_handlers.label_maps import IGNORE
+from data_handlers.classes import IGNORE
 from core.networks import published_norm
 from core.objectives import pieces
 from core.step import Batch

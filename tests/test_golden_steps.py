@@ -28,7 +28,7 @@ from core.progress import tag_of
 from core.cascade import to_unit_range, translate_pyramid
 from data_handlers.pyramid import image_pyramid
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from models.segmentation import HEAD_RATE
 from models.vgg import vgg_from_state_dict
 
@@ -110,7 +110,7 @@ class GoldenStep:
             image = Image.fromarray(self.data[f"{self.prefix}{domain}_rgb_{b}"])
             levels.append(image_pyramid(image, meta["num_scales"], meta["scale_factor"], self.scale))
         stacked = [torch.from_numpy(np.stack(level)) for level in zip(*levels, strict=True)]
-        return [normalise(level).permute(0, 3, 1, 2) for level in stacked]
+        return [PROCST_INPUT(level) for level in stacked]
 
     def loss_config(self):
         fields = {name: self.meta[name] for name in LossConfig.__dataclass_fields__}

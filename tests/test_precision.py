@@ -27,7 +27,7 @@ from core.losses import gradient_penalty
 from core.networks import Discriminator, Generator, NetworkShape
 from data_handlers.pyramid import image_pyramid
 from core.step import Batch
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from data_handlers.toy.files import draw_frame
 from test_bad_input import check_refusal
 from test_step import Step, build
@@ -47,7 +47,7 @@ def toy_batches(count, size=(48, 32)):
     def levels(domain, chosen):
         pyramids = [image_pyramid(Image.fromarray(frames[domain][k][0]), 2, 0.5, 2) for k in chosen]
         stacked = [torch.from_numpy(np.stack(level)) for level in zip(*pyramids, strict=True)]
-        return [normalise(level).permute(0, 3, 1, 2).contiguous() for level in stacked]
+        return [PROCST_INPUT(level) for level in stacked]
 
     rng = np.random.default_rng(0)
     for _ in range(count):

@@ -17,7 +17,7 @@ from core.networks import Discriminator, Generator, NetworkShape, freeze, init_w
 from core.cascade import cascade, generated_pyramid
 from data_handlers.pyramid import image_pyramid, level_size
 from core.step import Batch, LabelNetworks, ScaleNetworks, ScaleOptimizers, training_step
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from models.vgg import VGG16_CONVS, VGGFeatures, build_vgg
 from worlds import noise_image
 
@@ -60,7 +60,7 @@ class Step:
                 *(image_pyramid(noise_image(size, seed + 10 * b), num_scales, 0.5, scale) for b in range(2)),
                 strict=True,
             )
-            pyramids.append([normalise(torch.from_numpy(np.stack(level))).permute(0, 3, 1, 2) for level in levels])
+            pyramids.append([PROCST_INPUT(torch.from_numpy(np.stack(level))) for level in levels])
         height, width = pyramids[0][-1].shape[-2:]
         label = torch.from_numpy(np.random.default_rng(3).integers(0, CLASSES, (2, height, width), dtype=np.uint8))
         self.batch = Batch(pyramids[0], pyramids[1], torch.tensor([0.3, 0.6]), label if labels else None)
@@ -119,7 +119,8 @@ def test_level_sizes_round_up():
 
 
 def test_normalisation_is_that_of_the_method():
-    assert normalise(torch.tensor([0, 128, 255], dtype=torch.uint8)).tolist() == [-1.0, 0.0, 127 / 128]
+    pixel = PROCST_INPUT(torch.tensor([[[0, 128, 255]]], dtype=torch.uint8))
+    assert pixel.flatten().tolist() == [-1.0, 0.0, 127 / 128]
 
 
 @pytest.mark.parametrize("channels", [8, 12])
@@ -210,7 +211,7 @@ def test_alphas_depend_on_seed_scale_and_step_alone():
 
 
 def test_random_vgg_is_seeded_and_keeps_the_scale_of_activations():
-    image = normalise(torch.from_numpy(np.array(noise_image((64, 48), 0)))).permute(2, 0, 1)[None]
+    image = PROCST_INPUT(torch.from_numpy(np.array(noise_image((64, 48), 0))))[None]
     first, again, other = (build_vgg("random", (3, 15), seed)(image) for seed in (1, 1, 2))
     assert torch.equal(first[15], again[15])
     assert not torch.equal(first[15], other[15])
