@@ -21,11 +21,11 @@ from core.export import ExportConfig, translate_images, translate_on_devices
 from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import MIN_TILE_PIXELS
 from data_handlers.cache import OR_SKIP
+from data_handlers.choices import ON_BAD_IMAGE
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import image_size
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, Listing, list_images, replace_suffix
-from data_handlers.stream import ON_BAD_IMAGE
 from utils.devices import cpus_per_device, default_workers, resolve_devices
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
@@ -226,7 +226,7 @@ def main() -> None:
     }
     _check_output(root, outputs, files, manifest, flags.skip_created_files)
     if flags.on_bad_image == "stop":
-        check_samples(files, "none", OR_SKIP)
+        check_samples(files, labels="none", or_else=OR_SKIP)
     for path in (root / folder for folder in {"", *folders_of(outputs)}):
         remove_leftovers(make_folder(path, "--sit_output_path"))
 

@@ -19,9 +19,12 @@ from tqdm import tqdm
 from training.precision import channels_last, set_convolution_precision
 from core.segmentation_files import load_segmentation_net
 from data_handlers.datasets import DATA_SETS, DataSet
-from data_handlers.label_maps import SYNTHIA_13, SYNTHIA_16, colourise, to_label_ids
+from data_handlers.classes import SYNTHIA_13, SYNTHIA_16
+from data_handlers.label_maps import colourise, to_label_ids
 from data_handlers.labelled import LabelledImage, check_samples, open_labelled
-from data_handlers.lists import FileList, list_validation, require_labels
+from data_handlers.lists import FileList, require_labels
+from data_handlers.splits import validation_images
+from training.prediction import evaluate
 from models.segmentation import require_classes
 from training.metrics import Scores, scores_of
 from training.prediction import evaluate
@@ -138,17 +141,19 @@ def main() -> None:
     device = resolve_device(flags.gpus)
     set_convolution_precision("fp32")
     data_set = DATA_SETS[flags.data_set]
-    files = list_validation(data_set, flags.data_dir, "--data_dir", flags.list, flags.val_count, "--val_count")
+    files = validation_images(
+        data_set, flags.data_dir, "--data_dir", val_list=flags.list, val_count=flags.val_count
+    )
     require_labels(files, "--data_dir")
     shape, net = load_segmentation_net(Path(flags.weights), "--weights")
-    require_classes(shape.num_classes, data_set.name, data_set.id_map, f"--weights {flags.weights}")
+    require_classes(shape.num_classes, data_set.name, data_set.value_map, f"--weights {flags.weights}")
     if shape.num_classes > len(data_set.class_names):
         raise UserError(
             f"--weights {flags.weights}: the net has {shape.num_classes} classes, {data_set.name} has "
             f"{len(data_set.class_names)}"
         )
     classes = _scored_classes(flags, data_set, shape.num_classes)
-    check_samples(files)
+    check_samples(files, flag="--labels")
     net.to(device)
     if device.type == "cpu":
         channels_last(net)

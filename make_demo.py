@@ -24,6 +24,7 @@ from data_handlers.lists import list_images
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_bytes, make_folder, read_json
 from utils.flags import OneLineParser, parse_flags
+from utils.sizes import evenly_spaced
 
 FRAMES = 120
 VAL_FRAMES = 40
@@ -66,7 +67,7 @@ def before_and_after(out: Path) -> Path:
     ):  # fmt: skip
         root = out / folder
         files = list_images(DATA_SETS[name], root, "--out")
-        chosen = [files.images[k * len(files) // COLUMNS] for k in range(COLUMNS)]
+        chosen = evenly_spaced(files.images, COLUMNS)
         rows.append((caption, [np.asarray(read_image(root / image)) for image in chosen]))
     return save_png(draw_rows(rows), out / "before_after.png")
 

@@ -18,6 +18,7 @@ from utils.errors import UserError, run_cli
 from utils.files import atomic_write_json, check_output_file, make_folder
 from utils.flags import OneLineParser, parse_flags
 from utils.frechet import GaussianFit, frechet_distance
+from utils.sizes import evenly_spaced
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,8 +61,7 @@ def main() -> None:
     vgg = build_vgg(flags.vgg_weights, [flags.layer]).to(device)
 
     def gaussian(files: FileList) -> GaussianFit:
-        count = min(len(files), flags.max_images)
-        paths = [files.root / files.images[k * len(files) // count] for k in range(count)]
+        paths = [files.root / name for name in evenly_spaced(files.images, flags.max_images)]
         fit = feature_gaussian(paths, size, vgg, flags.layer, device)
         if fit.count < 2:
             raise UserError(f"--size {size[0]} {size[1]}, --layer {flags.layer}: one vector is too few; raise the size")

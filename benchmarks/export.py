@@ -32,7 +32,7 @@ from core.cascade import to_pixels, translate_pyramid
 from data_handlers.pyramid import image_pyramid
 from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import FileList, list_images
 from utils.devices import cpus_per_device, default_workers, resolve_device
 from utils.errors import run_cli
@@ -59,7 +59,7 @@ def literal_export(
         generator.to(device)
     for name in names:
         levels = image_pyramid(Image.open(files.root / name).convert("RGB"), 2, 0.5, 2)
-        inputs = [normalise(torch.tensor(level)[None].to(device)).permute(0, 3, 1, 2) for level in levels]
+        inputs = [PROCST_INPUT(torch.tensor(level)[None].to(device)) for level in levels]
         pixels = to_pixels(translate_pyramid(generators, inputs, 0.5))[0].permute(1, 2, 0).cpu().numpy()
         Image.fromarray(pixels).save(out / name)
 

@@ -29,7 +29,7 @@ from benchmarks.pictures import write_gta5
 from data_handlers.cache import ImageCache
 from data_handlers.cache_building import open_cache
 from data_handlers.datasets import DATA_SETS
-from data_handlers.label_maps import CITYSCAPES_IDS
+from data_handlers.classes import CITYSCAPES_IDS
 from data_handlers.lists import FileList, list_images
 from data_handlers.pyramid import array_pyramid, image_pyramid
 from data_handlers.stream import StreamConfig, open_stream
@@ -103,7 +103,9 @@ def main() -> None:
         root = write_gta5(Path(folder) / "gta", flags.files, NATIVE)
         files = list_images(DATA_SETS["gta5"], root, "--files")
         started = time.perf_counter()
-        cache = open_cache(Path(folder) / "cache", files, RESIZE, "fast", True, 1)
+        cache = open_cache(
+            cache_dir=Path(folder) / "cache", files=files, size=RESIZE, resample="fast", with_labels=True, num_workers=1
+        )
         seconds = time.perf_counter() - started
         print(f"cache of {len(files)} images built in {seconds:.1f} s\n")
         print("| scale | pipeline | images/s | speed-up |\n| --- | --- | --- | --- |")

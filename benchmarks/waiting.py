@@ -31,7 +31,10 @@ def write_pictures(folder: Path, config: ProCSTConfig) -> tuple[FileList, Mappin
     files = list_images(DATA_SETS["gta5"], root, "--src_data_dir")
     sizes = {"source": config.data.src_resize, "target": config.data.trg_resize}
     caches = {
-        domain: open_cache(folder / "cache", files, size, config.data.resample, domain == "source", 1)
+        domain: open_cache(
+            cache_dir=folder / "cache", files=files, size=size, resample=config.data.resample,
+            with_labels=domain == "source", num_workers=1,
+        )
         for domain, size in sizes.items()
     }
     return files, caches

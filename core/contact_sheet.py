@@ -13,11 +13,14 @@ from PIL import Image, ImageDraw
 from core.cascade import to_pixels, translate_pyramid
 from core.config import ProCSTConfig
 from core.networks import Generator
-from data_handlers.images import normalise, read_image
+from core.cascade import to_pixels, translate_pyramid
+from data_handlers.pyramid import image_pyramid
+from data_handlers.images import PROCST_INPUT, read_image
 from data_handlers.lists import FileList
 from data_handlers.pyramid import image_pyramid
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
+from utils.sizes import evenly_spaced
 
 COLUMNS = 6
 MIN_TILE_WIDTH = 192
@@ -60,12 +63,11 @@ def _sample_pyramids(
         UserError: an image cannot be read, and such images are not to be skipped, or none can.
     """
     network, crop = config.network, config.data.crop_size
-    count = min(COLUMNS, len(files))
     x, y = ((r - c) // 2 for r, c in zip(resize, crop, strict=True))
     pyramids = []
-    for k in range(count):
+    for name in evenly_spaced(files.images, COLUMNS):
         try:
-            image = read_image(files.root / files.images[k * len(files) // count])
+            image = read_image(files.root / name)
         except UserError as error:
             if config.data.on_bad_image == "stop":
                 raise
@@ -98,7 +100,7 @@ def save_contact_sheet(
     targets = _sample_pyramids(target, config.data.trg_resize, config, scale)
     translated = []
     for pyramid in sources:
-        levels = [normalise(torch.from_numpy(np.array(level)).to(device)).permute(2, 0, 1)[None] for level in pyramid]
+        levels = [PROCST_INPUT(torch.tensor(level[None], device=device)) for level in pyramid]
         sit = translate_pyramid(generators, levels, config.network.scale_factor)
         translated.append(to_pixels(sit[0]).permute(1, 2, 0).cpu().numpy())
     rows = [

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_handlers.images import normalise, read_image
+from data_handlers.images import PROCST_INPUT, read_image
 from models.vgg import VGGFeatures
 from utils.frechet import GaussianFit
 
@@ -41,7 +41,7 @@ def feature_gaussian(
         if image.size != size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image)).to(device)
-        features = vgg(normalise(pixels).permute(2, 0, 1)[None])[layer][0].flatten(1)
+        features = vgg(PROCST_INPUT(pixels)[None])[layer][0].flatten(1)
         # A regular subset of positions: neighbours say nearly the same, and it needs no random numbers.
         stride = max(1, features.shape[1] // POSITIONS_PER_IMAGE)
         vectors = features[:, ::stride].T.cpu().numpy()

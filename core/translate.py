@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from training.precision import Precision, Runner, exact_convolutions
 from core.networks import ConvBlock, Generator
 from core.cascade import to_pixels, translate_pyramid
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from utils.errors import UserError
 from utils.memory import available_memory
 
@@ -234,7 +234,7 @@ class Translator:
         """
         self._require_sizes(levels)
         moved = [level.to(self.device, non_blocking=True) for level in levels]
-        inputs = [normalise(level).permute(0, 3, 1, 2).contiguous(memory_format=self.layout) for level in moved]
+        inputs = [PROCST_INPUT(level).contiguous(memory_format=self.layout) for level in moved]
         budget = self._budget(inputs[0].shape[0])
         while True:
             try:

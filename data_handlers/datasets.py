@@ -1,4 +1,4 @@
-"""The data sets this toolkit knows. One declaration each; adding a data set means adding one to `DATA_SETS`.
+"""The data sets of this toolkit, one declaration each. Add a data set by adding a declaration to `DATA_SETS`.
 
 For example, frames `left/*.png` with labels `mask/*_mask.png` that use Cityscapes ids:
 
@@ -11,26 +11,32 @@ For example, frames `left/*.png` with labels `mask/*_mask.png` that use Cityscap
         crop=(1024, 512),
     )
 
-Classes of its own it declares with `class_names`, one name for each trainId, and `classes=tuple(range(n))`; nets are
-then trained with `--num_classes n`.
+A data set with classes of its own declares `class_names`, one name for each trainId, and `classes=tuple(range(n))`;
+nets are then trained with `--num_classes n`. A data set whose label files hold trainIds declares `labels="trainids"`
+and `id_map={}`.
+
+This module imports nothing heavy, as the command lines read the names of the data sets before anything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from data_handlers.label_maps import (
+from data_handlers.choices import LABELS, Labels
+from data_handlers.classes import (
     ALL_19,
     CITYSCAPES_IDS,
     CITYSCAPES_VOID,
     CLASS_NAMES,
     GTA5_VOID,
+    IGNORE,
     SYNTHIA_16,
     SYNTHIA_IDS,
     SYNTHIA_VOID,
 )
+from utils.errors import UserError
 
 LabelEncoding = Literal["8-bit index", "16-bit channel 0"]
 
@@ -41,25 +47,29 @@ class DataSet:
 
     Attributes:
         name: what `--source` and `--target` call it.
-        images: for each split, glob patterns relative to the root, read in place and in this order. A pattern of a
-            folder that does not exist is passed over as long as another pattern of the split finds images.
+        images: for each split, glob patterns relative to the root. Images are listed in the order of the patterns. A
+            pattern without a match is ignored as long as another pattern of the split finds images.
         label_path: replacements that turn an image's relative path into its label's; each replaces the last
             occurrence. Empty for a data set without labels.
-        id_map: label id -> trainId.
-        void_ids: label ids that are known and ignored; an id in neither means that the wrong file is read and is
-            refused. None ignores every id that `id_map` does not list.
+        id_map: label id -> trainId; empty for a data set whose labels exist as trainIds only.
+        void_ids: label ids that are known and ignored. An id in neither `id_map` nor `void_ids` means that the wrong
+            file is read, and is refused. None ignores every id that `id_map` does not list.
         resize: (W,H) images are resized to for training.
         crop: (W,H) of the random crop for training.
-        label_encoding: `8-bit index` (grey or palette PNG) or `16-bit channel 0` (id in the first of 16-bit channels).
+        labels: what the values of the label files are: `ids` of the data set, which `id_map` maps, or `trainids`, that
+            is 0..C-1 for C class names and 255 for ignored pixels.
+        labels_flag: command line flag that set `labels` (see `with_labels`); '' where the declaration did.
+        label_encoding: how label ids are stored: `8-bit index` (grey or palette PNG) or `16-bit channel 0` (id in the
+            first of 16-bit channels). TrainIds are always stored as `8-bit index`.
         classes: trainIds the data set is scored on.
-        class_names: names of trainIds 0, 1, ...
+        class_names: names of trainIds 0, 1, ..., C-1.
         held_out: for a data set without its own `val` images, how many of its last images are kept for validation
             when a segmentation net is trained on it.
-        never_used: file stems left out everywhere: the file itself is damaged.
-        not_for_training: file stems left out of training only: the image is sound but its label does not fit.
+        never_used: file stems of damaged images, which are excluded everywhere.
+        not_for_training: file stems of sound images whose labels do not fit, which are excluded wherever labels count.
 
     Raises:
-        ValueError: `id_map` or `classes` name a trainId that `class_names` does not.
+        ValueError: `id_map` or `classes` name a trainId without a class name, or `labels` has another value.
     """
 
     name: str
@@ -68,6 +78,8 @@ class DataSet:
     id_map: Mapping[int, int]
     resize: tuple[int, int]
     crop: tuple[int, int]
+    labels: Labels = "ids"
+    labels_flag: str = ""
     label_encoding: LabelEncoding = "8-bit index"
     classes: tuple[int, ...] = ALL_19
     class_names: tuple[str, ...] = CLASS_NAMES
@@ -80,6 +92,44 @@ class DataSet:
         largest = max((*self.id_map.values(), *self.classes), default=0)
         if largest >= len(self.class_names):
             raise ValueError(f"{self.name}: trainId {largest} has no name; class_names has {len(self.class_names)}")
+        if self.labels not in LABELS:
+            raise ValueError(f"{self.name}: labels is {self.labels!r}; it must be one of {', '.join(LABELS)}")
+
+    @property
+    def value_map(self) -> Mapping[int, int]:
+        """Value in a label file -> trainId, for the way in which the labels are read."""
+        return self.id_map if self.labels == "ids" else {k: k for k in range(len(self.class_names))}
+
+    @property
+    def ignored_values(self) -> frozenset[int] | None:
+        """Values in a label file that become 255; None stands for every value that `value_map` does not list."""
+        return self.void_ids if self.labels == "ids" else frozenset({IGNORE})
+
+    @property
+    def storage(self) -> LabelEncoding:
+        """How the label files store their values."""
+        return self.label_encoding if self.labels == "ids" else "8-bit index"
+
+
+def with_labels(data_set: DataSet, labels: str, flag: str) -> DataSet:
+    """The data set with its labels read as a command line flag says.
+
+    Args:
+        labels: `ids` or `trainids`; '' keeps the declaration.
+        flag: name of the flag, for messages (`--src_labels`, `--trg_labels`, `--labels`).
+
+    Raises:
+        UserError: another value, a data set without labels, or `ids` for a data set without an `id_map`.
+    """
+    if not labels:
+        return data_set
+    if labels not in LABELS:
+        raise UserError(f"{flag} {labels}: must be one of {', '.join(LABELS)}")
+    if not data_set.label_path:
+        raise UserError(f"{flag} {labels}: {data_set.name} has no labels; leave the flag out")
+    if labels == "ids" and not data_set.id_map:
+        raise UserError(f"{flag} {labels}: {data_set.name} declares no label ids, only trainIds; leave the flag out")
+    return replace(data_set, labels=labels, labels_flag=flag)
 
 
 DATA_SETS = {
@@ -122,7 +172,7 @@ DATA_SETS = {
         never_used=frozenset({"troisdorf_000000_000073_leftImg8bit"}),
         void_ids=CITYSCAPES_VOID,
     ),
-    # Any folder of pictures: no labels, so nothing that needs labels can use it.
+    # Any folder of images. It has no labels, so it cannot be used where labels are needed.
     "folder": DataSet(
         name="folder",
         images={"train": ("*.[pP][nN][gG]", "*.[jJ][pP][gG]", "*.[jJ][pP][eE][gG]")},

@@ -1,9 +1,12 @@
-"""Reading images and labels, with one clear line for every file that is not what it should be."""
+"""Reading images and labels from files, and turning pixels into network input.
+
+A file that cannot be used raises a `UserError` of one line, which names the file.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,16 +15,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, read_file
 
+from data_handlers.choices import Resample
 from data_handlers.datasets import DataSet
 from data_handlers.label_maps import to_train_ids
 from utils.errors import UserError
 from utils.png import GREY, PALETTE, RGB, RGBA, read_png_header
 
-Resample = Literal["exact", "fast"]
-RESAMPLINGS = ("fast", "exact")
-
-# Pillow refuses very large pictures to protect web servers. These are the user's own files, and export promises to
-# translate pictures of any size.
+# Pillow refuses very large images to protect web servers. These are the user's own files, and export promises to
+# translate images of any size.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -33,7 +34,8 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            deep_png = image.format == "PNG" and read_png_header(path).bit_depth > 8  # Pillow would cut these silently
+            # Pillow would silently drop the low bits of such a PNG.
+            deep_png = image.format == "PNG" and read_png_header(path).bit_depth > 8
             if deep_png or image.mode.startswith(("I", "F")):
                 raise UserError(f"{path} has more than 8 bits per channel; convert it to 8-bit RGB")
             if image.mode == "RGB":
@@ -51,7 +53,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """The pixels of `read_image`, uint8 (H,W,3); a plain RGB PNG is decoded by torchvision, a fifth faster than Pillow.
+    """The pixels of `read_image`, uint8 (H,W,3). Plain RGB PNGs are decoded by torchvision, a fifth faster than Pillow.
 
     Raises:
         UserError: as `read_image`.
@@ -63,7 +65,7 @@ def read_pixels(path: Path) -> np.ndarray:
             if len(pixels) == 3:
                 return pixels.permute(1, 2, 0).contiguous().numpy()
     except (UserError, RuntimeError):
-        pass  # another format, or a file that Pillow words better what is wrong with
+        pass  # Pillow reads other formats, and has the clearer messages about damaged files
     return np.array(read_image(path))
 
 
@@ -111,43 +113,73 @@ def check_label_header(path: Path, data_set: DataSet, size: tuple[int, int]) -> 
             f"label {path} is {header.width}x{header.height}, but its image is {size[0]}x{size[1]}; "
             "the two must have the same size"
         )
-    if data_set.label_encoding == "16-bit channel 0":
+    is_index = header.colour_type in (GREY, PALETTE)
+    if data_set.storage == "16-bit channel 0":
         if header.bit_depth != 16 or header.colour_type not in (RGB, RGBA):
+            hint = "; 8-bit trainIds are read with --src_labels trainids (--trg_labels, --labels)" if is_index else ""
             raise UserError(
                 f"label {path}: found {header}, but {data_set.name} labels are 16-bit RGB PNGs with the "
-                "class id in channel 0; use the original files, not a colour or converted version"
+                f"class id in channel 0; use the original files, not a colour or converted version{hint}"
             )
-    elif header.bit_depth > 8 or header.colour_type not in (GREY, PALETTE):
+        return
+    values = "label ids" if data_set.labels == "ids" else "trainIds"
+    if header.bit_depth > 8 or not is_index:
+        said = f" ({data_set.labels_flag} {data_set.labels})" if data_set.labels_flag else ""
         raise UserError(
-            f"label {path}: found {header}, but {data_set.name} labels are 8-bit grey or palette PNGs "
-            "that hold label ids; use the id files, not a colour or 16-bit version"
+            f"label {path}: found {header}, but {data_set.name} labels{said} are 8-bit grey or palette PNGs "
+            f"that hold {values}; use the files of {values}, not a colour or 16-bit version"
         )
-    elif header.bit_depth < 8 and header.colour_type == GREY:
-        raise UserError(f"label {path}: {header} cannot hold label ids; they need 8 bits a pixel")
+    if header.bit_depth < 8 and header.colour_type == GREY:
+        raise UserError(f"label {path}: {header} cannot hold {values}; they need 8 bits a pixel")
 
 
-def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarray:
-    """Decode a label to trainIds, uint8 (H,W) with 255 = ignore; palette PNGs are read by index, never by colour.
+def read_label_values(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarray:
+    """Decode a label to the values in its file, an unsigned integer array (H,W); palettes are read by index.
+
+    Args:
+        size: (W,H) of the image the label belongs to.
 
     Raises:
-        UserError: as `check_label_header`, truncated, or holding an id the data set does not know.
+        UserError: as `check_label_header`, or truncated.
     """
     check_label_header(path, data_set, size)
     try:
-        if data_set.label_encoding == "16-bit channel 0":
-            ids = decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED)[0].numpy()
-        else:
-            with Image.open(path) as image:
-                ids = np.asarray(image)
+        if data_set.storage == "16-bit channel 0":
+            return decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED)[0].numpy()
+        with Image.open(path) as image:
+            return np.asarray(image)
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
         raise UserError(f"label {path} is truncated or damaged ({str(error).splitlines()[0]}); replace it") from None
+
+
+def label_values_to_train_ids(values: np.ndarray, path: Path, data_set: DataSet) -> np.ndarray:
+    """Values of `read_label_values` -> trainIds, uint8 of the same shape with 255 = ignore.
+
+    Raises:
+        UserError: a value is no label id of the data set, or no trainId where trainIds are read; names `path`.
+    """
     try:
-        return to_train_ids(ids, data_set.id_map, data_set.void_ids)
+        return to_train_ids(values, data_set.value_map, data_set.ignored_values)
     except ValueError as error:
+        if data_set.labels == "trainids":
+            said = f"{data_set.labels_flag} trainids" if data_set.labels_flag else f"{data_set.name}'s declaration"
+            raise UserError(
+                f"label {path} holds the value {error}, which is no trainId (0 to {len(data_set.class_names) - 1}, or "
+                f"255 to ignore), but {said} says that labels hold trainIds; check the file and the flag"
+            ) from None
         raise UserError(
             f"label {path} holds the id {error}, which {data_set.name} does not know; is this the file of label ids, "
             "and not one of trainIds, instances or colours?"
         ) from None
+
+
+def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarray:
+    """Decode a label to trainIds, uint8 (H,W) with 255 = ignore.
+
+    Raises:
+        UserError: as `read_label_values` and `label_values_to_train_ids`.
+    """
+    return label_values_to_train_ids(read_label_values(path, data_set, size), path, data_set)
 
 
 def resize_image(image: Image.Image, size: tuple[int, int], resample: Resample) -> np.ndarray:
@@ -176,6 +208,28 @@ def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 0..255 of any shape -> float32 network input (x - 128) / 128, on the tensor's device."""
-    return (pixels.float() - 128.0) / 128.0
+@dataclass(frozen=True, kw_only=True)
+class NetworkInput:
+    """What a network expects as input: (pixels - mean) / std of each channel.
+
+    Attributes:
+        mean, std: of red, green and blue, in levels of 0..255.
+        bgr: whether the network's channels are blue, green, red.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    bgr: bool = False
+
+    def __call__(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """RGB pixels, uint8 (...,H,W,3), to network input (...,3,H,W), contiguous, on the same device."""
+        ordered = pixels.flip(-1) if self.bgr else pixels
+        channels = ordered.movedim(-1, -3).to(dtype, copy=True, memory_format=torch.contiguous_format)
+        order = (2, 1, 0) if self.bgr else (0, 1, 2)
+        for k, channel in zip(order, channels.unbind(-3), strict=True):
+            channel.sub_(self.mean[k]).div_(self.std[k])
+        return channels
+
+
+# RGB in [-1,1]: what the generators, their perceptual net and the authors' segmentation nets are trained on.
+PROCST_INPUT = NetworkInput(mean=(128.0, 128.0, 128.0), std=(128.0, 128.0, 128.0))

@@ -11,13 +11,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_handlers.cache import MOST_SKIPPED
-from data_handlers.images import check_label_header, normalise, read_image, read_label
+from data_handlers.classes import CITYSCAPES_IDS, IGNORE
+from data_handlers.images import (
+    check_label_header,
+    image_size,
+    label_values_to_train_ids,
+    read_image,
+    read_label,
+    read_label_values,
+)
 from data_handlers.lists import FileList
 from data_handlers.stream import LabelUse
 from utils.errors import UserError
 from utils.loaders import batches_in_order
+from utils.locks import say
 from utils.processes import init_loader
+from utils.sizes import evenly_spaced
 from utils.transfer import to_device
+
+CHECKED_IMAGES = 5
+CHECKED_LABELS = 20
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,12 @@ class LabelledImage:
 
     Attributes:
         name: relative path in its data set.
-        image: (1,3,H,W) in [-1,1], on the device asked for.
+        pixels: RGB uint8 (H,W,3), on the device asked for.
         label: trainIds uint8 (H,W), 255 = ignore, on the same device; None where labels are not read.
     """
 
     name: str
-    image: Tensor
+    pixels: Tensor
     label: Tensor | None
 
 
@@ -52,8 +65,8 @@ class _Files(Dataset):
                 label = read_label(self.files.label_file(name), self.files.data_set, image.size)
             return name, np.array(image), label
         except UserError as error:
-            # A worker's exception would reach the main process wrapped in its traceback; the message is meant to
-            # stand alone.
+            # Returned, not raised: the exception of a worker process would reach the main process with a traceback
+            # around its message.
             return error
 
 
@@ -61,31 +74,83 @@ def _as_it_is(sample: object) -> object:
     return sample
 
 
-def check_samples(files: FileList, labels: LabelUse = "read", or_else: str = "", count: int = 5) -> None:
-    """Decode a few images spread evenly over a list, and look at their labels.
+def check_samples(
+    files: FileList, *, labels: LabelUse = "read", flag: str = "--src_labels", or_else: str = "", skip: bool = False
+) -> None:
+    """Decode a few images and labels of a list, and check that the labels are encoded as they are read.
 
-    Files of a wrong kind are a mistake about the whole data set; this finds it before anything is written, and before
-    hours of training do.
+    A wrong kind of file or of label is a mistake about the whole data set. This check finds it in seconds, before
+    anything is written. It reads the labels of up to 21 images and decodes 6 of these images.
 
     Args:
-        or_else: what else there is to do about it, as the end of the message.
+        labels: whether labels are ignored, checked by their header, or read.
+        flag: command line flag that says how this list's labels are read, for messages.
+        or_else: end of the message about a file that cannot be used; it names an alternative.
+        skip: ignore files that cannot be used; only the encoding of the labels is checked.
 
     Raises:
-        UserError: a file cannot be used.
+        UserError: a file cannot be used, or the labels look like trainIds and are read as label ids.
     """
-    try:
-        for index in sorted({k * (len(files) - 1) // max(1, count - 1) for k in range(count)}):
-            _check_sample(files, files.images[index], labels)
-    except UserError as error:
-        raise UserError(f"{error}{or_else}") from None
+    if not files.data_set.label_path:
+        labels = "none"
+    images = _samples(files, CHECKED_IMAGES)
+    values = np.zeros(2**16, dtype=bool)
+    for name in _samples(files, CHECKED_IMAGES if labels == "none" else CHECKED_LABELS) | images:
+        try:
+            _check_sample(files, name, labels, name in images, values)
+        except UserError as error:
+            if not skip:
+                raise UserError(f"{error}{or_else}") from None
+    if labels == "read":
+        _check_encoding(files, np.flatnonzero(values), flag)
 
 
-def _check_sample(files: FileList, name: str, labels: LabelUse) -> None:
-    image = read_image(files.root / name)
-    if files.data_set.label_path and labels == "check":
-        check_label_header(files.label_file(name), files.data_set, image.size)
+def _samples(files: FileList, count: int) -> dict[str, None]:
+    """Evenly spaced images and the last one, as an interrupted copy damages the end; in order, each once."""
+    return dict.fromkeys([*evenly_spaced(files.images, count), *files.images[-1:]])
+
+
+def _check_sample(files: FileList, name: str, labels: LabelUse, decode: bool, values: np.ndarray) -> None:
+    """Check an image and its label; the label's values are marked in `values`, bool (65536,)."""
+    path = files.root / name
+    size = read_image(path).size if decode else image_size(path)
+    if labels == "check":
+        check_label_header(files.label_file(name), files.data_set, size)
     elif labels == "read":
-        read_label(files.label_file(name), files.data_set, image.size)
+        label = files.label_file(name)
+        found = read_label_values(label, files.data_set, size)
+        values[found] = True
+        label_values_to_train_ids(found, label, files.data_set)
+
+
+def _check_encoding(files: FileList, values: np.ndarray, flag: str) -> None:
+    """Refuse trainIds that are read as Cityscapes' or GTA5's label ids, which would silently become other classes.
+
+    Every trainId is a known id of these data sets: the trainId 7 (traffic sign) is the id of road. The check is not
+    needed for SYNTHIA, where 255 is no known id and where ids are stored in 16 bits and trainIds in 8.
+    A flag that says what the labels hold is believed.
+
+    Args:
+        values: sorted values that occur in the sampled labels.
+    """
+    data_set = files.data_set
+    if data_set.labels != "ids" or data_set.labels_flag or data_set.id_map != CITYSCAPES_IDS:
+        return
+    known = values[values != IGNORE]
+    if not len(known) or known.max() > max(CITYSCAPES_IDS.values()):
+        return
+    where = f"labels in {files.label_root or files.root}"
+    found = f"hold only the values {', '.join(map(str, values))}"
+    if IGNORE in values:
+        raise UserError(
+            f"{where} {found}: these look like trainIds, but {data_set.name} labels are read as label ids; say "
+            f"{flag} trainids, or {flag} ids if they are ids"
+        )
+    if ((known >= 1) & (known <= 6)).any():
+        say(
+            f"WARNING: {where} {found}, of which 1 to 6 are no classes as label ids; if these are trainIds, say "
+            f"{flag} trainids, otherwise {flag} ids"
+        )
 
 
 def open_labelled(
@@ -96,14 +161,14 @@ def open_labelled(
     or_else: str = "",
     skipped: list[str] | None = None,
 ) -> Iterator[LabelledImage]:
-    """Yield every image of the list in order, loading a few ahead, so memory does not grow with the list.
+    """Yield every image of the list in order. A few are loaded ahead, so memory does not grow with the list.
 
     Args:
-        or_else: what else there is to do about a file that cannot be used, as the end of the message.
-        skipped: such files are left out, and what is wrong with them goes in here; None raises instead.
+        or_else: end of the message about a file that cannot be used; it names an alternative.
+        skipped: images that cannot be used are skipped, and the reason is appended to this list. None raises instead.
 
     Raises:
-        UserError: in the main process, when a file cannot be used, or, with `skipped`, too many one after the other.
+        UserError: in the main process, when a file cannot be used, or, with `skipped`, `MOST_SKIPPED` in a row.
     """
 
     def loader_at(index: int) -> DataLoader:
@@ -129,5 +194,5 @@ def open_labelled(
             continue
         in_a_row = 0
         name, pixels, label = sample
-        image = normalise(to_device(torch.from_numpy(pixels), device)).permute(2, 0, 1)[None].contiguous()
-        yield LabelledImage(name, image, None if label is None else to_device(torch.from_numpy(label), device))
+        on_device = to_device(torch.from_numpy(pixels), device)
+        yield LabelledImage(name, on_device, None if label is None else to_device(torch.from_numpy(label), device))

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data_handlers.datasets import DataSet
@@ -19,14 +19,14 @@ class FileList:
     """The images of one split, as POSIX paths relative to `root`, in a fixed order.
 
     Attributes:
-        left_out: relative paths of known bad files that were found and left out.
-        label_root: folder the label paths are relative to; None means `root`. SiT images have their source's labels.
+        excluded: relative paths of files that were found but are known to be unusable, and are not in `images`.
+        label_root: folder the label paths are relative to; None means `root`. SiT images use their source's labels.
     """
 
     data_set: DataSet
     root: Path
     images: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     label_root: Path | None = None
 
     def __len__(self) -> int:
@@ -41,19 +41,23 @@ class FileList:
         return (self.label_root or self.root) / self.label_of(image)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names in order: what decides which image a step sees."""
+        """SHA-256 over the names in order, which decide the image that a step sees."""
         return hashlib.sha256("\n".join((self.data_set.name, *self.images)).encode()).hexdigest()
 
     def describe(self) -> str:
-        """One line for the log, naming what was left out."""
+        """One line for the log, with the names of excluded images."""
         text = f"{self.data_set.name}: {len(self.images)} images in {self.root}"
-        if self.left_out:
-            text += f" (left out, known to be unusable: {', '.join(self.left_out)})"
+        if self.excluded:
+            text += f" (excluded, known to be unusable: {', '.join(self.excluded)})"
         return text
 
 
 def label_path(data_set: DataSet, image: str) -> str:
-    """Relative label path of a relative image path; each declared replacement acts on the last occurrence."""
+    """Relative label path of a relative image path.
+
+    Raises:
+        UserError: the image's path holds no occurrence of a declared replacement.
+    """
     for old, new in data_set.label_path:
         head, found, tail = image.rpartition(old)
         if not found:
@@ -63,7 +67,12 @@ def label_path(data_set: DataSet, image: str) -> str:
 
 
 def list_images(
-    data_set: DataSet, root: Path | str, flag: str, split: str = "train", list_file: str = "", training: bool = True
+    data_set: DataSet,
+    root: Path | str,
+    flag: str,
+    split: str = "train",
+    list_file: str = "",
+    training: bool = True,
 ) -> FileList:
     """List the images of a split.
 
@@ -71,8 +80,8 @@ def list_images(
         root: folder of the data set.
         flag: command line flag that names `root`, for messages.
         list_file: text file with one image a line, relative to `root` or to a declared image folder, or a bare name
-            in one of them; overrides the derived list.
-        training: leave out the images whose labels are known not to fit, too.
+            in one of them. The images are those of this file instead of those that the declared patterns match.
+        training: exclude the images whose labels are known not to fit as well.
 
     Raises:
         UserError: missing or empty folder, a name that is not UTF-8 or a folder where an image should be, a list file
@@ -88,50 +97,19 @@ def list_images(
     else:
         found = [path for pattern in data_set.images[split] for path in sorted(_matching(root, pattern))]
     _require_utf8(root, found)
-    excluded = data_set.never_used | (data_set.not_for_training if training else frozenset())
-    left_out = tuple(path for path in found if _stem(path) in excluded) if excluded else ()
-    images = tuple(path for path in found if path not in left_out) if left_out else tuple(found)
+    unusable = data_set.never_used | (data_set.not_for_training if training else frozenset())
+    excluded = tuple(path for path in found if _stem(path) in unusable) if unusable else ()
+    images = tuple(path for path in found if path not in excluded) if excluded else tuple(found)
     if not images:
         patterns = " or ".join(data_set.images[split])
         raise UserError(f"{flag} {root}: no images found; {data_set.name} expects {patterns} in it")
-    return FileList(data_set, root, images, left_out)
-
-
-def hold_out(files: FileList, count: int, flag: str) -> tuple[FileList, FileList]:
-    """Split a list into all but its last `count` images and these last ones.
-
-    Raises:
-        UserError: `count`, which `flag` names, leaves one of the two empty.
-    """
-    if not 0 < count < len(files):
-        raise UserError(
-            f"{flag} {count}: of {len(files)} images in {files.root}, 1 to {len(files) - 1} can be kept for validation"
-        )
-    return replace(files, images=files.images[:-count]), replace(files, images=files.images[-count:])
-
-
-def list_validation(
-    data_set: DataSet, root: Path | str, flag: str, list_file: str, count: int, count_flag: str
-) -> FileList:
-    """The images a segmentation net is scored on: a list, the last `count` of all, or the data set's own split.
-
-    Raises:
-        UserError: as `list_images`, or there are fewer than `count` images.
-    """
-    if list_file or ("val" in data_set.images and not count):
-        split = "val" if "val" in data_set.images else "train"
-        return list_images(data_set, root, flag, split, list_file, training=False)
-    files = list_images(data_set, root, flag)
-    count = count or data_set.held_out
-    if not 0 < count <= len(files):
-        raise UserError(f"{count_flag} {count}: there are {len(files)} images in {files.root}")
-    return replace(files, images=files.images[-count:])
+    return FileList(data_set, root, images, excluded)
 
 
 def require_labels(files: FileList, flag: str) -> None:
-    """Check that every image has its label file, by listing folders rather than asking for each file.
+    """Check that every image has its label file. A data set that declares no labels passes.
 
-    A data set that declares no labels passes.
+    Folders are listed, as a question to the file system for each file would take minutes for a million files.
 
     Raises:
         UserError: names the first image without one and how many there are.
@@ -155,9 +133,9 @@ def missing_labels(files: FileList) -> list[tuple[str, str]]:
 
 
 class Listing:
-    """Which files lie below a folder: each folder asked about is listed once, as a million questions take minutes.
+    """The files below a folder. Each folder is listed once, when it is first asked about.
 
-    What a symbolic link points to is not looked at.
+    Symbolic links are not followed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -178,7 +156,7 @@ class Listing:
 
 
 def replace_suffix(path: str, suffix: str) -> str:
-    """`str(PurePosixPath(path).with_suffix(suffix))`, in a twentieth of the time."""
+    """`str(PurePosixPath(path).with_suffix(suffix))`, in a twentieth of the time: lists may hold a million paths."""
     start = path.rfind("/") + 1
     dot = path.rfind(".", start)
     return (path[:dot] if start < dot < len(path) - 1 else path) + suffix
@@ -189,7 +167,11 @@ def _stem(path: str) -> str:
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What a folder holds, nothing where there is no folder; the kind of an entry is known without asking the disk."""
+    """The entries of a folder, none where there is no folder. Their kind is known without another disk access.
+
+    Raises:
+        UserError: the folder cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             yield from entries
@@ -209,6 +191,7 @@ def _require_utf8(root: Path, paths: list[str]) -> None:
 
 
 def _fixed_part(pattern: str) -> list[str]:
+    """The leading folders of a glob pattern that hold no wildcard."""
     parts = []
     for part in PurePosixPath(pattern).parts[:-1]:
         if any(character in part for character in "*?["):
@@ -218,7 +201,7 @@ def _fixed_part(pattern: str) -> list[str]:
 
 
 def _matching(root: Path, pattern: str) -> list[str]:
-    """Relative POSIX paths of files that match, hidden ones left out: temporary files have hidden names.
+    """Relative POSIX paths of files that match, without hidden files, as temporary files have hidden names.
 
     Raises:
         UserError: a folder cannot be listed, or has the name of an image.
@@ -246,7 +229,8 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
         lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list file {list_file}: {error}") from None
-    folders = ["", *("/".join(_fixed_part(pattern)) for pattern in data_set.images[split])]
+    patterns = [pattern for name in (split, *data_set.images) for pattern in data_set.images[name]]
+    folders = dict.fromkeys(["", *("/".join(_fixed_part(pattern)) for pattern in patterns)])
     present = Listing(root)
     images = []
     for number, line in enumerate(lines, start=1):

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from data_handlers.images import Resample, resize_pixels
+from data_handlers.choices import Resample
+from data_handlers.images import resize_pixels
 
 
 def level_size(size: Sequence[int], steps_down: int, scale_factor: float) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_handlers.cache import MOST_SKIPPED, OR_SKIP, ImageCache
-from data_handlers.images import Resample, check_label_header, read_label, read_resized, resize_label
+from data_handlers.choices import OnBadImage, Resample
+from data_handlers.images import check_label_header, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
 from utils.loaders import batches_in_order
@@ -25,8 +26,6 @@ from utils.processes import init_loader
 
 DOMAINS = ("source", "target")
 LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
-OnBadImage = Literal["stop", "skip"]
-ON_BAD_IMAGE = ("stop", "skip")
 
 # Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
 PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_handlers.label_maps import IGNORE
+from data_handlers.classes import IGNORE
 from utils.dtypes import at_least_float32
 
 

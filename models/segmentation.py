@@ -1,7 +1,8 @@
 """The segmentation nets by name, their starting weights and their parameter groups.
 
-Every net maps images (B,3,h,w) in [-1,1] to logits (B,num_classes,h,w) and has a `backbone`, which may start from
-ImageNet weights, and a `head`, which learns ten times as fast.
+Every net maps images (B,3,h,w) to logits (B,num_classes,h,w). Its attribute `network_input` turns uint8 pixels into
+these images. A net has a `backbone`, which may start from ImageNet weights, and a `head`, which learns ten times as
+fast.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torchvision
 from torch import Tensor, nn
 
+from data_handlers.images import PROCST_INPUT, NetworkInput
 from models.deeplab import DeepLab, DilatedSumHead, FiveBranchHead
 from models.fcn8s import FCN8s
 from models.resnet import RESNETS, ResNet
@@ -48,8 +50,10 @@ _BUILDERS: dict[str, Callable[[str, int], nn.Module]] = {
 
 
 def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
-    """A net with PyTorch's default random weights."""
-    return _BUILDERS[shape.model](shape.backbone, shape.num_classes)
+    """A net with PyTorch's default random weights, and with its `network_input`, which makes its input from pixels."""
+    net = _BUILDERS[shape.model](shape.backbone, shape.num_classes)
+    net.network_input = PROCST_INPUT
+    return net
 
 
 def parameter_groups(net: nn.Module, rate: float) -> list[dict[str, Any]]:

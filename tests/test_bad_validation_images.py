@@ -12,6 +12,7 @@ from torch import nn
 import train_procst
 import train_semseg_on_source
 from data_handlers.datasets import DATA_SETS
+from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import list_images
 from test_label_training import label_flags, only_run, source_flags, source_net, world  # noqa: F401
 from training.validation import Validator
@@ -36,9 +37,15 @@ def validator(root, skip):
     return Validator(files, True, range(19), 19, CPU, 0, skip_unusable=skip)
 
 
+def linear_net():
+    net = nn.Conv2d(3, 19, 3, padding=1)
+    net.network_input = PROCST_INPUT
+    return net
+
+
 def test_the_others_are_validated(world, spoilt):  # noqa: F811
     root, _, bad = spoilt
-    net = nn.Conv2d(3, 19, 3, padding=1)
+    net = linear_net()
     with pytest.raises(UserError, match="--on_bad_image skip"):
         validator(root / "cityscapes", skip=False)(net)
     found = validator(root / "cityscapes", skip=True)(net)
@@ -56,7 +63,7 @@ def test_none_can_be_used(spoilt):
     for path in (root / "cityscapes" / "leftImg8bit" / "val").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the 2 validation images"):
-        validator(root / "cityscapes", skip=True)(nn.Conv2d(3, 19, 3, padding=1))
+        validator(root / "cityscapes", skip=True)(linear_net())
 
 
 def test_a_source_training_goes_on_without_them(spoilt, tmp_path, run_script):

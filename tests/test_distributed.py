@@ -28,6 +28,7 @@ from core.checkpoint import load_checkpoint
 from core.preparation import agreed_precision
 from core.shares import BatchShare
 from data_handlers.datasets import DATA_SETS
+from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import list_images
 from models.resnet import RESNETS, ResNet, recompute_blocks
 from test_exact_step import DoubleStep
@@ -244,7 +245,9 @@ def test_shares_cover_the_batch(batch, shares):
 def _validated(rank, root):
     files = list_images(DATA_SETS["cityscapes"], root, "--trg_data_dir", split="val", training=False)
     torch.manual_seed(1)
-    return Validator(files, True, range(19), 19, torch.device("cpu"), 0, rank)(torch.nn.Conv2d(3, 19, 3, padding=1))
+    net = torch.nn.Conv2d(3, 19, 3, padding=1)
+    net.network_input = PROCST_INPUT
+    return Validator(files, True, range(19), 19, torch.device("cpu"), 0, rank)(net)
 
 
 def test_a_shared_validation_finds_the_same(tmp_path):

@@ -17,8 +17,9 @@ from torch import nn
 
 import evaluate as script
 from core.segmentation_files import SegmentationFile, load_segmentation_net
-from models.segmentation import build_segmentation_net
-from models.shapes import SegmentationShape
+from training.prediction import PredictionStatistics, evaluate, predict
+from data_handlers.images import NetworkInput
+from models.segmentation import SegmentationShape, build_segmentation_net
 from test_bad_input import check_refusal, tree
 from training.metrics import confusion_matrix, scores_of
 from training.prediction import PredictionStatistics, evaluate, predict
@@ -181,16 +182,18 @@ def test_statistics_add_up_over_images():
 
 def norm_net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout2d(0.5), nn.Conv2d(8, 3, 1))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout2d(0.5), nn.Conv2d(8, 3, 1))
+    net.network_input = NetworkInput(mean=(10.0, 20.0, 30.0), std=(40.0, 50.0, 60.0), bgr=True)
+    return net
 
 
 def samples_for_evaluation(count, drawn):
     generator = torch.Generator().manual_seed(1)
     for k in range(count):
         drawn.append(k)
-        image = torch.randn(1, 3, 8 + k, 12, generator=generator) * 3 + 1
+        pixels = torch.randint(0, 256, (8 + k, 12, 3), generator=generator, dtype=torch.uint8)
         label = torch.randint(0, 3, (8 + k, 12), generator=generator, dtype=torch.uint8)
-        yield SimpleNamespace(name=str(k), image=image, label=None if k == 2 else label)
+        yield SimpleNamespace(name=str(k), pixels=pixels, label=None if k == 2 else label)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -213,7 +216,9 @@ def test_evaluating_leaves_the_net_as_it_was_and_streams(training):
     expected = torch.zeros(3, 3, dtype=torch.int64)
     for sample, prediction in seen:
         with torch.no_grad():
-            assert torch.equal(prediction.long(), net.eval()(sample.image).argmax(1)[0])
+            rgb = (sample.pixels.float() - torch.tensor([10.0, 20.0, 30.0])) / torch.tensor([40.0, 50.0, 60.0])
+            bgr = rgb[..., [2, 1, 0]].permute(2, 0, 1)[None].contiguous()
+            assert torch.equal(prediction.long(), net.eval()(bgr).argmax(1)[0])
         assert prediction.dtype == torch.uint8
         if sample.label is not None:
             for t, p in zip(sample.label.flatten().tolist(), prediction.flatten().tolist(), strict=True):

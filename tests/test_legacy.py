@@ -20,8 +20,9 @@ import create_sit_dataset
 from core.cascade import translate_pyramid
 from core.legacy import load_legacy_generators, read_inert
 from core.networks import ConvBlock, Generator, NetworkShape, freeze
-from data_handlers.images import normalise
+from core.cascade import translate_pyramid
 from data_handlers.pyramid import image_pyramid
+from data_handlers.images import PROCST_INPUT
 from utils.errors import UserError
 
 
@@ -34,7 +35,7 @@ def test_network_output(golden_dir, reference):
     generators = load_legacy_generators(golden_dir / "legacy_generators.pth")
     image = Image.fromarray(reference["source_rgb"])
     pyramid = image_pyramid(image, len(generators) - 1, 0.5, len(generators) - 1)
-    levels = [normalise(torch.from_numpy(np.array(level))).permute(2, 0, 1)[None] for level in pyramid]
+    levels = [PROCST_INPUT(torch.from_numpy(np.array(level)))[None] for level in pyramid]
     with torch.no_grad():
         sit = translate_pyramid(generators, levels, 0.5).numpy()
     expected = reference["sit"]

@@ -11,7 +11,7 @@ import torch
 from core.cascade import to_pixels
 from core.networks import Generator, NetworkShape, freeze, init_weights
 from core.translate import SUMMED_PIXELS, Translator, forward_tiled, forward_whole, tiles
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from utils.errors import UserError
 from utils.png import is_complete_rgb8
 from worlds import noise_image
@@ -48,8 +48,8 @@ def test_tiles_cover_every_pixel_once():
 @pytest.mark.parametrize("size", [(333, 211), (97, 300)])
 def test_tiled_equals_whole_image(norm, size):
     finest = make_generators(norm)[-1]
-    image = normalise(torch.from_numpy(np.array(noise_image(size, 1)))).permute(2, 0, 1)[None]
-    coarser = normalise(torch.from_numpy(np.array(noise_image(size, 2)))).permute(2, 0, 1)[None]
+    image = PROCST_INPUT(torch.from_numpy(np.array(noise_image(size, 1))))[None]
+    coarser = PROCST_INPUT(torch.from_numpy(np.array(noise_image(size, 2))))[None]
     with torch.no_grad():
         whole = finest(image, coarser)
     tiled = forward_tiled(finest, image, coarser, max_pixels=1)
@@ -93,7 +93,7 @@ def test_exported_pixels_are_those_of_float64():
     level = torch.randint(11, 14, (1, 173, 211, 3), generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
     found = Translator([generator], 0.5, torch.device("cpu"))([level])
     with torch.no_grad():
-        wanted = to_pixels(in_float64(generator, normalise(level).permute(0, 3, 1, 2), None)).permute(0, 2, 3, 1)
+        wanted = to_pixels(in_float64(generator, PROCST_INPUT(level), None)).permute(0, 2, 3, 1)
     assert float(wanted.float().std()) > 5
     assert float((torch.from_numpy(found) != wanted).float().mean()) < 1e-3
 

@@ -19,10 +19,10 @@ CONFIDENCE_BINS = 20
 
 
 class Sample(Protocol):
-    """What evaluation needs of an image: name, image (1,3,H,W) in [-1,1], trainIds (H,W) or None."""
+    """What evaluation needs of an image: its name, RGB pixels, uint8 (H,W,3), and trainIds (H,W) or None."""
 
     name: str
-    image: Tensor
+    pixels: Tensor
     label: Tensor | None
 
 
@@ -32,7 +32,7 @@ def predict(net: nn.Module, image: Tensor, scales: Sequence[float] = (1.0,), fli
 
     Args:
         net: in eval mode; images (B,3,h,w) -> logits (B,C,h,w).
-        image: (1,3,H,W) in [-1,1].
+        image: (1,3,H,W), what the net's `network_input` makes of pixels.
         scales: input sizes relative to the image; probabilities are brought back bilinearly.
         flip: predict the mirror image of every scale, too.
 
@@ -118,6 +118,7 @@ def evaluate(
     The net is in eval mode meanwhile and in its former mode afterwards.
 
     Args:
+        net: its `network_input` turns the pixels into what it expects, in the type of its parameters.
         statistics: is given the probabilities of every image.
         on_prediction: is given every sample and its predicted trainIds, uint8 (H,W).
 
@@ -126,11 +127,13 @@ def evaluate(
     """
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
+    dtype = next(net.parameters()).dtype
     training = net.training
     net.eval()
     try:
         for sample in samples:
-            probability = predict(net, sample.image, scales, flip)
+            image = net.network_input(sample.pixels[None], dtype)
+            probability = predict(net, image, scales, flip)
             finite &= probability.isfinite().all()
             prediction = probability.argmax(dim=0)
             if statistics is not None:

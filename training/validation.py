@@ -144,7 +144,7 @@ class Validator:
 
 
 def _picture(sample: LabelledImage, prediction: Tensor) -> np.ndarray:
-    pixels = (sample.image[0] * 128.0 + 128.0).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    pixels = sample.pixels.cpu().numpy()
     columns = [pixels]
     if sample.label is not None:
         columns.append(colourise(sample.label.cpu().numpy()))

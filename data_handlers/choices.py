@@ -1,0 +1,17 @@
+"""Values that flags about data can take. This module imports nothing heavy; the command lines read it first."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# How a label file's values are read: label ids of the data set, or trainIds (0..C-1, and 255 for ignored pixels).
+Labels = Literal["ids", "trainids"]
+LABELS = ("ids", "trainids")
+
+# Whether an image or label that cannot be used ends the run, or another one is taken in its place.
+OnBadImage = Literal["stop", "skip"]
+ON_BAD_IMAGE = ("stop", "skip")
+
+# How images are resized: with PyTorch's arithmetic, several times as fast, or with Pillow's, which the method uses.
+Resample = Literal["exact", "fast"]
+RESAMPLINGS = ("fast", "exact")
