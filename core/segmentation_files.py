@@ -12,8 +12,8 @@ from torch import nn
 
 from core.checkpoint import FORMAT as PROCST_FORMAT
 from core.checkpoint import LATEST, load_checkpoint
-from core.legacy import load_legacy_segmentation
 from core.networks import freeze
+from models.legacy import load_legacy_segmentation
 from models.segmentation import SegmentationShape, build_segmentation_net
 from utils.errors import UserError
 from utils.files import atomic_write
