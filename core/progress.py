@@ -17,7 +17,7 @@ from core.config import LossConfig, NetworkConfig, ProCSTConfig
 from core.networks import Discriminator, Generator
 from core.cascade import to_unit_range
 from data_handlers.pyramid import level_size
-from core.run_log import RunLog
+from training.tensorboard import TensorBoardLog
 from training.validation import Validation, log_validation, summary
 from models.segmentation import build_segmentation_net
 from models.vgg import VGG16_CONVS, VGG16_POOLINGS
@@ -140,7 +140,7 @@ class RunProgress:
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
         )  # fmt: skip
         # purge_step drops what an interrupted run logged after the checkpoint this one continues from, or starts again.
-        self.writer = RunLog(log_dir, purge_step=first + 1) if log_dir else None
+        self.writer = TensorBoardLog(log_dir, purge_step=first + 1) if log_dir else None
         self._names: list[str] = []
         self._unread: list[Tensor] = []
         self._window_started = time.perf_counter()

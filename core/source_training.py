@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from core.checkpoint import CONFIG, LATEST, PREVIOUS
@@ -26,8 +25,8 @@ from core.execution import PRECISIONS, Execution
 from core.label_networks import segmentation_optimizer
 from models.losses import cross_entropy
 from core.run_folder import log_name
-from core.run_log import RunLog
 from core.segmentation_files import BEST, SegmentationFile, is_of_run, read_segmentation_file, run_identity
+from training.tensorboard import TensorBoardLog
 from training.validation import Validator, log_validation, summary
 from data_handlers.images import normalise
 from data_handlers.lists import FileList
@@ -253,7 +252,7 @@ class SourceTrainer:
         config = self.config
         atomic_write_json(self.run_folder / CONFIG, config.to_json())
         # purge_step drops what an interrupted run logged after the checkpoint this one continues from, or starts again.
-        writer = RunLog(Path(config.tb_logs_dir) / log_name(self.run_folder), purge_step=self.step + 1)
+        writer = TensorBoardLog(Path(config.tb_logs_dir) / log_name(self.run_folder), purge_step=self.step + 1)
         bar = tqdm(total=config.num_steps, initial=self.step, disable=quiet, unit="step", dynamic_ncols=True)
         self.net.train()
         try:
@@ -329,7 +328,7 @@ class SourceTrainer:
         self.optimizer.step()
         return loss.detach()
 
-    def _log_losses(self, losses: torch.Tensor, bar: tqdm, writer: SummaryWriter) -> None:
+    def _log_losses(self, losses: torch.Tensor, bar: tqdm, writer: TensorBoardLog) -> None:
         """Log the mean of the losses of the last steps, (steps,)."""
         broken = (~losses.isfinite()).nonzero()
         if len(broken):
@@ -348,7 +347,7 @@ class SourceTrainer:
         rate = self.config.validation_rate or self.steps_per_epoch
         return self.step > 0 and (self.step % rate == 0 or self.step == self.config.num_steps)
 
-    def _validate(self, bar: tqdm, writer: SummaryWriter, quiet: bool) -> None:
+    def _validate(self, bar: tqdm, writer: TensorBoardLog, quiet: bool) -> None:
         self._require_finite()
         # Saved before; a validation that is broken off is made again.
         validation = self.validator(self.net, lambda: self._stop_if(self.stop()))

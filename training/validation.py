@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from core.execution import exact_convolutions
 from data_handlers.cache import OR_SKIP
@@ -21,6 +20,7 @@ from data_handlers.lists import FileList
 from training.prediction import CONFIDENCE_BINS, PredictionStatistics, evaluate
 from training.metrics import Scores, scores_of
 from training.distributed import Rank
+from training.tensorboard import TensorBoardLog
 from utils.errors import UserError
 
 VALIDATIONS = "validations.json"
@@ -176,7 +176,7 @@ def score_table(scores: Scores, names: Sequence[str]) -> str:
     return "\n".join([*lines, CONVENTION])
 
 
-def log_validation(writer: SummaryWriter, validation: Validation, step: int, names: Sequence[str]) -> None:
+def log_validation(writer: TensorBoardLog, validation: Validation, step: int, names: Sequence[str]) -> None:
     """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
     writer.add_scalar("Validation/LabelFree", validation.label_free, step)
     writer.add_scalar("Validation/MeanConfidence", validation.mean_confidence, step)
