@@ -15,8 +15,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from training.choices import PRECISIONS
-from training.precision import resolve_precision
 from core.export import ExportConfig, translate_images, translate_on_devices
 from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import MIN_TILE_PIXELS
@@ -26,6 +24,8 @@ from data_handlers.datasets import DATA_SETS
 from data_handlers.images import image_size
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, Listing, list_images, replace_suffix
+from training.choices import PRECISIONS
+from training.precision import resolve_precision
 from utils.devices import cpus_per_device, default_workers, resolve_devices
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_json, check_folder, make_folder, read_json, remove_leftovers

@@ -12,21 +12,20 @@ import math
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from core.segmentation_files import load_segmentation_net
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from training.precision import channels_last, set_convolution_precision
-from core.segmentation_files import load_segmentation_net
-from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.classes import SYNTHIA_13, SYNTHIA_16
+from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.label_maps import colourise, to_label_ids
 from data_handlers.labelled import LabelledImage, check_samples, open_labelled
 from data_handlers.lists import FileList, require_labels
 from data_handlers.splits import validation_images
-from training.prediction import evaluate
 from models.segmentation import require_classes
 from training.metrics import Scores, scores_of
+from training.precision import channels_last, set_convolution_precision
 from training.prediction import evaluate
 from training.validation import CONVENTION, score_table
 from utils.devices import loader_workers, resolve_device

@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 
 from core.domain_distance import feature_gaussian
-from training.precision import set_convolution_precision
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images
 from models.vgg import build_vgg
+from training.precision import set_convolution_precision
 from utils.devices import resolve_device
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_json, check_output_file, make_folder

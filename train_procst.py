@@ -1,8 +1,8 @@
 """Train the ProCST pyramid: source images are moved into the look of the target images, scale by scale.
 
-    python train_procst.py                      the published setting, on the first GPU, data in data/
-    python train_procst.py --gpus 0 1 2 3       several GPUs share every batch
-    python train_procst.py --run_dir RUN        starts a run in this folder; the same command continues it
+python train_procst.py                      the published setting, on the first GPU, data in data/
+python train_procst.py --gpus 0 1 2 3       several GPUs share every batch
+python train_procst.py --run_dir RUN        starts a run in this folder; the same command continues it
 """
 
 from core.config import ProCSTConfig

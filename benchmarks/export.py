@@ -25,15 +25,15 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pictures import picture, write_gta5
-from training.precision import computes_in_bf16, set_convolution_precision
+from core.cascade import to_pixels, translate_pyramid
 from core.export import ExportConfig, translate_images
 from core.networks import Generator, NetworkShape, freeze, init_weights, layers_at_scale
-from core.cascade import to_pixels, translate_pyramid
-from data_handlers.pyramid import image_pyramid
 from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import FileList, list_images
+from data_handlers.pyramid import image_pyramid
+from training.precision import computes_in_bf16, set_convolution_precision
 from utils.devices import cpus_per_device, default_workers, resolve_device
 from utils.errors import run_cli
 from utils.flags import OneLineParser, parse_flags

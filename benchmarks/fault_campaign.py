@@ -24,9 +24,10 @@ from pathlib import Path
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.checkpoint import LATEST, PREVIOUS, load_checkpoint, read_newest
+
 from benchmarks.pictures import write_gta5
 from benchmarks.victims import Victim
-from core.checkpoint import LATEST, PREVIOUS, load_checkpoint, read_newest
 from utils.errors import UserError, run_cli
 from utils.files import TEMPORARY
 from utils.flags import OneLineParser, parse_flags

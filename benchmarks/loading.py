@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.pictures import write_gta5
 from data_handlers.cache import ImageCache
 from data_handlers.cache_building import open_cache
-from data_handlers.datasets import DATA_SETS
 from data_handlers.classes import CITYSCAPES_IDS
+from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images
 from data_handlers.pyramid import array_pyramid, image_pyramid
 from data_handlers.stream import StreamConfig, open_stream

@@ -25,13 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.literal_step import collect_gradients, literal_step
-from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
-from benchmarks.setting import Setting, build_setting
-from benchmarks.waiting import share_waiting, write_pictures
 from core.command_line import build_parser, config_from_flags
-from core.config import ProCSTConfig
-from core.double_backward import RECOMPUTES
 from core.execution import (
     Execution,
     computes_in_bf16,
@@ -40,6 +34,13 @@ from core.execution import (
     recomputes_blocks,
     set_convolution_precision,
 )
+
+from benchmarks.literal_step import collect_gradients, literal_step
+from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
+from benchmarks.setting import Setting, build_setting
+from benchmarks.waiting import share_waiting, write_pictures
+from core.config import ProCSTConfig
+from core.double_backward import RECOMPUTES
 from core.step import Batch, training_step
 from data_handlers.cache import ImageCache
 from data_handlers.lists import FileList

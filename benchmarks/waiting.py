@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from core.batches import open_streams, penalty_alphas, step_batch
 
 from benchmarks.meters import synchronise
 from benchmarks.pictures import write_gta5
-from core.batches import open_streams, penalty_alphas, step_batch
 from core.config import ProCSTConfig
 from core.step import Batch
 from data_handlers.cache import ImageCache

@@ -11,12 +11,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from core.cascade import to_pixels, translate_pyramid
-from core.config import ProCSTConfig
+from core.config import NetworkConfig
 from core.networks import Generator
-from core.cascade import to_pixels, translate_pyramid
-from data_handlers.pyramid import image_pyramid
+from data_handlers.domain import Domain
 from data_handlers.images import PROCST_INPUT, read_image
-from data_handlers.lists import FileList
 from data_handlers.pyramid import image_pyramid
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
@@ -54,26 +52,24 @@ def save_png(image: Image.Image, path: Path) -> Path:
     return path
 
 
-def _sample_pyramids(
-    files: FileList, resize: tuple[int, int], config: ProCSTConfig, scale: int
-) -> list[list[np.ndarray]]:
+def _sample_pyramids(domain: Domain, network: NetworkConfig, scale: int) -> list[list[np.ndarray]]:
     """Pyramids of evenly spaced images, cropped in the middle: the same pictures on the sheet of every scale.
 
     Raises:
         UserError: an image cannot be read, and such images are not to be skipped, or none can.
     """
-    network, crop = config.network, config.data.crop_size
-    x, y = ((r - c) // 2 for r, c in zip(resize, crop, strict=True))
+    crop = domain.crop
+    x, y = ((r - c) // 2 for r, c in zip(domain.resize, crop, strict=True))
     pyramids = []
-    for name in evenly_spaced(files.images, COLUMNS):
+    for name in evenly_spaced(domain.files.images, COLUMNS):
         try:
-            image = read_image(files.root / name)
+            image = read_image(domain.files.root / name)
         except UserError as error:
-            if config.data.on_bad_image == "stop":
+            if not domain.skips:
                 raise
             problem = error
             continue
-        image = image.resize(resize, Image.Resampling.BICUBIC).crop((x, y, x + crop[0], y + crop[1]))
+        image = image.resize(domain.resize, Image.Resampling.BICUBIC).crop((x, y, x + crop[0], y + crop[1]))
         pyramids.append(image_pyramid(image, network.num_scales, network.scale_factor, scale))
     if not pyramids:
         raise problem
@@ -87,25 +83,27 @@ def contact_sheet_path(folder: Path, scale: int) -> Path:
 
 @torch.no_grad()
 def save_contact_sheet(
-    folder: Path,
-    config: ProCSTConfig,
-    source: FileList,
-    target: FileList,
+    *,
+    path: Path,
+    network: NetworkConfig,
+    source: Domain,
+    target: Domain,
     generators: Sequence[Generator],
     device: torch.device,
-) -> Path:
-    """Write `contact_sheet_scale_<s>.png` for the frozen generators 0..s and return its path."""
+) -> None:
+    """Write a picture of source images, their translations by the frozen generators 0..s, and target images."""
     scale = len(generators) - 1
-    sources = _sample_pyramids(source, config.data.src_resize, config, scale)
-    targets = _sample_pyramids(target, config.data.trg_resize, config, scale)
+    sources = _sample_pyramids(source, network, scale)
+    targets = _sample_pyramids(target, network, scale)
+    dtype = next(generators[0].parameters()).dtype
     translated = []
     for pyramid in sources:
-        levels = [PROCST_INPUT(torch.tensor(level[None], device=device)) for level in pyramid]
-        sit = translate_pyramid(generators, levels, config.network.scale_factor)
+        levels = [PROCST_INPUT(torch.tensor(level[None], device=device), dtype) for level in pyramid]
+        sit = translate_pyramid(generators, levels, network.scale_factor)
         translated.append(to_pixels(sit[0]).permute(1, 2, 0).cpu().numpy())
     rows = [
-        (f"source ({config.data.source})", [pyramid[-1] for pyramid in sources]),
+        (f"source ({source.files.data_set.name})", [pyramid[-1] for pyramid in sources]),
         ("SiT", translated),
-        (f"target ({config.data.target})", [pyramid[-1] for pyramid in targets]),
+        (f"target ({target.files.data_set.name})", [pyramid[-1] for pyramid in targets]),
     ]
-    return save_png(draw_rows(rows), contact_sheet_path(folder, scale))
+    save_png(draw_rows(rows), path)

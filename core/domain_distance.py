@@ -50,4 +50,3 @@ def feature_gaussian(
     if fit is None:
         raise ValueError("no images")
     return fit
-

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.config import NetworkShape, Norm
 from core.double_backward import (
     block_with_double_backward,
     convolution_with_double_backward,
@@ -23,42 +22,7 @@ from core.double_backward import (
 )
 from utils.dtypes import at_least_float32
 
-Norm = Literal["batch", "group"]
 LEAKY_SLOPE = 0.2
-BATCH_NORM_FROM_IMAGES_PER_GPU = 16
-
-
-@dataclass(frozen=True)
-class NetworkShape:
-    """Everything that decides the parameters of one scale's generator and discriminator.
-
-    Attributes:
-        scale: index of the scale, 0 is the coarsest; decides whether the generator sees a coarser image too.
-        channels: width C of all inner blocks.
-        layers: number L of convolutions.
-        norm: `batch`, or `group` (which leaves blocks whose input is not divisible by `groups` without a norm).
-        groups: groups of the group norm.
-        image_channels: channels of an image.
-        kernel_size: odd size of all convolutions; padding keeps the image size.
-    """
-
-    scale: int
-    channels: int
-    layers: int
-    norm: Norm
-    groups: int = 8
-    image_channels: int = 3
-    kernel_size: int = 3
-
-
-def published_norm(images_per_gpu: int) -> Norm:
-    """The reference's rule: batch norm from 16 images per GPU on, group norm below."""
-    return "batch" if images_per_gpu >= BATCH_NORM_FROM_IMAGES_PER_GPU else "group"
-
-
-def layers_at_scale(scale: int, num_scales: int, body_layers: int) -> int:
-    """Number of convolutions: `body_layers`, and two more at the two finest scales (s >= N - 1)."""
-    return body_layers + 2 if scale >= num_scales - 1 else body_layers
 
 
 class ConvBlock(nn.Module):

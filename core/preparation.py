@@ -11,7 +11,8 @@ from torch import nn
 
 from core.config import ProCSTConfig, default_semseg_weights
 from core.procst import ProCST
-from data_handlers.datasets import DATA_SETS
+from data_handlers.cache import OR_SKIP
+from data_handlers.datasets import DATA_SETS, with_labels
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
@@ -40,7 +41,7 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
     source, target = _file_lists(config)
     seg_source, seg_sit, validator, line = None, None, None, ""
     if not config.labels.no_semseg:
-        require_classes(config.net.num_classes, source.data_set)
+        require_classes(config.net.num_classes, source.data_set.name, source.data_set.value_map)
         config, validator, line = _validation(config, target, rank)
         seg_source = _load_seg_source(config)
         seg_sit = _build_seg_sit(config, fresh=continued is None or "seg_sit" not in continued.checkpoint.modules)
@@ -55,17 +56,16 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
             num_workers=workers, cache_dir=config.loader.cache_dir,
         )  # fmt: skip
 
-    with_labels = "none" if not source.data_set.label_path else "check" if config.labels.no_semseg else "read"
-    if config.loader.on_bad_image == "stop":
-        explicit = bool(config.source.src_labels)
-        check_samples(source, labels=with_labels, flag="--src_labels", explicit=explicit)
-        check_samples(target, labels="none")
+    use = "none" if not source.data_set.label_path else "check" if config.labels.no_semseg else "read"
+    skip = config.loader.on_bad_image == "skip"
+    check_samples(source, labels=use, flag="--src_labels", or_else=OR_SKIP, skip=skip)
+    check_samples(target, labels="none", or_else=OR_SKIP, skip=skip)
     perceptual = build_vgg(config.loss.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed)
     channels_last(perceptual.to(rank.device))
     method = ProCST(
         config=config,
         rank=rank,
-        source=domain(source, "source", config.source.src_resize, with_labels),
+        source=domain(source, "source", config.source.src_resize, use),
         target=domain(target, "target", config.target.trg_resize, "none"),
         perceptual=perceptual,
         seg_source=seg_source,
@@ -75,8 +75,8 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
 
 
 def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:
-    source_set = DATA_SETS[config.source.source].with_labels(config.source.src_labels)
-    target_set = DATA_SETS[config.target.target].with_labels(config.target.trg_labels)
+    source_set = with_labels(DATA_SETS[config.source.source], config.source.src_labels, "--src_labels")
+    target_set = with_labels(DATA_SETS[config.target.target], config.target.trg_labels, "--trg_labels")
     source = list_images(source_set, config.source.src_data_dir, "--src_data_dir", list_file=config.source.src_list)
     target = list_images(target_set, config.target.trg_data_dir, "--trg_data_dir", list_file=config.target.trg_list)
     require_labels(source, "--src_data_dir")
@@ -98,8 +98,8 @@ def _load_seg_source(config: ProCSTConfig) -> nn.Module:
     if not path.exists():
         raise UserError(
             f"--semseg_weights {path}: no such file; the label losses need a segmentation net trained on "
-            f"{config.source.source}: put the authors' file there, name another, go without (--no_semseg), or train one "
-            f"with: {_training_command(config)}"
+            f"{config.source.source}: put the authors' file there, name another, go without (--no_semseg), or train "
+            f"one with: {_training_command(config)}"
         )
     shape, net = load_segmentation_net(path, "--semseg_weights")
     if shape != wanted:
@@ -162,9 +162,7 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
     if files is None:
         files = replace(target, images=tuple(evenly_spaced(target.images, LABEL_FREE_IMAGES)))
     skip = config.loader.on_bad_image == "skip"
-    if not skip:
-        explicit = bool(config.target.trg_labels)
-        check_samples(files, labels="read" if labelled else "none", flag="--trg_labels", explicit=explicit)
+    check_samples(files, labels="read" if labelled else "none", flag="--trg_labels", or_else=OR_SKIP, skip=skip)
     validator = Validator(
         files=files,
         with_labels=labelled,

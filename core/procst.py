@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from core.step import (
     training_step,
 )
 from data_handlers.domain import Domain
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import array_pyramid
 from data_handlers.stream import DomainBatch
 from models.segmentation import segmentation_optimizer
@@ -92,7 +92,6 @@ class ProCST(Method):
         self.seg_source = seg_source
         self.seg_sit = seg_sit
         self.shape = config.net.shape() if seg_sit is not None else None
-        self.dtype = torch.float32
         self.run = procst_runner(config.run.precision, config.optim.bf16_discriminators)
         self.epoch_length = max(len(source), len(target))
         self.segmentation: SegmentationNets | None = None
@@ -229,7 +228,7 @@ class ProCST(Method):
         def images(levels: Sequence[Tensor]) -> list[Tensor]:
             # Channels first for every network; the runner lays out anew where another layout pays.
             moved = (to_device(level, self.device) for level in levels)
-            return [normalise(level, self.dtype).permute(0, 3, 1, 2).contiguous() for level in moved]
+            return [PROCST_INPUT(level, self.dtype).contiguous() for level in moved]
 
         label = batch.source.label
         return Batch(
@@ -263,8 +262,10 @@ class ProCST(Method):
         path = contact_sheet_path(folder, stage)
         if path.exists():
             return ""
-        source, target = self.domains["source"], self.domains["target"]
-        save_contact_sheet(path, self.config, source, target, self.generators("Gst", stage + 1), self.device)
+        save_contact_sheet(
+            path=path, network=self.config.network, **self.domains, generators=self.generators("Gst", stage + 1),
+            device=self.device,
+        )  # fmt: skip
         return f"scale {stage} finished, see {path}"
 
     def describe(self) -> list[str]:
@@ -274,7 +275,9 @@ class ProCST(Method):
         if self.seg_sit is not None:
             lines.append(f"label losses of the last scale: {self.shape} from {config.labels.semseg_weights}")
             if config.schedule.warmup_epochs * stages[-1].steps_per_epoch >= stages[-1].steps:
-                lines.append("WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators")
+                lines.append(
+                    "WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators"
+                )
         if self.rank.count > 1:
             lines.append(f"{self.rank.count} processes share every batch")
         rounded = f" (discriminators {'too' if config.optim.bf16_discriminators else 'in float32'})"
@@ -283,16 +286,12 @@ class ProCST(Method):
         lines.append(f"norm {scales}: {', '.join(config.network.norm)}")
         lines.append(f"steps {scales}: {', '.join(str(stage.steps) for stage in stages)}")
         if config.loss.vgg_weights == "random":
-            lines.append("WARNING: --vgg_weights random: the perceptual net has random weights; the result will be worse")
+            lines.append(
+                "WARNING: --vgg_weights random: the perceptual net has random weights; the result will be worse"
+            )
         return lines
 
     def conclusion(self, folder: Path) -> str:
         """The command that exports the translated images."""
         words = ["--trained_procst_path", str(folder), "--sit_output_path", "OUT"]
         return f"export with: python {shlex.join(['create_sit_dataset.py', *words])}"
-
-
-def checkpoint_generators(modules: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """The state dicts of the generators `Gst` or `Gts` in a checkpoint's modules, coarse to fine."""
-    count = sum(key.startswith(f"{name}.") for key in modules)
-    return [modules[f"{name}.{scale}"] for scale in range(count)]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.checkpoint import FORMAT, LATEST, load_checkpoint, load_generators
 from core.config import ProCSTConfig
 from core.legacy import load_legacy_generators
-from core.networks import Generator
+from core.networks import Generator, freeze
+from training.checkpoint import LATEST, Checkpoint, checkpoint_from, is_checkpoint
 from utils.errors import UserError
-from utils.tensor_files import read_tensor_file, weights_fingerprint
+from utils.tensor_files import load_network, read_tensor_file, weights_fingerprint
+
+FLAG = "--trained_procst_path"
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,40 @@ def load_trained_generators(path: Path) -> TrainedGenerators:
     if path.is_dir():
         file = path / LATEST
         if not file.is_file():
-            raise UserError(f"--trained_procst_path {path}: this folder holds no {LATEST}, so it is no run folder")
+            raise UserError(f"{FLAG} {path}: this folder holds no {LATEST}, so it is no run folder")
     content = read_tensor_file(file)
     if content is None:
         return TrainedGenerators(load_legacy_generators(file), config=None)
-    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
-        raise UserError(f"--trained_procst_path {file}: neither a ProCST checkpoint nor the authors' Gst.pth")
-    checkpoint = load_checkpoint(file)
-    generators = load_generators(checkpoint, "Gst", file)
+    if not is_checkpoint(content):
+        raise UserError(f"{FLAG} {file}: neither a ProCST checkpoint nor the authors' Gst.pth")
+    checkpoint = checkpoint_from(content, file)
+    if checkpoint.method != "procst":
+        raise UserError(
+            f"{FLAG} {file}: a checkpoint of another training ({checkpoint.method}), which has no generators"
+        )
+    config = ProCSTConfig.from_json(checkpoint.config, file)
+    generators = generators_of(checkpoint, config, "Gst", file)
     if not all(parameter.isfinite().all() for generator in generators for parameter in generator.parameters()):
-        raise UserError(f"--trained_procst_path {file}: the weights are not finite, the training diverged")
-    note = "" if checkpoint.scale_finished else f"the last scale is still in training (step {checkpoint.step})"
-    return TrainedGenerators(generators, checkpoint.config, note)
+        raise UserError(f"{FLAG} {file}: the weights are not finite, the training diverged")
+    note = "" if checkpoint.stage_finished else f"the last scale is still in training (step {checkpoint.step})"
+    return TrainedGenerators(generators, config, note)
+
+
+def generators_of(checkpoint: Checkpoint, config: ProCSTConfig, name: str, origin: Path | str) -> list[Generator]:
+    """The frozen generators of one direction (`Gst` or `Gts`), scales 0..N, on the CPU.
+
+    Raises:
+        UserError: the run has not reached its last scale, or the weights do not fit their configuration.
+    """
+    scales = range(config.network.num_scales + 1)
+    if missing := [scale for scale in scales if f"{name}.{scale}" not in checkpoint.modules]:
+        raise UserError(
+            f"{origin} has trained scale {missing[0] - 1} of 0..{scales[-1]} so far; images can be translated once the "
+            "last scale is in training: continue the run with --continue_train_from_path"
+        )
+    generators = []
+    for scale in scales:
+        generator = Generator(config.network.shape(scale))
+        load_network(generator, checkpoint.modules[f"{name}.{scale}"], f"{origin}, {name} of scale {scale},")
+        generators.append(freeze(generator))
+    return generators

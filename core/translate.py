@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.precision import Precision, Runner, exact_convolutions
-from core.networks import ConvBlock, Generator
 from core.cascade import to_pixels, translate_pyramid
+from core.networks import ConvBlock, Generator
 from data_handlers.images import PROCST_INPUT
+from training.precision import Precision, Runner, exact_convolutions
 from utils.errors import UserError
 from utils.memory import available_memory
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from data_handlers.cache import ImageCache
 from data_handlers.cache_building import bytes_to_build, open_cache
-from data_handlers.images import Resample
+from data_handlers.choices import OnBadImage, Resample
 from data_handlers.lists import FileList
-from data_handlers.stream import DomainBatch, LabelUse, OnBadImage, PyramidOf, StreamConfig, open_stream
+from data_handlers.stream import DomainBatch, LabelUse, PyramidOf, StreamConfig, open_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,15 @@ class Domain:
         return replace(
             self,
             cache=open_cache(
-                Path(self.cache_dir), self.files, self.resize, self.resample, self.labels == "read", self.num_workers,
-                self.skips,
+                cache_dir=Path(self.cache_dir),
+                files=self.files,
+                size=self.resize,
+                resample=self.resample,
+                with_labels=self.labels == "read",
+                num_workers=self.num_workers,
+                skip_unusable=self.skips,
             ),
-        )  # fmt: skip
+        )
 
     def bytes_to_cache(self) -> int:
         """Disk space that `with_cache` would take for what is missing.
@@ -75,7 +80,11 @@ class Domain:
         if not self.cache_dir:
             return 0
         return bytes_to_build(
-            Path(self.cache_dir), self.files, self.resize, self.resample, self.labels == "read", self.skips
+            cache_dir=Path(self.cache_dir),
+            files=self.files,
+            size=self.resize,
+            resample=self.resample,
+            with_labels=self.labels == "read",
         )
 
     def stream(

@@ -13,8 +13,9 @@ from typing import Any
 
 import torchvision
 from torch import Tensor, nn
+from torch.optim import SGD
 
-from data_handlers.images import PROCST_INPUT, NetworkInput
+from data_handlers.images import PROCST_INPUT
 from models.deeplab import DeepLab, DilatedSumHead, FiveBranchHead
 from models.fcn8s import FCN8s
 from models.resnet import RESNETS, ResNet
@@ -60,6 +61,12 @@ def parameter_groups(net: nn.Module, rate: float) -> list[dict[str, Any]]:
     """Optimiser groups: the trainable tensors of the backbone at `rate`, those of the head at ten times the rate."""
     groups = ((net.backbone, rate), (net.head, HEAD_RATE * rate))
     return [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in groups]
+
+
+def segmentation_optimizer(net: nn.Module, lr_semseg: float, weight_decay: float, momentum: float) -> SGD:
+    """SGD with the backbone at `lr_semseg` and the head at ten times that."""
+    groups = parameter_groups(net, lr_semseg)
+    return SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
 def load_backbone(net: nn.Module, backbone: str, weights: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from core.checkpoint import load_checkpoint
 
 import train_procst
-from core.checkpoint import load_checkpoint
 from test_train_cli import all_tensors, training_flags, world  # noqa: F401
 
 LAST = 2  # scale

@@ -96,19 +96,6 @@ def claim_terabytes(path):
     path.write_bytes(data[:place] + b"\x8a\x06" + struct.pack("<Q", 1 << 40)[:6] + data[place + 2 :])
 
 
-def lead_up(path):
-    write_archive(path, [*records(path).items(), (f"archive/../../{BAIT}", b"1")])
-
-
-def lead_to_root(path):
-    write_archive(path, [*records(path).items(), (f"/tmp/{BAIT}", b"1")])
-
-
-def repeat_a_record(path):
-    content = list(records(path).items())
-    write_archive(path, [*content, content[0]])
-
-
 WEIGHTS = {
     flip_a_bit: "is damaged",
     truncate: "is damaged or cut short",
@@ -119,9 +106,6 @@ WEIGHTS = {
     compress: "compressed",
     claim_more: "claim",
     claim_terabytes: "more memory than there is",
-    lead_up: "leads out",
-    lead_to_root: "leads out",
-    repeat_a_record: "twice",
 }
 
 

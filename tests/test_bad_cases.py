@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from core.segmentation_files import SegmentationFile
 from PIL import Image
 
 import train_procst
 import train_semseg_on_source
 from bad_cases import CASES
 from conftest import ScriptResult
-from core.segmentation_files import SegmentationFile
 from data_handlers.images import read_image, read_pixels
 from hostile_files import BAIT, Command, jpeg
 from models.segmentation import build_segmentation_net

@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from core.segmentation_files import SegmentationFile
 from PIL import Image
 
 import train_procst
 import train_semseg_on_source
-from core.segmentation_files import SegmentationFile
 from data_handlers.datasets import DataSet
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from core.checkpoint import load_checkpoint
 from PIL import Image
 
 import train_procst
 from conftest import GOLDEN_DIR
-from core.checkpoint import load_checkpoint
 from data_handlers import cache_building as cache_module
 from data_handlers.cache_building import bytes_to_build, open_cache
 from data_handlers.datasets import DATA_SETS

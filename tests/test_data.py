@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data_handlers.classes import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16
 from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.images import read_label
-from data_handlers.classes import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16
 from data_handlers.label_maps import to_train_ids
 from data_handlers.lists import label_path, list_images, require_labels
 from data_handlers.pyramid import array_pyramid

@@ -16,17 +16,17 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import core.execution
 import pytest
 import torch
 import torch.distributed as dist
+from core.checkpoint import load_checkpoint
+from core.shares import BatchShare
 
-import core.execution
 import test_golden_steps as golden_tests
 import train_procst
 from conftest import ScriptResult
-from core.checkpoint import load_checkpoint
 from core.preparation import agreed_precision
-from core.shares import BatchShare
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import list_images

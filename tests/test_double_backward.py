@@ -7,16 +7,16 @@ from functools import partial
 
 import pytest
 import torch
+from core.command_line import build_parser, config_from_flags
+from core.execution import Execution
+from core.objectives import at_once, at_once_before_graph
 from torch import nn
 
 from benchmarks.meters import Meter
 from benchmarks.training_step import Variant, count_step
-from core.command_line import build_parser, config_from_flags
 from core.double_backward import RECOMPUTES, has_double_backward
-from core.execution import Execution
 from core.losses import gradient_penalty
 from core.networks import Discriminator
-from core.objectives import at_once, at_once_before_graph
 from test_step import build
 from training.synchronised_norm import synchronise_batch_norms
 from utils.flags import parse_flags

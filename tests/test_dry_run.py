@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from core.run_record import git_commit
 
 import train_procst
 from core import dry_run as dry_run_module
-from core.run_record import git_commit
 from test_train_cli import only_run, training_flags, world  # noqa: F401
 from utils.errors import UserError
 from worlds import write_gta5

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from core.segmentation_files import SegmentationFile, load_segmentation_net
 from PIL import Image
 from torch import nn
 
 import evaluate as script
-from core.segmentation_files import SegmentationFile, load_segmentation_net
-from training.prediction import PredictionStatistics, evaluate, predict
 from data_handlers.images import NetworkInput
 from models.segmentation import SegmentationShape, build_segmentation_net
 from test_bad_input import check_refusal, tree

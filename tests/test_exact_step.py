@@ -9,10 +9,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from core.objectives import pieces
 
 from benchmarks.literal_step import literal_step
 from core.networks import published_norm
-from core.objectives import pieces
 from core.step import Batch
 from data_handlers.label_maps import IGNORE
 from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from core.checkpoint import load_checkpoint, read_newest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter
 
 import train_procst
-from core import run_log as run_log_module
-from core.checkpoint import load_checkpoint, read_newest
-from core.run_log import RunLog
 from faults import LAST, at_step, one_line, run_flags, same_as, undisturbed, world  # noqa: F401
+from training.tensorboard import TensorBoardLog
 from utils import files as files_module
 from utils import stopping
 from utils import tensor_files as tensor_files_module
@@ -268,21 +269,35 @@ def test_a_log_that_cannot_be_written_is_given_up(world, undisturbed, tmp_path, 
     assert same_as(undisturbed, tmp_path / "run")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_log_that_cannot_be_begun(tmp_path, monkeypatch, capsys):
-    def full(self, *arguments):
+@pytest.mark.parametrize("fault", ["a file in its place", "folder deleted", "disk full from the start", "disk full"])
+def test_a_log_that_cannot_be_written_gives_one_line(tmp_path, capsys, monkeypatch, fault):
+    """TensorBoard writes in a thread of its own, where errors of the disk come up."""
+
+    def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_log_module.SummaryWriter, "_get_file_writer", full)
-    log = RunLog(tmp_path / "log", purge_step=1)
-    log.add_scalar("loss", 1.0, 1)
+    if fault == "a file in its place":
+        (tmp_path / "log").write_text("")
+    if fault == "disk full from the start":
+        monkeypatch.setattr(RecordWriter, "write", full)
+    log = TensorBoardLog(tmp_path / "log", purge_step=1)
+    log.flush()
+    if fault == "folder deleted":
+        shutil.rmtree(tmp_path / "log")
+    if fault == "disk full":
+        monkeypatch.setattr(RecordWriter, "write", full)
+    for step in range(3):
+        log.add_scalar("loss", 1.0, step)
+        log.flush()
     log.close()
-    assert capsys.readouterr().err.count("without TensorBoard") == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert "without TensorBoard" in lines[0]
 
 
 def test_a_start_that_left_no_checkpoint_leaves_no_log(tmp_path):
     for value in (1.0, 2.0):
-        log = RunLog(tmp_path / "log", purge_step=1)
+        log = TensorBoardLog(tmp_path / "log", purge_step=1)
         log.add_scalar("loss", value, 1)
         log.close()
     events = EventAccumulator(str(tmp_path / "log"))

@@ -8,6 +8,10 @@ import signal
 
 import pytest
 import torch
+from core.checkpoint import load_checkpoint
+from core.label_networks import restore_momentum
+from core.segmentation_files import SegmentationFile, load_segmentation_net
+from core.trainer import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -15,10 +19,6 @@ import create_sit_dataset
 import train_procst
 import train_semseg_on_source
 from core import preparation
-from core.checkpoint import load_checkpoint
-from core.label_networks import restore_momentum
-from core.segmentation_files import SegmentationFile, load_segmentation_net
-from core.trainer import Trainer
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from test_train_cli import all_tensors, only_run, training_flags

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from core.segmentation_files import SegmentationFile, load_segmentation_net
 
 import evaluate
 from core.legacy import load_legacy_generators
-from core.segmentation_files import SegmentationFile, load_segmentation_net
 from models.segmentation import build_segmentation_net, load_backbone
 from models.shapes import SegmentationShape
 from test_bad_input import check_refusal

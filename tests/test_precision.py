@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from core.checkpoint import load_checkpoint
+from core.command_line import build_parser, config_from_flags
+from core.execution import Execution, bf16_pays, image_layout, recomputes_blocks, resolve_precision
+from core.label_networks import build_label_networks
 from PIL import Image
 from torch import nn
 
 import train_procst
-from core.checkpoint import load_checkpoint
-from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig, SemsegConfig
-from core.execution import Execution, bf16_pays, image_layout, recomputes_blocks, resolve_precision
-from core.label_networks import build_label_networks
 from core.losses import gradient_penalty
 from core.networks import Discriminator, Generator, NetworkShape
 from core.step import Batch

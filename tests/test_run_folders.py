@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 
-import train_procst
 from core.checkpoint import load_checkpoint
 from core.run_folder import log_name
+
+import train_procst
 from faults import one_line, run_flags, world  # noqa: F401
 from utils.files import atomic_write_bytes
 from utils.locks import claimed

@@ -11,12 +11,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from core.segmentation_files import SegmentationFile, load_segmentation_net, read_segmentation_file
 
 from conftest import GOLDEN_DIR
-from core.legacy import _segmentation_net_of, load_legacy_segmentation, read_inert
-from core.segmentation_files import SegmentationFile, load_segmentation_net, read_segmentation_file
-from models.segmentation import build_segmentation_net
-from models.shapes import SegmentationShape
+from models import legacy
+from models.legacy import load_legacy_segmentation
+from models.segmentation import SegmentationShape, build_segmentation_net
 from test_legacy import Touch, write_archive
 from test_segmentation_nets import check_refused, randomise
 
@@ -54,7 +54,8 @@ def test_logits_of_the_authors_net(golden_dir, legacy_files, kind):
 
 
 def test_nets_of_the_authors_that_are_no_deeplab_v2(legacy_files, monkeypatch):
-    record = read_inert(legacy_files["plain"])
+    record = legacy.read_pickled_modules(legacy_files["plain"], legacy._CLASSES)
+    monkeypatch.setattr(legacy, "read_pickled_modules", lambda *_: record)
     for module, attribute, value in (
         ("layer2.0.conv1", "stride", (1, 1)),
         ("layer4.2.conv2", "padding", (2, 2)),
@@ -69,26 +70,28 @@ def test_nets_of_the_authors_that_are_no_deeplab_v2(legacy_files, monkeypatch):
         expected = f"{module} has {attribute} {value}" if value != {} else f"{module}.running_mean is missing"
         with monkeypatch.context() as patch:
             patch.setitem(attributes, attribute, value)
-            check_refused(lambda: _segmentation_net_of(record, "semseg.pth"), "semseg.pth", expected)
+            check_refused(lambda: load_legacy_segmentation("semseg.pth"), "semseg.pth", expected)
 
 
 def test_hostile_files_are_not_executed(tmp_path):
     bait, path = tmp_path / "bait", tmp_path / "semseg.pth"
-    net = b"csemseg_models.deeplabv2\nResNet101\n"
-    touch = f"cposix\nsystem\n(S'touch {bait}'\ntR".encode()
+    net = b"\x80\x02csemseg_models.deeplabv2\nResNet101\n)\x81q\x01"
+    modules = b"}X\x08\0\0\0_modules}X\x06\0\0\0layer5%bssb."
+    command = f"touch {bait}".encode()
+    touch = b"cposix\nsystem\nX%c\0\0\0%b\x85R" % (len(command), command)
     payloads = {
-        "system": pickle.dumps([Touch(bait)], protocol=2),
-        "posix.system": b"(i" + net[1:] + b"}S'_modules'\n}S'layer5'\n" + touch + b"ssb.",
-        "contains itself": b"(i" + net[1:] + b"p1\n}S'_modules'\n}S'layer5'\ng1\nssb.",
-        "semseg_models.deeplabv2.os": b"csemseg_models.deeplabv2\nos\n.",
-        "no segmentation net": net + b".",
-        "no classifier": net + b")\x81.",
+        "posix.system": pickle.dumps([Touch(bait)], protocol=2),
+        "posix.system, which": net + modules % touch,
+        "contains itself": net + modules % b"h\x01",
+        "semseg_models.deeplabv2.os": b"\x80\x02csemseg_models.deeplabv2\nos\n.",
+        "no segmentation net": b"\x80\x02csemseg_models.deeplabv2\nResNet101\n.",
+        "no classifier": net + b".",
     }
     for part, payload in payloads.items():
         write_archive(path, payload)
         check_refused(lambda: load_segmentation_net(path, "--weights"), "semseg.pth", part)
     assert not bait.exists()
-    pickle.loads(payloads["system"])  # the bait is real
+    pickle.loads(payloads["posix.system"])  # the bait is real
     assert bait.exists()
 
 

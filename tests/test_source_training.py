@@ -8,11 +8,11 @@ import signal
 import numpy as np
 import pytest
 import torch
+from core.segmentation_files import read_segmentation_file
+from core.source_training import SourceTrainer, poly_rate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_semseg_on_source
-from core.segmentation_files import read_segmentation_file
-from core.source_training import SourceTrainer, poly_rate
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images
 from data_handlers.stream import StreamConfig, StreamSamples

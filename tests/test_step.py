@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from core.batches import penalty_alphas
 from torch import nn
 
-from core.batches import penalty_alphas
 from core.cascade import cascade, generated_pyramid
 from core.config import LossConfig
 from core.losses import gradient_penalty, gram_matrix, total_variation

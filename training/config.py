@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data_handlers.choices import LABELS, ON_BAD_IMAGE, RESAMPLINGS
 from data_handlers.datasets import DATA_SETS
 from models.shapes import BACKBONES, MODEL_BACKBONES, SMALLEST_CROP, SegmentationShape, default_backbone
 from training.choices import PRECISIONS, SELECT_BY
@@ -19,10 +20,6 @@ from training.flags import (
     path_option,
     size_option,
 )
-
-RESAMPLINGS = ("fast", "exact")
-ON_BAD_IMAGE = ("stop", "skip")
-LABELS = ("ids", "trainids")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ RESTARTS = 3
 FOLDER = "PROCST_LAUNCHER_FOLDER"  # environment variable: where the processes leave their numbers and exit codes
 
 
-def launch(script: Path, arguments: Sequence[str], devices: Sequence[torch.device], environment: Mapping[str, str]) -> int:
+def launch(
+    script: Path, arguments: Sequence[str], devices: Sequence[torch.device], environment: Mapping[str, str]
+) -> int:
     """Run a script in one process for each device of this machine and wait for all; returns their exit code.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the processes, which decide what to do about it; a second one

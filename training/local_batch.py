@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data_handlers.label_maps import IGNORE
+from data_handlers.classes import IGNORE
+from training.distributed import Rank
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class LocalBatch:
 
     fraction: float = 1.0
     all_reduce: Callable[[Sequence[Tensor]], None] | None = None
+
+    @staticmethod
+    def of(rank: Rank, batch_size: int) -> LocalBatch:
+        """The part of a batch of `batch_size` samples, over all processes, that this process computes."""
+        return WHOLE if rank.count == 1 else LocalBatch(len(rank.part(batch_size)) / batch_size, rank.all_reduce)
 
     def labelled_fraction(self, label: Tensor) -> Tensor | float:
         """Weight of a local mean over labelled pixels in the global one.

@@ -1,4 +1,4 @@
-"""The training loop of every method: stages, steps, checkpoints, validation, resume, stop requests, several processes."""
+"""The training loop of every method: stages, steps, checkpoints, validation, resume, stop requests."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ class Loop:
                 raise UserError(f"{origin}: the {name} is not the one the run was started with; restore it to continue")
         if checkpoint.stage >= len(self.stages) or checkpoint.step > self.stages[checkpoint.stage].steps:
             raise UserError(
-                f"{origin} claims step {checkpoint.step} of stage {checkpoint.stage}, which its configuration does not have"
+                f"{origin} claims step {checkpoint.step} of stage {checkpoint.stage}, which its configuration does not "
+                "have"
             )
         for stage in range(checkpoint.stage + 1):
             self.begin_stage(stage, resumed=True)
@@ -109,7 +110,8 @@ class Loop:
         modules, optimizers = self.method.modules, self.method.optimizers
         if checkpoint.modules.keys() != modules.keys() or checkpoint.optimizers.keys() != optimizers.keys():
             raise UserError(
-                f"{origin} does not hold the networks and optimisers of step {checkpoint.step} of stage {checkpoint.stage}"
+                f"{origin} does not hold the networks and optimisers of step {checkpoint.step} of stage "
+                f"{checkpoint.stage}"
             )
         for name, module in modules.items():
             load_network(module, checkpoint.modules[name], f"{origin}, {name},")
@@ -144,7 +146,9 @@ class Loop:
         if epoch < 1 or step >= stage.steps:
             raise UserError(f"--resume_to_epoch {epoch}: {stage.name} has {stage.steps} steps, and epochs count from 1")
         self.step = step
-        self.validations = [found for found in self.validations if (found["stage"], found["step"]) <= (self.stage, step)]
+        self.validations = [
+            found for found in self.validations if (found["stage"], found["step"]) <= (self.stage, step)
+        ]
 
     def _save(self, progress: Progress, *names: str) -> None:
         """Write the state under each name, unless the training has diverged: a good checkpoint must outlive that.
@@ -315,7 +319,9 @@ class Loop:
         self._note_skipped(progress, *validation.skipped)
         if score is None:
             say(f"WARNING: the labels of {validator.files.root} hold no pixel of a scored class: no best state")
-        best = score is not None and all(score > found["score"] for found in self.validations if found["score"] is not None)
+        best = score is not None and all(
+            score > found["score"] for found in self.validations if found["score"] is not None
+        )
         where = {"stage": self.stage, "step": self.step, "score": score, "best": best}
         self.validations.append({**where, **report(validation, names)})
         if best:

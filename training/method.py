@@ -72,6 +72,7 @@ class Method:
         optimizers: those of the stage in training, by name.
         domains: the lists of images that are read, by name.
         shape: of the segmentation net that `eval_net` returns, None without.
+        dtype: of weights and network inputs; tests train in float64.
         unused: names of trainable tensors (`module.parameter`) that no loss reaches in this configuration, each with
             the reason; a name may end in `*`.
     """
@@ -87,6 +88,7 @@ class Method:
         self.optimizers: dict[str, Optimizer] = {}
         self.shape: SegmentationShape | None = None
         self.unused: dict[str, str] = {}
+        self.dtype = torch.float32
 
     @property
     def device(self) -> torch.device:

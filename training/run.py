@@ -33,7 +33,7 @@ from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import check_folder, remove_leftovers
 from utils.loaders import LoaderDied, is_loader_death
 from utils.memory import keep_freed_memory
-from utils.stopping import StopRequests, Stopped
+from utils.stopping import Stopped, StopRequests
 
 # Environment variable: the folder of a new run, for the processes that train it together and are started again.
 RUN_DIR = "PROCST_RUN_DIR"
@@ -230,9 +230,7 @@ class _Run:
         folder = rank.broadcast(folder)
         run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
         info = {**(continued.checkpoint.info if continued else {}), "run": folder.name, "run_id": run_id}
-        loop = Loop(
-            method=method, run=config.run, folder=folder, validator=prepared.validator, info=info, stop=stop
-        )
+        loop = Loop(method=method, run=config.run, folder=folder, validator=prepared.validator, info=info, stop=stop)
         if continued:
             loop.restore(continued.checkpoint, continued.origin)
             if resume_to_epoch:
@@ -274,7 +272,9 @@ def _continued(folder: Path | None, method: str) -> Continued | None:
     ids_before = checkpoint_ids(folder)
     checkpoint, origin = read_newest(folder)
     if checkpoint.method != method:
-        raise UserError(f"{origin} is a checkpoint of another training ({checkpoint.method}); continue it with its script")
+        raise UserError(
+            f"{origin} is a checkpoint of another training ({checkpoint.method}); continue it with its script"
+        )
     if not checkpoint.optimizers:
         raise UserError(f"{origin} holds a finished net and no training state")
     return Continued(checkpoint=checkpoint, origin=origin, ids_before=ids_before)

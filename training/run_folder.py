@@ -66,7 +66,13 @@ def checkpoint_ids(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def lock_run_folder(
-    *, origin: Path | None, ids_before: dict[str, tuple[int, int]], run_dir: str, parent: Path, task: str, stack: ExitStack
+    *,
+    origin: Path | None,
+    ids_before: dict[str, tuple[int, int]],
+    run_dir: str,
+    parent: Path,
+    task: str,
+    stack: ExitStack,
 ) -> Path:
     """The run's folder, locked for this process until `stack` is closed; made here for a new run.
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
-from training.precision import exact_convolutions
 from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DataSet
 from data_handlers.label_maps import colourise
@@ -20,7 +17,9 @@ from data_handlers.labelled import LabelledImage, open_labelled
 from data_handlers.lists import FileList
 from training.distributed import Rank
 from training.metrics import Scores, scores_of
+from training.precision import exact_convolutions
 from training.prediction import CONFIDENCE_BINS, PredictionStatistics, evaluate
+from training.tensorboard import TensorBoardLog
 from utils.errors import UserError
 
 VALIDATIONS = "validations.json"
@@ -121,9 +120,7 @@ class Validator:
         skipped: list[str] | None = [] if self.skip_unusable else None
         samples = open_labelled(files, self.num_workers, device, self.with_labels, OR_SKIP, skipped)
         with exact_convolutions():
-            matrix = evaluate(
-                net, samples, self.num_classes, device, statistics=statistics, on_prediction=keep_picture
-            )
+            matrix = evaluate(net, samples, self.num_classes, device, statistics=statistics, on_prediction=keep_picture)
         self.rank.all_reduce([matrix])
         statistics.all_reduce(self.rank.all_reduce)
         if not statistics.pixels:
@@ -136,7 +133,6 @@ class Validator:
             pictures=pictures,
             skipped=tuple(skipped or ()),
         )
-
 
     def score(self, validation: Validation) -> float | None:
         """What the best net is picked by; None where the validation gives none."""
@@ -182,7 +178,7 @@ def score_table(scores: Scores, names: Sequence[str]) -> str:
     return "\n".join([*lines, CONVENTION])
 
 
-def log_validation(writer: SummaryWriter, validation: Validation, step: int, names: Sequence[str]) -> None:
+def log_validation(writer: TensorBoardLog, validation: Validation, step: int, names: Sequence[str]) -> None:
     """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
     writer.add_scalar("Validation/LabelFree", validation.label_free, step)
     writer.add_scalar("Validation/MeanConfidence", validation.mean_confidence, step)

@@ -1,4 +1,4 @@
-"""Configuration of the training of a segmentation net: frozen, validated once, stored as JSON. It imports no PyTorch."""
+"""Configuration of the training of a segmentation net: frozen, validated once, stored as JSON. No PyTorch here."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class SourceTrainingConfig(Config):
         "net and training": (NetConfig, SGDConfig, PolyConfig, ValidationConfig),
     }
     first: ClassVar[Sequence[str]] = (
-        "gpus", "source", "src_data_dir", "model", "num_steps", "batch_size", "crop_size", "output", "run_dir", "dry_run",
+        "gpus", "source", "src_data_dir", "model", "num_steps", "batch_size", "crop_size", "output", "run_dir",
+        "dry_run",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Checking everything that can be wrong with the input of a training of a segmentation net, before anything is written."""
+"""Checking the input of a training of a segmentation net, before anything is written."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data_handlers.datasets import DATA_SETS
+from data_handlers.cache import OR_SKIP
+from data_handlers.datasets import DATA_SETS, with_labels
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
-from data_handlers.lists import train_and_validation
+from data_handlers.splits import train_and_validation
 from models.segmentation import build_segmentation_net, load_backbone, require_classes
 from training.distributed import Rank
 from training.run import Continued, Prepared
@@ -32,19 +33,19 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
         UserError: names the file or flag.
     """
     data, held_out, net_config = config.source, config.held_out, config.net
-    data_set = DATA_SETS[data.source].with_labels(data.src_labels)
+    data_set = with_labels(DATA_SETS[data.source], data.src_labels, "--src_labels")
     if not data_set.label_path:
         raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
-    require_classes(net_config.num_classes, data_set)
+    require_classes(net_config.num_classes, data_set.name, data_set.value_map)
     train, val = train_and_validation(
         data_set, data.src_data_dir, "--src_data_dir", list_file=data.src_list, val_list=held_out.val_list,
-        val_count=held_out.val_count, label_dir=held_out.src_label_dir,
+        val_count=held_out.val_count, label_root=held_out.src_label_dir,
     )  # fmt: skip
     if len(train) < config.poly.batch_size:
         raise UserError(f"--batch_size {config.poly.batch_size}: there are {len(train)} images to train on")
     skip = config.loader.on_bad_image == "skip"
-    for files in () if skip else (train, val):
-        check_samples(files, labels="read", flag="--src_labels", explicit=bool(data.src_labels))
+    for files in (train, val):
+        check_samples(files, labels="read", flag="--src_labels", or_else=OR_SKIP, skip=skip)
     _check_output(held_out.output, continued)
     net = _build_net(config, fresh=continued is None)
     workers = workers_for(config.loader.num_workers, rank.device, rank.count)

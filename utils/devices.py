@@ -101,9 +101,6 @@ def default_workers(devices: Sequence[torch.device] = ()) -> int:
     return min(6, cpus)
 
 
-def loader_workers(wanted: int | None, gpus: Sequence[str]) -> int:
-    """`--num_workers` as given, or the default for the devices that `--gpus` names."""
-    if wanted is not None:
-        return wanted
-    device = torch.device("cpu" if {name.lower() for name in gpus} == {"cpu"} else "cuda")
-    return default_workers([device] * len(gpus))
+def workers_for(wanted: int | None, device: torch.device, processes: int = 1) -> int:
+    """Loader processes of one process that computes on `device` beside others: as wanted, or `default_workers`."""
+    return default_workers([device] * processes) if wanted is None else wanted

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from utils.stopping import STOPPED, Stopped
-from utils.streams import streams_that_last
+from utils.streams import safe_streams
 
 
 class UserError(Exception):
@@ -41,7 +41,7 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     `Stopped`, of a run that saved its state when it was asked to stop, becomes one line and exit code 75. A file or
     folder that the system refuses, where nobody has put it into better words, is a `UserError`, too.
     """
-    with streams_that_last():
+    with safe_streams():
         _run(main)
     sys.exit(0)
 

@@ -20,6 +20,16 @@ from utils.locks import say
 from utils.processes import end_loaders
 
 RESTARTS = 3
+
+
+class LoaderDied(Exception):
+    """placeholder"""
+
+
+def is_loader_death(error: BaseException) -> bool:
+    return isinstance(error, LoaderDied)
+
+
 REMINDER = 1.0  # seconds
 Batch = TypeVar("Batch")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
 
-class _Lasting:
-    """A text stream; when nobody reads it any more, what is printed is lost."""
+class _SafeStream:
+    """A text stream that cannot fail: once its file is broken, as a pipe without reader, what is printed is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -20,48 +20,37 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._give_up()
-            return len(text)
+        self._try(self._stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
         try:
-            self._stream.flush()
+            action(*arguments)
         except OSError:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        """Let the file descriptor lead nowhere, for what Python writes at its end."""
-        with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-
-def _occupy_standard_files() -> None:
-    """Let closed standard file descriptors lead nowhere; another file would get the number, and what is printed."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            # What is still buffered goes to the null device, also where Python flushes the stream at its end.
+            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 @contextmanager
-def streams_that_last() -> Iterator[None]:
+def safe_streams() -> Iterator[None]:
     """Inside the block printing never fails: not for a name that a terminal cannot show, not for a broken pipe."""
-    _occupy_standard_files()
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by who started the program: a file opened later would get the number, and the output
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     before = sys.stdout, sys.stderr
-    # Where the file descriptors are closed, as some starters of daemons leave them, Python has no streams.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in before)  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = lasting = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    # Python has no streams where it found their files closed.
+    sys.stdout, sys.stderr = safe = [_SafeStream(s or open(os.devnull, "w")) for s in before]  # noqa: SIM115
+    if isinstance(before[0], io.TextIOWrapper):
+        before[0].reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
-        for stream in lasting:
-            stream.flush()  # Python would do it at its end, and answer a broken pipe with an exit code of its own
+        for stream in safe:
+            stream.flush()
         sys.stdout, sys.stderr = before

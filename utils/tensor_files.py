@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +17,10 @@ from torch import nn
 
 from utils.errors import UserError, is_out_of_memory
 
-_ARCHIVE_START = b"PK\x03\x04"
-_OLD_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that began a file before PyTorch 1.6
+_OLD_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that begins a file of PyTorch before 1.6
 _ENCRYPTED = 1  # in the flags of a record
 _FOLDER = 0x10  # in its attributes
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # bytes
 _PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
 
 
@@ -33,81 +33,57 @@ class UnavailableFileError(UserError):
 
 
 def check_archive(path: Path) -> None:
-    """Check a file of `torch.save` before `torch.load` sees it, which compares no checksum and believes every size.
+    """Compare every byte of a file of `torch.save` with its checksum (CRC-32), which `torch.load` does not do.
 
-    Every byte of every record is compared with its checksum. A file that is no zip archive passes: `torch.save` wrote
-    one pickle after another before PyTorch 1.6, and such a file has no checksums.
+    A file that is no zip archive passes: PyTorch before 1.6 wrote pickles one after another, without checksums.
 
     Raises:
         UserError: the file is missing or unreadable.
-        DamagedFileError: it is damaged, or an archive as no `torch.save` makes one: records that are compressed,
-            encrypted or larger than the file, that share a name or whose name leads out of the archive.
+        DamagedFileError: it is damaged, or its records are not stored as `torch.save` stores them: `torch.load` would
+            believe the sizes that they claim.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 - what is wrong inside means something else than not getting inside
+        file = open(path, "rb")  # noqa: SIM115 - an error inside the block has another meaning than one of opening
     except OSError as error:
         _raise_if_passing(error, path)
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     with file:
         try:
-            oddity = _oddity_of_archive(file)
+            if _is_archive(file):
+                _check_records(file)
         # A damaged archive can make the reader fail in any way, and each means the same.
         except Exception as error:
             _raise_if_passing(error, path)
             reason = f"{path} is damaged or cut short ({_reason(error)}); use another copy of it"
             raise DamagedFileError(reason) from None
-    if oddity:
-        raise DamagedFileError(f"{path} is no file of torch.save: {oddity}; it is not loaded, use the original file")
-
-
-def _oddity_of_archive(file: BinaryIO) -> str:
-    """As `_oddity`; where there is none, every record is compared with its checksum."""
-    if not _is_archive(file):
-        return ""
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        if oddity := _oddity(records, os.fstat(file.fileno()).st_size):
-            return oddity
-        for record in records:
-            with archive.open(record) as data:
-                while data.read(_CHUNK):  # the last read compares the checksum
-                    pass
-    return ""
 
 
 def _is_archive(file: BinaryIO) -> bool:
     start = file.read(len(_OLD_START))
     file.seek(0)
-    # The second question is for an archive whose first bytes are damaged.
-    return start.startswith(_ARCHIVE_START) or (start != _OLD_START and zipfile.is_zipfile(file))
+    return start != _OLD_START and (start.startswith(b"PK\x03\x04") or zipfile.is_zipfile(file))
 
 
-def _oddity(records: list[zipfile.ZipInfo], file_size: int) -> str:
-    """What shows that `torch.save` did not make the archive, '' if nothing does; decided before a record is read."""
-    seen = set()
-    for record in records:
-        name = record.filename
-        shown = repr(name[:100])
-        if name in seen:
-            return f"it holds {shown} twice"
-        seen.add(name)
-        # `orig_filename` still has what follows a null byte.
-        if name.startswith("/") or ".." in name.split("/") or not {"\\", "\0"}.isdisjoint(record.orig_filename):
-            return f"its record {shown} leads out of the archive"
-        if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & _ENCRYPTED:
-            return f"its record {shown} is compressed or encrypted"
-        # For a folder, PyTorch's reader hands out memory that nothing was read into.
-        if name.endswith("/") or record.external_attr & _FOLDER:
-            return f"its record {shown} is a folder"
-        if record.file_size != record.compress_size:
-            return f"its record {shown} claims {record.file_size:,} bytes and has {record.compress_size:,}"
-    if (claimed := sum(record.file_size for record in records)) > file_size:
-        return f"its records claim {claimed:,} bytes, and the file has {file_size:,}"
-    return ""
+def _check_records(file: BinaryIO) -> None:
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        # First the sizes, so that an archive that unpacks to far more than it holds is never unpacked.
+        for record in records:
+            if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & _ENCRYPTED:
+                raise ValueError(f"its record {record.filename[:100]!r} is compressed or encrypted")
+            # `torch.load` fills no memory for a folder, and returns what stood there.
+            if record.is_dir() or record.external_attr & _FOLDER:
+                raise ValueError(f"its record {record.filename[:100]!r} is a folder")
+        if sum(max(r.file_size, r.compress_size) for r in records) > os.fstat(file.fileno()).st_size:
+            raise ValueError("its records claim more bytes than the file has")
+        for record in records:
+            with archive.open(record) as data:
+                while data.read(_CHUNK):  # the last read compares the checksum
+                    pass
 
 
 def _raise_if_passing(error: Exception, path: Path) -> None:
-    """What fails for want of memory or of a file server may be as it was written: another file must not be used."""
+    """Raise `UnavailableFileError` where memory or a file server fails: the file may be whole, and stays in use."""
     if is_out_of_memory(error):
         reason = "asks for more memory than there is; free some, or use another file"
         raise UnavailableFileError(f"{path} {reason}") from None
@@ -116,8 +92,6 @@ def _raise_if_passing(error: Exception, path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    if is_out_of_memory(error):
-        return "it asks for more memory than there is"
     return str(error).splitlines()[0][:150] if str(error) else type(error).__name__
 
 
@@ -132,46 +106,15 @@ def read_tensor_file(path: Path) -> Any:
         raise UserError(f"{path}: no such file")
     check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of another protocol: they are read or refused as any other
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return None
     # A damaged file can make the reader fail in any way, and each means the same.
     except Exception as error:
         _raise_if_passing(error, path)
         raise DamagedFileError(f"{path} is damaged or not a checkpoint ({_reason(error)})") from None
-
-
-def weights_fingerprint(*networks: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of all weights and buffers."""
-    digest = hashlib.sha256()
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_network(network: nn.Module, state: Mapping[str, Any], origin: str) -> None:
-    """Load a state dict strictly.
-
-    Raises:
-        UserError: names `origin` and the first tensor that is missing, unexpected or of another shape.
-    """
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise UserError(f"{origin} is no state dict: it must hold names and tensors alone")
-    own = network.state_dict()
-    problems = [
-        f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    problems += [f"{name} is missing there" for name in own if name not in state]
-    problems += [f"{name} is unknown here" for name in state if name not in own]
-    if problems:
-        raise UserError(f"{origin} does not fit the configured network: {problems[0]} ({len(problems)} differences)")
-    network.load_state_dict(state)
 
 
 def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, Any]:
@@ -186,18 +129,49 @@ def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, An
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file (give a file, {alternatives})")
     try:
-        check_archive(path)
+        state = read_tensor_file(path)
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{flag} {path}: not a state dict of plain tensors; nothing else is loaded") from None
-    # A damaged file can make the reader fail in any way, and each means the same.
-    except Exception as error:
-        raise UserError(f"{flag} {path}: not a readable state dict ({_reason(error)})") from None
-    if not isinstance(state, Mapping):
-        raise UserError(f"{flag} {path}: holds a {type(state).__name__}, not a state dict")
-    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
-        raise UserError(f"{flag} {path}: no state dict, it must hold names and tensors alone")
+    if not _is_state_dict(state):
+        raise UserError(f"{flag} {path}: no state dict, it must hold names and tensors alone; nothing else is loaded")
     return state
+
+
+def _is_state_dict(state: Any) -> bool:
+    return isinstance(state, Mapping) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )
+
+
+def load_network(network: nn.Module, state: Mapping[str, Any], origin: str) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        UserError: names `origin` and the first tensor that is missing, unexpected, of another shape or no plain tensor.
+    """
+    if not _is_state_dict(state):
+        raise UserError(f"{origin} is no state dict: it must hold names and tensors alone")
+    own = network.state_dict()
+    problems = [
+        f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems += [f"{name} is missing there" for name in own if name not in state]
+    problems += [f"{name} is unknown here" for name in state if name not in own]
+    if problems:
+        raise UserError(f"{origin} does not fit the configured network: {problems[0]} ({len(problems)} differences)")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # a tensor without values, as of the meta device
+        raise UserError(f"{origin} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def weights_fingerprint(*networks: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all weights and buffers."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

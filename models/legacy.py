@@ -1,0 +1,88 @@
+"""The authors' `pretrained_semseg_on_*.pth`: their pickled DeepLabV2, read without executing what it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from models.segmentation import SegmentationShape, build_segmentation_net
+from utils.errors import UserError
+from utils.pickled_modules import Record, read_pickled_modules
+from utils.tensor_files import load_network
+
+_CLASSES = (
+    "semseg_models.deeplabv2.ResNet101",
+    "semseg_models.deeplabv2.Bottleneck",
+    "semseg_models.deeplabv2.Classifier_Module2",
+    "semseg_models.deeplabv2.SEBlock",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.container.ModuleList",
+    "torch.nn.modules.conv.Conv2d",
+    "torch.nn.modules.batchnorm.BatchNorm2d",
+    "torch.nn.modules.normalization.GroupNorm",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.activation.LeakyReLU",
+    "torch.nn.modules.activation.Sigmoid",
+    "torch.nn.modules.dropout.Dropout2d",
+    "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.loss.CrossEntropyLoss",
+    "torch.nn.modules.pooling.AdaptiveAvgPool2d",
+    "torch.nn.modules.pooling.MaxPool2d",
+)
+
+# The authors' names of the parts of DeepLabV2 -> ours; the stages of the backbone keep their names.
+_NAMES = (
+    ("layer5.conv2d_list.", "head.branches."),
+    ("layer5.bottleneck.0.se.0.", "head.squeeze.reduce."),
+    ("layer5.bottleneck.0.se.2.", "head.squeeze.expand."),
+    ("layer5.bottleneck.1.", "head.fuse."),
+    ("layer5.bottleneck.2.", "head.fuse_norm."),
+    ("layer5.head.1.", "head.classify."),
+)
+
+# Settings that change what a module computes and do not show in the shapes of its weights.
+_SETTINGS = {
+    "Conv2d": ("stride", "padding", "dilation", "groups", "padding_mode"),
+    "BatchNorm2d": ("eps",),
+    "GroupNorm": ("num_groups", "eps"),
+    "MaxPool2d": ("kernel_size", "stride", "padding", "ceil_mode"),
+}
+
+
+def load_legacy_segmentation(path: Path) -> tuple[SegmentationShape, nn.Module]:
+    """The authors' `pretrained_semseg_on_*.pth` (specification section 5): its shape and the net, frozen, on the CPU.
+
+    Raises:
+        UserError: the file is not a pickled DeepLabV2 on ResNet-101, or a setting of it is not DeepLabV2's.
+    """
+    record = read_pickled_modules(path, _CLASSES)
+    if not isinstance(record, Record) or record.class_name != "ResNet101":
+        raise UserError(f"{path}: holds no segmentation net of the authors")
+    state = {_our_name(name): tensor for name, tensor in record.state_dict().items()}
+    classifier = state.get("head.classify.weight")
+    if classifier is None or classifier.ndim != 4:
+        raise UserError(f"{path}: the segmentation net has no classifier where DeepLabV2 has it")
+    if not 2 <= classifier.shape[0] <= 255:
+        raise UserError(f"{path}: the segmentation net has {classifier.shape[0]} classes; it must have 2 to 255")
+    shape = SegmentationShape("DeepLabV2", "resnet101", num_classes=classifier.shape[0])
+    net = build_segmentation_net(shape)
+    load_network(net, state, str(path))
+    _check_settings(net, record, path)
+    return shape, net.eval().requires_grad_(False)
+
+
+def _check_settings(net: nn.Module, record: Record, path: Path) -> None:
+    modules = dict(net.named_modules())
+    for name, part in record.named_records():
+        ours = modules.get(_our_name(f"{name}.").removesuffix("."))
+        for attribute in _SETTINGS.get(part.class_name, ()) if type(ours).__name__ == part.class_name else ():
+            if part.attributes.get(attribute) != getattr(ours, attribute):
+                raise UserError(f"{path}: {name} has {attribute} {part.attributes.get(attribute)}, not DeepLabV2's")
+
+
+def _our_name(name: str) -> str:
+    for theirs, ours in _NAMES:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return f"backbone.{name}"

@@ -1,0 +1,74 @@
+"""TensorBoard of a run that goes on without it where its disk is full or gone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.locks import say
+
+
+class TensorBoardLog:
+    """A `SummaryWriter` that gives up, with one line on stderr, at the first `OSError`.
+
+    Args:
+        folder: of the event files.
+        purge_step: entries of this step and later ones, which an interrupted run logged after its last checkpoint, are
+            not shown; None shows everything.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        self.folder = folder
+        self._writer: SummaryWriter | None = None
+        threading.excepthook = _report
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        except OSError as error:
+            self._give_up(error)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Log a number."""
+        self._call("add_scalar", tag, value, step)
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log several numbers, each under its tag."""
+        for tag, value in values.items():
+            self.add_scalar(tag, value, step)
+
+    def add_image(self, tag: str, image: Any, step: int, dataformats: str = "CHW") -> None:
+        """Log a picture, float in [0,1] or uint8."""
+        self._call("add_image", tag, image, step, dataformats=dataformats)
+
+    def add_histogram_raw(self, tag: str, **counts: Any) -> None:
+        """Log a histogram that has been counted already; see `SummaryWriter.add_histogram_raw`."""
+        self._call("add_histogram_raw", tag, **counts)
+
+    def flush(self) -> None:
+        """Write what has been logged."""
+        self._call("flush")
+
+    def close(self) -> None:
+        """Write what has been logged, and no more."""
+        self._call("close")
+        self._writer = None
+
+    def _call(self, method: str, *arguments: Any, **named: Any) -> None:
+        if self._writer is not None:
+            try:
+                getattr(self._writer, method)(*arguments, **named)
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        say(f"WARNING: cannot log to {self.folder} ({error.strerror or error}); the run goes on without TensorBoard")
+
+
+def _report(args: threading.ExceptHookArgs) -> None:
+    """Leave out the traceback of TensorBoard's writer thread: the next call on its log raises the same error."""
+    if not type(args.thread).__module__.startswith("tensorboard.") or not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)

@@ -1,0 +1,131 @@
+"""Files in which whole modules were pickled, read without importing or executing what they name.
+
+`torch.load(weights_only=True)` reads them. The module classes that may stand in a file are allowed by name and
+replaced by `Record`s, which only keep what the file says; any other class or function is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.tensor_files import read_tensor_file
+
+_DATA_PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
+
+
+class _MalformedError(Exception):
+    """A record is not what a pickled module can be."""
+
+
+class Record:
+    """What a file holds of a pickled module: the name of its class and its attributes.
+
+    Attributes:
+        attributes: as in the module's `__dict__`, with records in place of its submodules and tensors on the CPU.
+    """
+
+    attributes: dict[str, Any]
+
+    def __new__(cls) -> Record:  # unpickling does not call `__init__`
+        record = super().__new__(cls)
+        record.attributes = {}
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise _MalformedError(f"a {self.class_name} of it has a state of type {type(state).__name__}")
+        self.attributes = dict(state)
+
+    @property
+    def class_name(self) -> str:
+        """Name of the module's class, without its package."""
+        return type(self).__name__
+
+    def child(self, name: str) -> Record | None:
+        """Submodule of that name."""
+        return dict(self.children()).get(name)
+
+    def children(self) -> Iterator[tuple[str, Record]]:
+        """Submodules with their names."""
+        return ((k, v) for k, v in self.attributes.get("_modules", {}).items() if isinstance(v, Record))
+
+    def named_records(self, prefix: str = "") -> Iterator[tuple[str, Record]]:
+        """All submodules under the names that `nn.Module.named_modules` would give them."""
+        for name, child in self.children():
+            yield prefix + name, child
+            yield from child.named_records(f"{prefix}{name}.")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All parameters and buffers under the names that `nn.Module.state_dict` would give them."""
+        tensors = {}
+        for prefix, record in (("", self), *((f"{name}.", child) for name, child in self.named_records())):
+            for kind in ("_parameters", "_buffers"):
+                for name, value in record.attributes.get(kind, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[prefix + name] = value.detach()
+        return tensors
+
+    def _check(self, inside: tuple[Record, ...] = ()) -> None:
+        """Raise `_MalformedError` unless this record and those in it have the tables of a module, and form a tree."""
+        if any(self is outer for outer in inside):
+            raise _MalformedError("a module of it contains itself")
+        for kind in ("_parameters", "_buffers", "_modules"):
+            table = self.attributes.setdefault(kind, {})
+            if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
+                raise _MalformedError(f"a {self.class_name} of it is malformed")
+            if any(isinstance(value, Tensor) and not _is_plain(value) for value in table.values()):
+                raise _MalformedError(f"a tensor of a {self.class_name} of it is malformed")
+        for _, child in self.children():
+            child._check((*inside, self))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has a value of its own for each of its elements."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def read_pickled_modules(path: Path, class_names: Collection[str]) -> Any:
+    """Read a file in which `torch.save` pickled a module, or a list of modules.
+
+    Args:
+        class_names: full names of the module classes that may stand in the file. They need not exist.
+
+    Returns:
+        What the file holds, with `Record`s in place of modules; those of DataParallel are replaced by what they wrap.
+
+    Raises:
+        UserError: missing, damaged, malformed, or naming any other class or function.
+    """
+    stubs = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in {*class_names, _DATA_PARALLEL}]
+    with torch.serialization.safe_globals(stubs):
+        content = read_tensor_file(path)
+        if content is None:
+            raise UserError(f"{path}: cannot be read as a trained model: {_refused(path)}; nothing was executed")
+    try:
+        return [_checked(entry) for entry in content] if isinstance(content, list) else _checked(content)
+    except (_MalformedError, RecursionError) as error:
+        reason = "its modules are nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: cannot be read as a trained model: {reason}") from None
+
+
+def _checked(entry: Any) -> Any:
+    if not isinstance(entry, Record):
+        return entry
+    entry._check()
+    return entry.child("module") if entry.class_name == "DataParallel" else entry
+
+
+def _refused(path: Path) -> str:
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:  # whatever a reader makes of arbitrary bytes
+        names = []
+    return f"it names {names[0]}, which no such file needs" if names else "it holds more than modules and tensors"
