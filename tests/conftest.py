@@ -1,4 +1,4 @@
-"""Shared by all tests: the reference numbers, running a script in this process, a tiny world and what is trained on it."""
+"""Shared by all tests: reference numbers, running a script in this process, a tiny world and what is trained on it."""
 
 from __future__ import annotations
 

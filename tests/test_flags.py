@@ -66,7 +66,8 @@ def test_help_begins_with_the_flags_that_matter_most(run_script, script, config)
     shown = {name for name, field in options.items() if not field.metadata["hidden"]}
     assert set(lines) == {flag_of(name) for name in shown}
     assert len(lines) == len(set(lines))
-    assert all(field.metadata["help"] in " ".join(result.out.split()) for name, field in options.items() if name in shown)
+    text = " ".join(result.out.split())
+    assert all(options[name].metadata["help"] in text for name in shown)
 
 
 def test_the_defaults_are_the_published_setting():
@@ -93,7 +94,8 @@ def test_the_norm_follows_the_images_of_a_gpu(gpus, norm):
 
 def test_paths_become_absolute_and_keywords_stay(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    config = config_of(ProCSTConfig, "--src_data_dir", "gta", "--vgg_weights", "random", "--semseg_weights", "~/net.pth")
+    words = ("--src_data_dir", "gta", "--vgg_weights", "random", "--semseg_weights", "~/net.pth")
+    config = config_of(ProCSTConfig, *words)
     assert config.source.src_data_dir == str(tmp_path / "gta")
     assert config.run.checkpoints_dir == str(tmp_path / "TrainedModels")
     assert config.loss.vgg_weights == "random"
@@ -151,7 +153,7 @@ def test_every_flag_is_stored_and_kept_by_a_continued_run_unless_it_may_change(c
     if started.may_change(stored):
         assert started.continued({name: given[name]}).flags()[stored] == changed.flags()[stored]
     else:
-        with pytest.raises(UserError, match="the run was started with|changes the run's configuration") as refusal:
+        with pytest.raises(UserError, match=r"the run was started with|changes the run's config") as refusal:
             started.continued({name: given[name]})
         assert flag_of(name) in str(refusal.value)
     assert changed.continued(given) == changed  # the same command starts a run and continues it
@@ -172,7 +174,7 @@ def test_what_may_change(config):
     assert {name for name, field in options.items() if field.metadata["may_change"]} == shared | own[config]
 
 
-# --- continuing a run ----------------------------------------------------------------------------------------------------
+# --- continuing a run ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -134,11 +134,11 @@ def test_metrics_are_cut_back_to_the_checkpoint(world, tmp_path, run_script, mon
         assert run_script(train_procst, *flags).code == 75
     path = tmp_path / "run/metrics.jsonl"
     assert [line["step"] for line in metrics_of(path.parent)] == [1, 2]
-    line = json.loads(path.read_text().splitlines()[0])
-    path.write_text(path.read_text() + json.dumps({**line, "step": 3, "overall_step": 3, "losses": {}}) + '\n{"stage": 0')
+    with path.open("a") as file:
+        file.write('{"stage": 0, "step": 3, "overall_step": 3}\n{"stage": 0')
     assert run_script(train_procst, *flags).code == 0
     assert [line["step"] for line in metrics_of(path.parent)] == [1, 2, 3]
-    assert all(line["losses"] for line in metrics_of(path.parent))
+    assert all("losses" in line for line in metrics_of(path.parent))
 
 
 def test_resume_to_epoch_sets_the_step_counter(world, tmp_path, run_script, monkeypatch):
