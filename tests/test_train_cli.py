@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import create_sit_dataset
 import train_procst
 from core.checkpoint import load_checkpoint
-from core.execution import computes_in_bf16
+from training.precision import computes_in_bf16
 from core.trained_generators import load_trained_generators
 from utils.png import is_complete_rgb8
 from worlds import noise_image, write_cityscapes, write_gta5
