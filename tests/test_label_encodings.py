@@ -47,7 +47,7 @@ def label_file(files, k=0):
     return files.label_file(files.images[k])
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data_set", ["gta5", "cityscapes"])
@@ -110,7 +110,7 @@ def test_a_flag_that_does_not_fit():
         replace(OWN, labels="colours")
 
 
-# --- what was not said -------------------------------------------------------------------------------------------------
+# --- what was not said ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data_set", ["gta5", "cityscapes"])
@@ -174,7 +174,7 @@ def test_data_sets_with_other_ids_are_believed(tmp_path, capsys):
         check_samples(synthia)
 
 
-# --- scripts -----------------------------------------------------------------------------------------------------------
+# --- scripts --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

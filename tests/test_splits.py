@@ -92,7 +92,7 @@ def test_training_on_what_is_validated_on_is_refused(world):
     root, data_set = world / "cityscapes", DATA_SETS["cityscapes"]
     val = list_images(data_set, root, "--data_dir", split="val")
     (world / "list").write_text("\n".join(val.images))
-    with pytest.raises(UserError, match="val split of cityscapes: .*village_000000.* is in --src_list"):
+    with pytest.raises(UserError, match=r"val split of cityscapes: .*village_000000.* is in --src_list"):
         train_and_validation(data_set, root, "--src_data_dir", list_file=str(world / "list"))
 
 
