@@ -202,18 +202,22 @@ def _build(folder: Path, part: _Part, num_workers: int, skip_unusable: bool) -> 
 
 
 def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool) -> dict[int, str]:
-    """Write the part as a .npy file to the disk; returns what was wrong with the files that zeros stand for."""
+    """Write the part as a .npy file and wait until it is on the disk; files that cannot be used become zeros.
+
+    Returns:
+        What was wrong with the files that cannot be used, by position in the list.
+    """
     samples = _Samples(part)
 
     def loader_at(index: int) -> DataLoader:
-        # Orphaned workers would hold the disk space of a half-built cache: they have inherited the open file.
+        # Workers inherit the open file, so orphaned ones would hold the disk space of an unfinished cache.
         return DataLoader(
             samples, batch_size=None, sampler=range(index, len(samples)), num_workers=num_workers,
             collate_fn=_as_it_is, worker_init_fn=init_loader,
         )  # fmt: skip
 
     unusable: dict[int, str] = {}
-    # Written and not memory-mapped: in a mapped file, a full disk kills the process without a word.
+    # Written, not memory-mapped: in a mapped file, a full disk kills the process without a message.
     with open(path, "xb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": part.shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -244,7 +248,7 @@ class _Samples(Dataset):
         try:
             return self.part.read(index)
         except UserError as error:
-            return error  # raised in the main process, without a worker's traceback around it
+            return error  # the main process raises it, without a worker's traceback
 
 
 def _as_it_is(sample: object) -> object:

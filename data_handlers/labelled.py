@@ -30,7 +30,7 @@ from utils.sizes import evenly_spaced
 from utils.transfer import to_device
 
 CHECKED_IMAGES = 5
-CHECKED_LABELS = 20
+CHECKED_LABELS = 20  # a multiple of the number of images, so that these are among them
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def check_samples(
     """Decode a few images and labels of a list, and check that the labels are encoded as they are read.
 
     A wrong kind of file or of label is a mistake about the whole data set. This check finds it in seconds, before
-    anything is written. It reads the labels of up to 21 images and decodes 6 of these images.
+    anything is written. It decodes up to 6 images, and where labels are read up to 21 labels.
 
     Args:
         labels: whether labels are ignored, checked by their header, or read.
@@ -95,7 +95,7 @@ def check_samples(
         labels = "none"
     images = _samples(files, CHECKED_IMAGES)
     values = np.zeros(2**16, dtype=bool)
-    for name in _samples(files, CHECKED_IMAGES if labels == "none" else CHECKED_LABELS) | images:
+    for name in _samples(files, CHECKED_LABELS if labels == "read" else CHECKED_IMAGES):
         try:
             _check_sample(files, name, labels, name in images, values)
         except UserError as error:

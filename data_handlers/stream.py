@@ -1,8 +1,8 @@
 """An endless stream of training batches for each domain, drawn by step number.
 
-What step k sees is a function of (seed, domain, scale, k): the order of an epoch comes from a permutation seeded by
-the epoch's number, the crop from a generator seeded by the sample's position. Worker processes only compute, so their
-number never matters, and a resumed run continues the stream by starting at its step.
+The batch of step k is a function of (seed, domain, scale, k): the order of an epoch comes from a permutation seeded by
+the epoch's number, and the crop from a generator seeded by the sample's position. The number of worker processes does
+not change the batches, and a resumed run continues the stream by starting at its step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from utils.loaders import batches_in_order
 from utils.processes import init_loader
 
 DOMAINS = ("source", "target")
-LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
+LabelUse = Literal["none", "check", "read"]  # labels are ignored; checked by their header; decoded and returned
 
 # Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
 PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -33,7 +33,7 @@ PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What a stream draws from and in which order.
+    """The order in which a stream draws samples, and how it makes them (docs/method.md, section 1).
 
     Attributes:
         seed: of the run.
@@ -42,11 +42,11 @@ class StreamConfig:
         batch_size: samples in a step.
         steps_per_epoch: steps before a new permutation is drawn.
         epoch_length: images in an epoch; a shorter list is repeated to this length.
-        resize, crop: (W,H).
-        labels: whether labels are ignored, checked by their header where nothing is cached, or read.
-        flip: mirror every second sample, drawn at random, left to right.
+        resize, crop: (W,H) in pixels.
+        labels: whether labels are ignored, checked by their header (not where images are cached), or read.
+        flip: mirror samples left to right with probability 1/2.
         resample: how images are resized.
-        on_bad_image: `skip` takes the next image of the epoch in place of one that cannot be used.
+        on_bad_image: `stop` raises for an image that cannot be used; `skip` takes the next one of the epoch instead.
     """
 
     seed: int
@@ -65,7 +65,13 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """Pyramid levels as uint8 (h_i,w_i,3), trainIds uint8 (H,W) where labels are read, and why images were skipped."""
+    """One sample of a stream.
+
+    Attributes:
+        levels: pyramid levels, coarse to fine, uint8 (h_i,w_i,3).
+        label: trainIds uint8 (H,W), None where labels are not read.
+        skipped: the messages about images that could not be used and that this one replaces.
+    """
 
     levels: list[np.ndarray]
     label: np.ndarray | None
@@ -74,10 +80,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class DomainBatch:
-    """Pyramid levels as uint8 (B,h_i,w_i,3), and trainIds uint8 (B,H,W) where labels are read.
+    """The samples of one step.
 
     Attributes:
-        skipped: what was wrong with images that others were taken in place of.
+        levels: pyramid levels, coarse to fine, uint8 (B,h_i,w_i,3).
+        label: trainIds uint8 (B,H,W), None where labels are not read.
+        skipped: the messages about images that could not be used and that others replace.
     """
 
     levels: list[Tensor]
@@ -91,7 +99,7 @@ class DomainBatch:
 
 
 class StreamSamples(Dataset):
-    """Sample at each position of the stream; position = step * batch size + place in the batch."""
+    """The sample at each position of the stream; position = step * batch size + place in the batch."""
 
     def __init__(
         self, files: FileList, config: StreamConfig, pyramid: PyramidOf, cache: ImageCache | None = None
@@ -132,8 +140,8 @@ class StreamSamples(Dataset):
             try:
                 return self._load(position, wrong)
             except UserError as error:
-                # Returned: a worker's exception would reach the main process wrapped in its traceback, and the message
-                # is meant to stand alone.
+                # Returned, not raised: the exception of a worker process would reach the main process with a traceback
+                # around its message.
                 if self.config.on_bad_image == "stop":
                     return UserError(f"{error}{OR_SKIP}")
                 wrong.append(str(error))
@@ -192,8 +200,10 @@ def open_stream(
     """Yield the batches of the given steps in order.
 
     Args:
-        share: the samples of each batch that are wanted, None for all. It changes no sample.
-        cache: of these files at the configured size; it replaces reading them.
+        pyramid: makes the levels that are wanted of a cropped image.
+        pin_memory: page-locked batches, for asynchronous transfer to a GPU.
+        cache: of these files at the configured size, which is read instead of the files.
+        share: places in each batch whose samples are wanted, None for all; the samples are the same either way.
 
     Raises:
         UserError: in the main process, when a file of a step cannot be used or loader processes keep dying.
