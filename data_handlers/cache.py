@@ -14,7 +14,6 @@ from utils.errors import UserError
 from utils.files import read_json
 
 UNUSABLE = "unusable.json"
-MOST_SKIPPED = 10  # so many unusable images one after the other are a fault of the disk, not of the images
 OR_SKIP = "; or leave such images out with --on_bad_image skip"
 
 

@@ -14,14 +14,13 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from data_handlers.cache import MOST_SKIPPED, OR_SKIP, ImageCache
+from data_handlers.cache import OR_SKIP, ImageCache
 from data_handlers.images import Resample, check_label_header, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
-from utils.loaders import batches_in_order
-from utils.processes import init_loader
+from utils.loaders import MOST_SKIPPED, disk_fault, load_in_order
 
 DOMAINS = ("source", "target")
 LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
@@ -133,13 +132,11 @@ class StreamSamples(Dataset):
             try:
                 return self._load(position, wrong)
             except UserError as error:
-                # Returned: a worker's exception would reach the main process wrapped in its traceback, and the message
-                # is meant to stand alone.
                 if self.config.on_bad_image == "stop":
                     return UserError(f"{error}{OR_SKIP}")
                 wrong.append(str(error))
                 if len(wrong) == MOST_SKIPPED:
-                    return UserError(f"{error}; and so are the {MOST_SKIPPED - 1} images before it: is the disk there?")
+                    return disk_fault(error)
 
     def _load(self, position: int, skipped: Sequence[str]) -> Sample:
         image, label = self._resized(self.image_index(position, len(skipped)))
@@ -176,8 +173,13 @@ def _collate(samples: Sequence[Sample | UserError]) -> DomainBatch | UserError:
             return sample
     levels = [torch.from_numpy(np.stack(level)) for level in zip(*(sample.levels for sample in samples), strict=True)]
     labels = [sample.label for sample in samples if sample.label is not None]
+    label = torch.from_numpy(np.stack(labels)) if labels else None
+    if get_worker_info() is not None:
+        # Here, where it can be told that there is none: the thread that sends a batch drops it without an error.
+        for tensor in (*levels, *(() if label is None else (label,))):
+            tensor.share_memory_()
     skipped = tuple(reason for sample in samples for reason in sample.skipped)
-    return DomainBatch(levels, torch.from_numpy(np.stack(labels)) if labels else None, skipped)
+    return DomainBatch(levels, label, skipped)
 
 
 def open_stream(
@@ -197,25 +199,18 @@ def open_stream(
         cache: of these files at the configured size; it replaces reading them.
 
     Raises:
-        UserError: in the main process, when a file of a step cannot be used or loader processes keep dying.
+        UserError: in the main process, when a file of a step cannot be used.
+        LoaderDied: a loader process died; see `load_in_order`.
     """
     samples = StreamSamples(files, config, pyramid, cache)
     places = range(config.batch_size) if share is None else share
 
-    def loader_at(step: int) -> DataLoader:
-        first = (steps.start + step) * config.batch_size
-        starts = range(first, steps.stop * config.batch_size, config.batch_size)
-        return DataLoader(
-            samples,
-            batch_sampler=(range(start + places.start, start + places.stop) for start in starts),
-            num_workers=num_workers,
-            worker_init_fn=init_loader,
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            prefetch_factor=4 if num_workers else None,
-        )
-
-    for batch in batches_in_order(loader_at, "the last checkpoint stays, go on from there"):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    starts = range(steps.start * config.batch_size, steps.stop * config.batch_size, config.batch_size)
+    return load_in_order(
+        samples,
+        (range(start + places.start, start + places.stop) for start in starts),
+        num_workers=num_workers,
+        collate=_collate,
+        pin_memory=pin_memory,
+        prefetch=4,
+    )
