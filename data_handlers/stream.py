@@ -14,15 +14,14 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from data_handlers.cache import MOST_SKIPPED, OR_SKIP, ImageCache
+from data_handlers.cache import OR_SKIP, ImageCache
 from data_handlers.choices import OnBadImage, Resample
 from data_handlers.images import check_label_header, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
-from utils.loaders import batches_in_order
-from utils.processes import init_loader
+from utils.loaders import MOST_SKIPPED, disk_fault, load_in_order
 
 DOMAINS = ("source", "target")
 LabelUse = Literal["none", "check", "read"]  # labels are ignored; checked by their header; decoded and returned
@@ -140,13 +139,11 @@ class StreamSamples(Dataset):
             try:
                 return self._load(position, wrong)
             except UserError as error:
-                # Returned, not raised: the exception of a worker process would reach the main process with a traceback
-                # around its message.
                 if self.config.on_bad_image == "stop":
                     return UserError(f"{error}{OR_SKIP}")
                 wrong.append(str(error))
                 if len(wrong) == MOST_SKIPPED:
-                    return UserError(f"{error}; and so are the {MOST_SKIPPED - 1} images before it: is the disk there?")
+                    return disk_fault(error)
 
     def _load(self, position: int, skipped: Sequence[str]) -> Sample:
         image, label = self._resized(self.image_index(position, len(skipped)))
@@ -183,8 +180,13 @@ def _collate(samples: Sequence[Sample | UserError]) -> DomainBatch | UserError:
             return sample
     levels = [torch.from_numpy(np.stack(level)) for level in zip(*(sample.levels for sample in samples), strict=True)]
     labels = [sample.label for sample in samples if sample.label is not None]
+    label = torch.from_numpy(np.stack(labels)) if labels else None
+    if get_worker_info() is not None:
+        # Here, where it can be told that there is none: the thread that sends a batch drops it without an error.
+        for tensor in (*levels, *(() if label is None else (label,))):
+            tensor.share_memory_()
     skipped = tuple(reason for sample in samples for reason in sample.skipped)
-    return DomainBatch(levels, torch.from_numpy(np.stack(labels)) if labels else None, skipped)
+    return DomainBatch(levels, label, skipped)
 
 
 def open_stream(
@@ -206,25 +208,18 @@ def open_stream(
         share: places in each batch whose samples are wanted, None for all; the samples are the same either way.
 
     Raises:
-        UserError: in the main process, when a file of a step cannot be used or loader processes keep dying.
+        UserError: in the main process, when a file of a step cannot be used.
+        LoaderDied: a loader process died; see `load_in_order`.
     """
     samples = StreamSamples(files, config, pyramid, cache)
     places = range(config.batch_size) if share is None else share
 
-    def loader_at(step: int) -> DataLoader:
-        first = (steps.start + step) * config.batch_size
-        starts = range(first, steps.stop * config.batch_size, config.batch_size)
-        return DataLoader(
-            samples,
-            batch_sampler=(range(start + places.start, start + places.stop) for start in starts),
-            num_workers=num_workers,
-            worker_init_fn=init_loader,
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            prefetch_factor=4 if num_workers else None,
-        )
-
-    for batch in batches_in_order(loader_at, "the last checkpoint stays, go on from there"):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    starts = range(steps.start * config.batch_size, steps.stop * config.batch_size, config.batch_size)
+    return load_in_order(
+        samples,
+        (range(start + places.start, start + places.stop) for start in starts),
+        num_workers=num_workers,
+        collate=_collate,
+        pin_memory=pin_memory,
+        prefetch=4,
+    )
