@@ -30,7 +30,7 @@ class Case:
 
     Attributes:
         parts: what the message must hold.
-        spoil: changes the world before.
+        spoil: changes the world before; None leaves it as it is.
         own_process: run the script as a person does, and without root's right to read and write everything.
     """
 
@@ -38,7 +38,7 @@ class Case:
     what: str
     flags: list
     parts: tuple[str, ...]
-    spoil: Callable[[Path], object] = lambda world: None
+    spoil: Callable[[Path], object] | None = None
     own_process: bool = False
 
     def __str__(self) -> str:
@@ -353,8 +353,10 @@ FOLDERS = [
          labels("cityscapes/gtFine/val", Image.new("RGB", (64, 40)))),
     Case("train_procst", "list", train(src_list="lines.txt"), ("lines.txt line 2",),
          text("lines.txt", b"00001.png\n../secret.png\n")),
-    Case("train_procst", "list-bytes", train(trg_list="lines.txt"), ("lines.txt",), text("lines.txt", b"caf\xe9.png\n")),
-    Case("train_procst", "list-long", train(src_list="lines.txt"), ("lines.txt line 1",), text("lines.txt", b"x" * 5000)),
+    Case("train_procst", "list-bytes", train(trg_list="lines.txt"), ("lines.txt",),
+         text("lines.txt", b"caf\xe9.png\n")),
+    Case("train_procst", "list-long", train(src_list="lines.txt"), ("lines.txt line 1",),
+         text("lines.txt", b"x" * 5000)),
     Case("train_procst", "output", train(checkpoints_dir="net.pth/models"), ("--checkpoints_dir",)),
     Case("train_procst", "no-labels", train_with_labels(), ("--validation_rate", "no labelled val split", "label_free"),
          removed("cityscapes/gtFine")),
@@ -386,14 +388,16 @@ FOLDERS = [
     Case("create_sit_dataset", "widened", export(), ("latest.pth", "(16, 3, 3, 3)"), widen),
     Case("train_semseg_on_source", "palette", train_source(), (LABEL, "id 200"), spoiling(LABEL, hostile.unknown_id)),
     Case("train_semseg_on_source", "labels", train_source(), ("1 of 2", LABEL[4:]), renamed(LABEL, "00002_label.png")),
-    Case("train_semseg_on_source", "no-val", train_source(source="cityscapes", src_data_dir="cityscapes", val_count=None),
+    Case("train_semseg_on_source", "no-val",
+         train_source(source="cityscapes", src_data_dir="cityscapes", val_count=None),
          ("no images found", "leftImg8bit/val"), removed("cityscapes/leftImg8bit/val")),
     Case("make_toy_data", "foreign", toy(), ("--out", "toy", "images"), foreign("toy/images")),
     Case("make_demo", "loop", demo(out="loop"), ("--out", "loop"), link_to_itself("loop")),
 ]  # fmt: skip
 UNREADABLE = [
     Case("train_procst", "unreadable-folder", train(), ("gta/images", "Permission"), locked("gta/images"), True),
-    Case("create_sit_dataset", "unreadable-run", export(), ("latest.pth", "Permission"), locked("run/latest.pth"), True),
+    Case("create_sit_dataset", "unreadable-run", export(), ("latest.pth", "Permission"), locked("run/latest.pth"),
+         True),
     Case("train_semseg_on_source", "unreadable-label", train_source(), (LABEL, "Permission"), locked(LABEL), True),
     Case("evaluate", "unreadable-net", score(), ("net.pth", "Permission"), locked("net.pth"), True),
     Case("measure_domain_distance", "unwritable", measure(json="gta/x.json"), ("--json", "gta"), locked("gta", 0o555),

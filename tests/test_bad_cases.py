@@ -57,12 +57,16 @@ def template(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def sound(template, tmp_path_factory):
+    """A copy of everything in a folder with spaces and letters of two scripts, in which nothing is spoilt."""
+    return copied(template, tmp_path_factory.mktemp("sound"))
+
+
 @pytest.fixture
 def world(template, tmp_path, monkeypatch):
-    """A copy of everything, which is the working folder, in a folder with spaces and letters of two scripts."""
-    root = shutil.copytree(template, tmp_path / "wörld with späces 日本")
-    for config in root.glob("*run/latest.pth"):
-        move(config, template, root)
+    """Another such copy, to be spoilt; it is the working folder."""
+    root = copied(template, tmp_path)
     monkeypatch.chdir(root)
     yield root
     for folder, _, files in os.walk(root):
@@ -71,14 +75,17 @@ def world(template, tmp_path, monkeypatch):
                 os.chmod(path, 0o755)  # pytest must be able to delete what a case locked
 
 
-def move(checkpoint, before, now):
-    """Let the stored paths of a copied run name the copied data."""
-    content = torch.load(checkpoint, weights_only=True)
-    for section in content["config"].values():
-        for name, value in section.items():
-            if isinstance(value, str):
-                section[name] = value.replace(str(before), str(now))
-    torch.save(content, checkpoint)
+def copied(template, folder):
+    """Copy everything, and let the stored paths of the runs name the copied data."""
+    root = shutil.copytree(template, folder / "wörld with späces 日本")
+    for checkpoint in root.glob("*run/latest.pth"):
+        content = torch.load(checkpoint, weights_only=True)
+        for section in content["config"].values():
+            for name, value in section.items():
+                if isinstance(value, str):
+                    section[name] = value.replace(str(template), str(root))
+        torch.save(content, checkpoint)
+    return root
 
 
 def drop_the_rights_of_root():
@@ -114,8 +121,11 @@ def marked(case):
 
 
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
-def test_bad_input(world, run_script, tmp_path_factory, case):
-    case.spoil(world)
+def test_bad_input(request, run_script, tmp_path_factory, monkeypatch, case):
+    world = request.getfixturevalue("world" if case.spoil else "sound")
+    monkeypatch.chdir(world)
+    if case.spoil:
+        case.spoil(world)
     before = tree(world.parent)
     if case.own_process:
         result = run_process(case.script, case.flags, tmp_path_factory.mktemp("printed"))
@@ -141,7 +151,7 @@ def test_the_bait_is_real(tmp_path, monkeypatch):
 
 
 def test_good_input_is_not_refused(world, run_script):
-    """The command lines of the cases are sound where nothing is spoilt, in a folder with spaces and unicode."""
+    """The command lines of the cases are sound where nothing is spoilt."""
     for case in CASES:
         if case.script in ("create_sit_dataset", "evaluate", "measure_domain_distance") and case.own_process:
             result = run_script(importlib.import_module(case.script), *case.flags)
