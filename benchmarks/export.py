@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.pictures import picture, write_gta5
 from core.cascade import to_pixels, translate_pyramid
 from core.export import ExportConfig, translate_images
-from core.networks import Generator, NetworkShape, freeze, init_weights, layers_at_scale
+from core.config import NetworkShape, layers_at_scale
+from core.networks import Generator, freeze, init_weights
 from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import PROCST_INPUT

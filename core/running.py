@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from core.networks import Discriminator, Generator, Norm
+from core.config import Norm
+from core.networks import Discriminator, Generator
 from training.precision import Precision, Runner
 
 # Pixels of a micro-batch. One image of the published size keeps a GPU busy; a CPU gains nothing from more pixels.

@@ -12,7 +12,8 @@ from torch import nn
 
 from conftest import GOLDEN_DIR
 from core.config import LossConfig
-from core.networks import Discriminator, Generator, NetworkShape, freeze, init_weights, layers_at_scale, published_norm
+from core.config import NetworkShape, layers_at_scale, published_norm
+from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets, training_step
 from data_handlers.images import normalise
 from data_handlers.pyramid import image_pyramid

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from core.losses import gradient_penalty
-from core.networks import Discriminator, Generator, NetworkShape
+from core.config import NetworkShape
+from core.networks import Discriminator, Generator
 from core.running import image_layout, micro_batch_size, procst_runner
 from models.unet import UNet
 from steps import build

@@ -14,7 +14,8 @@ from benchmarks.literal_step import literal_step
 from core.batches import penalty_alphas
 from core.cascade import cascade, generated_pyramid
 from core.losses import gradient_penalty, gram_matrix, total_variation
-from core.networks import Discriminator, Generator, NetworkShape, layers_at_scale, published_norm
+from core.config import NetworkShape, layers_at_scale, published_norm
+from core.networks import Discriminator, Generator
 from core.running import procst_runner
 from core.step import Batch, micro_batches, reference_momenta
 from data_handlers.images import normalise
