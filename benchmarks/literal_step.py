@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.cascade import cascade, generated_pyramid
 from core.config import LossConfig
 from core.losses import gradient_penalty, total_variation
-from models.losses import cross_entropy
 from core.networks import Generator
-from core.cascade import cascade, generated_pyramid
 from core.step import Batch, PerceptualNet, ScaleNetworks, ScaleOptimizers, SegmentationNets, StepResult
+from models.losses import cross_entropy
 
 Fake = Callable[[], Tensor]  # translates anew at every call
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from core.config import ProCSTConfig
-from training.precision import channels_last
 from core.label_networks import build_label_networks
 from core.networks import Discriminator, Generator, freeze, init_weights
+from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets
 from data_handlers.pyramid import level_size
-from core.step import Batch, SegmentationNets, ScaleNetworks, ScaleOptimizers
 from models.segmentation import build_segmentation_net
 from models.vgg import VGGFeatures, build_vgg
+from training.precision import channels_last
 
 
 @dataclass(frozen=True)
