@@ -1,4 +1,7 @@
-"""How a ProCST run calls its networks: precision, memory format and micro-batches (measured in benchmarks/RESULTS.md)."""
+"""How a ProCST training calls its networks: precision, memory format and size of micro-batches.
+
+The choices follow the measurements in benchmarks/RESULTS.md.
+"""
 
 from __future__ import annotations
 

@@ -16,25 +16,22 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-import core.execution
 import pytest
 import torch
 import torch.distributed as dist
-from core.checkpoint import load_checkpoint
-from core.shares import BatchShare
 
-import test_golden_steps as golden_tests
 import train_procst
+import training.precision
 from conftest import ScriptResult
+from core.checkpoint import load_checkpoint
 from core.preparation import agreed_precision
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import list_images
 from models.resnet import RESNETS, ResNet, recompute_blocks
-from test_exact_step import DoubleStep
-from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
+from steps import GOLDEN_FILES, GoldenStep, meta_of
 from test_train_cli import only_run, training_flags
 from training.distributed import Rank
+from training.local_batch import LocalBatch
 from training.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from training.validation import Validator
 from utils.errors import UserError
@@ -84,85 +81,59 @@ def in_processes(work, *arguments):
     return [outcomes[index] for index in range(WORLD)]
 
 
-def shared(kind, rank):
-    """A golden step, plain or in float64, of which a process computes its share."""
-
-    class SharedStep(kind):
-        def take_step(self, step, networks, optimizers, perceptual, batch, config, scale_factor, labels):
-            mine = rank.share(len(batch.source[0]))
-            samples = slice(mine.start, mine.stop)
-            for net in (*self.nets.values(), *([labels.target_net] if labels else [])):
-                synchronise_batch_norms(net)
-            part = replace(
-                batch,
-                source=[level[samples] for level in batch.source],
-                target=[level[samples] for level in batch.target],
-                label=None if batch.label is None else batch.label[samples],
-            )
-            share = BatchShare(len(mine) / len(batch.source[0]), rank.add_up)
-            result = step(networks, optimizers, perceptual, part, config, scale_factor, labels, share=share)
-            rank.add_up(list(result.losses.values()))
-            return result
-
-    return SharedStep
+def take_together(step, rank, **way):
+    """Take a golden step of which this process computes its samples; its losses become those of the whole batch."""
+    mine = rank.share(len(step.batch.source[0]))
+    samples = slice(mine.start, mine.stop)
+    for net in (*step.nets.values(), *([step.segmentation.seg_sit] if step.segmentation else [])):
+        synchronise_batch_norms(net)
+    batch = replace(
+        step.batch,
+        source=[level[samples] for level in step.batch.source],
+        target=[level[samples] for level in step.batch.target],
+        label=None if step.batch.label is None else step.batch.label[samples],
+    )
+    local = LocalBatch(len(mine) / len(step.batch.source[0]), rank.add_up)
+    step.take(batch=batch, local=local, **way)
+    rank.add_up(list(step.result.losses.values()))
 
 
-# The batch of the batch norm file is 3, which gives shares of 2 and 1.
-EXACT = [
-    (path, scale, mode)
-    for path in FILES
-    for scale, mode in ((1, "plain"), (2, "recompute"))
+# A batch of 3, as in the batch norm file, is divided into 2 and 1.
+TOGETHER = [
+    (path, scale, {"recompute": scale == max(meta_of(path)["scales"])})
+    for path in GOLDEN_FILES
+    if meta_of(path)["batch"] >= WORLD
+    for scale in meta_of(path)["scales"]
 ]
 
 
-def _meets_the_reference(rank, path, scale, mode):
-    step = shared(GoldenStep, rank)(path, scale, mode)
-    golden_tests.test_optimizer_order(step)
-    golden_tests.test_losses(step)
-    golden_tests.test_gradients(step)
-    golden_tests.test_weights_after_the_step(step)
-    if step.labels:
-        golden_tests.test_segmentation_weights_after_the_step(step)
+def _meets_the_reference(rank, path, scale, way):
+    step = GoldenStep(path, scale)
+    take_together(step, rank, **way)
+    step.check_order()
+    step.check_losses()
+    step.check_gradients()
+    step.check_weights()
     if rank.is_first:
-        golden_tests.test_images(step)
-
-
-@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
-def test_two_processes_meet_the_reference_numbers(path):
-    """At scale 0: at the finer ones single LeakyReLUs change side, in one process of one thread, too."""
-    in_processes(_meets_the_reference, path, 0, "plain")
-
-
-def _double_step(rank, path, scale, mode):
-    torch.Tensor.float = lambda self: self
-    step = shared(DoubleStep, rank)(path, scale, mode)
+        step.check_images()
     buffers = {f"{name} {key}": value for name, net in step.nets.items() for key, value in net.named_buffers()}
     weights = {f"{name} {key}": value for name, net in step.nets.items() for key, value in net.state_dict().items()}
-    if step.labels:
-        weights |= {f"Q {key}": value for key, value in step.labels.target_net.state_dict().items()}
-    return step.order, step.result.losses, step.gradients, buffers, weights
+    if step.segmentation:
+        weights |= {f"Q {key}": value for key, value in step.segmentation.seg_sit.state_dict().items()}
+    return buffers, weights
 
 
-@pytest.mark.parametrize(("path", "scale", "mode"), EXACT, ids=[f"{p.stem}-scale{s}-{m}" for p, s, m in EXACT])
-def test_the_step_of_two_processes_is_that_of_one(path, scale, mode, monkeypatch):
-    one, two = in_processes(_double_step, path, scale, mode)
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
-    alone = DoubleStep(path, scale, mode)
-    order, losses, gradients, buffers, weights = one
-    assert order == alone.order
-    for name, value in alone.result.losses.items():
-        assert float(losses[name]) == pytest.approx(float(value), rel=1e-11), name
-    for step, expected in alone.gradients.items():
-        net = alone.nets.get(step.split("#")[0])
-        noise = zero_gradient_biases(net) if net else set()
-        assert expected.keys() == gradients[step].keys()
-        for name in expected.keys() - noise:
-            assert relative_l2(gradients[step][name], expected[name]) < 1e-9, f"{step} {name}"
+@pytest.mark.parametrize(("path", "scale", "way"), TOGETHER, ids=[f"{p.stem}-scale{s}" for p, s, _ in TOGETHER])
+def test_two_processes_meet_the_reference_numbers(path, scale, way):
+    one, two = in_processes(_meets_the_reference, path, scale, way)
+    alone = GoldenStep(path, scale)
+    alone.take(**way)
+    buffers, weights = one
     for name, value in buffers.items():
         net, key = name.split()
         torch.testing.assert_close(value, dict(alone.nets[net].named_buffers())[key], rtol=1e-9, atol=1e-9)
     for name, value in weights.items():
-        assert torch.equal(value, two[4][name]), name
+        assert torch.equal(value, two[1][name]), name
 
 
 def _twice_differentiated(norm, x):
@@ -211,8 +182,8 @@ def _backbone_gradients(rank, recompute, images):
 
 
 def _precision(rank, wishes):
-    core.execution.computes_in_bf16 = lambda device: True
-    core.execution.bf16_pays = lambda device: rank.is_first
+    training.precision.computes_in_bf16 = lambda device: True
+    training.precision.bf16_pays = lambda device: rank.is_first
     try:
         return [agreed_precision(wishes[rank.index], rank)]
     except UserError as error:
@@ -245,9 +216,7 @@ def test_shares_cover_the_batch(batch, shares):
 def _validated(rank, root):
     files = list_images(DATA_SETS["cityscapes"], root, "--trg_data_dir", split="val", training=False)
     torch.manual_seed(1)
-    net = torch.nn.Conv2d(3, 19, 3, padding=1)
-    net.network_input = PROCST_INPUT
-    return Validator(files, True, range(19), 19, torch.device("cpu"), 0, rank)(net)
+    return Validator(files, True, range(19), 19, torch.device("cpu"), 0, rank)(torch.nn.Conv2d(3, 19, 3, padding=1))
 
 
 def test_a_shared_validation_finds_the_same(tmp_path):
