@@ -193,6 +193,10 @@ def translate_images(
                 bar.update(len(batch))
                 if not go_on(len(batch)):
                     break
+    except (LoaderDied, RuntimeError) as error:
+        if not is_loader_death(error):
+            raise
+        raise LoaderDied(f"{LoaderDied.because(error)}; {GO_ON}") from None
     finally:
         writer.finish()
 
@@ -242,7 +246,5 @@ def _translate_share(
     try:
         with out_of_memory_means(lambda: f" on {device}; lower --batch_size or --num_workers, or name fewer devices"):
             translate_images(generators, device, files, outputs, root, config, quiet=True, go_on=go_on)
-    except (LoaderDied, RuntimeError) as error:
-        if not is_loader_death(error):
-            raise
-        raise UserError(f"{error}; {GO_ON}") from None
+    except LoaderDied as error:
+        raise UserError(str(error)) from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import shutil
 import signal
 import sys
 import threading
@@ -16,7 +15,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.util import get_temp_dir
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -29,7 +27,6 @@ MOST_SKIPPED = 10  # so many unusable samples one after the other are a fault of
 # batch takes on a slow, shared disk, and a network disk that stalls is usually back by then.
 TIMEOUT = 300  # seconds
 GRACE = 5.0  # seconds in which workers end by themselves
-_REMEDY = "memory or shared memory (/dev/shm) may be short, lower --num_workers"
 _END = object()
 
 
@@ -109,7 +106,7 @@ def _from_workers(loader: DataLoader) -> Iterator[Any]:
         sys.unraisablehook = hook
         _end(set(multiprocessing.active_children()) - before)
         reason = getattr(error, "strerror", None) or error
-        raise LoaderDied(f"loader processes cannot be started ({reason}): {_REMEDY}") from None
+        raise LoaderDied.because(f"loader processes cannot be started ({reason})") from None
     try:
         while True:
             requests.put(True)
@@ -121,7 +118,7 @@ def _from_workers(loader: DataLoader) -> Iterator[Any]:
             yield batch
     except Exception as error:
         if reason := _death(error, workers):
-            raise LoaderDied(f"{reason}: {_REMEDY}") from None
+            raise LoaderDied.because(reason) from None
         raise
     finally:
         requests.put(False)
@@ -153,7 +150,7 @@ def _death(error: Exception, workers: Iterable[BaseProcess]) -> str:
     if "in DataLoader worker process" in text:  # the error was raised in the worker, which lives
         return "a loader process found no shared memory" if "shared memory" in text else ""
     if is_loader_death(error):
-        return text.partition(". ")[0].rstrip(".")
+        return text
     # Tensors are fetched from the worker that made them: the lost connection may be noticed before the death is.
     connection.wait([worker.sentinel for worker in workers], timeout=1.0)
     codes = [worker.exitcode for worker in workers if worker.exitcode]
@@ -188,5 +185,4 @@ def _follow_parent(parent: int) -> None:
         received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
         if received is not None and received.si_pid == parent:
             os._exit(0)  # PyTorch takes any other exit code for an accident
-    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # sockets through which tensors are handed over
     os._exit(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import threading
 import traceback
@@ -14,7 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.util import get_temp_dir
 from typing import Any
 
 from utils.errors import UserError
@@ -41,7 +39,6 @@ def leave_the_end_to_parent() -> None:
 
     def watch() -> None:
         multiprocessing.parent_process().join()
-        shutil.rmtree(get_temp_dir(), ignore_errors=True)
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
