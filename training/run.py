@@ -229,7 +229,7 @@ class _Run:
             remove_leftovers(folder)
         folder = rank.broadcast(folder)
         run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
-        info = {**(continued.checkpoint.info if continued else {}), "run": folder.name, "run_id": run_id}
+        info = {"run": folder.name, "run_id": run_id}
         loop = Loop(method=method, run=config.run, folder=folder, validator=prepared.validator, info=info, stop=stop)
         if continued:
             loop.restore(continued.checkpoint, continued.origin)
