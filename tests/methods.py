@@ -6,11 +6,13 @@ A new method joins with an entry in `CASES`: its configuration, what checks its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from core.config import ProCSTConfig
@@ -44,6 +46,39 @@ def write_world(root: Path) -> Path:
     return root
 
 
+# Label id -> colour of three classes that a few steps tell apart.
+COLOURS = {7: (90, 90, 100), 11: (60, 120, 70), 26: (150, 60, 60)}
+
+
+def write_learnable_world(root: Path, seed: int) -> Path:
+    """Labelled source images of three classes with a colour each, and target images in a strong orange light."""
+    rng = np.random.default_rng(seed)
+    source = root / "gta"
+    target = root / "cityscapes" / "leftImg8bit" / "train" / "town"
+    for folder in (source / "images", source / "labels", target):
+        folder.mkdir(parents=True)
+    for k in range(14):
+        pixels, ids = _scene(rng)
+        Image.fromarray(pixels).save(source / "images" / f"{k:05d}.png")
+        Image.fromarray(ids).save(source / "labels" / f"{k:05d}.png")
+    for k in range(8):
+        light = 255 - (255 - _scene(rng)[0]) * np.array([0.3, 0.6, 0.9])
+        Image.fromarray(light.astype(np.uint8)).save(target / f"town_{k:06d}_000019_leftImg8bit.png")
+    return root
+
+
+def _scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (32,48,3) and label ids (32,48): two areas and a box, with noise."""
+    ids = np.full((32, 48), 7, dtype=np.uint8)
+    ids[: rng.integers(10, 18)] = 11
+    x, y = rng.integers(0, 32), rng.integers(8, 16)
+    ids[y : y + 10, x : x + 16] = 26
+    pixels = rng.normal(0.0, 20.0, (32, 48, 3))
+    for value, colour in COLOURS.items():
+        pixels[ids == value] += colour
+    return pixels.clip(0, 255).astype(np.uint8), ids
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A method in a setting.
@@ -52,6 +87,8 @@ class Case:
         flags: of its command line, by name; `{world}` in a value is the folder of `write_world`.
         change: is given the method before it is trained.
         has_dropout: several processes do not draw what one process draws.
+        learning: flags with which it learns in the world of `write_learnable_world` in a few steps; empty if that is
+            not tested in this setting.
         stops: (stage, step) after which a run is stopped: within a stage, at the end of one, before a validation.
     """
 
@@ -61,6 +98,7 @@ class Case:
     stops: tuple[tuple[int, int], ...]
     change: Callable[[Any], None] = lambda method: None
     has_dropout: bool = False
+    learning: Mapping[str, Any] = field(default_factory=dict)
 
     def prepared(self, world: Path, rank: Rank | None = None, **changes: Any) -> Any:
         """The method with its validator."""
@@ -123,26 +161,33 @@ SOURCE = {
     "num_steps": 6, "batch_size": 3, "val_count": 2, "validation_rate": 2, "output": "", "model": "UNet",
     "lr_semseg": 1e-2,
 }  # fmt: skip
-PROCST_STOPS = ((0, 1), (0, 3), (1, 2))
 LABELS = {"model": "UNet", "semseg_weights": f"{{world}}/{SOURCE_NET}", "lr_semseg": 1e-3, "validation_rate": 2}
 
 
-def procst(stops: tuple[tuple[int, int], ...] = PROCST_STOPS, **flags: Any) -> Case:
+def procst(learning: Mapping[str, Any] | None = None, **flags: Any) -> Case:
     """ProCST of two scales."""
-    return Case(config=ProCSTConfig, prepare=prepare_procst, flags={**PROCST, **flags}, stops=stops)
+    return Case(
+        config=ProCSTConfig, prepare=prepare_procst, flags={**PROCST, **flags}, learning=learning or {},
+        stops=((0, 1), (0, 3), (1, 2)),
+    )  # fmt: skip
 
 
 def source(stops: tuple[tuple[int, int], ...] = ((0, 1), (0, 4)), **more: Any) -> Case:
     """Training on source."""
-    flags = {**SOURCE, **more.pop("flags", {})}
-    return Case(config=SourceTrainingConfig, prepare=prepare_source, flags=flags, stops=stops, **more)
+    return Case(config=SourceTrainingConfig, prepare=prepare_source, flags=SOURCE, stops=stops, **more)
 
 
+LEARNABLE = {"src_resize": (48, 32), "crop_size": (48, 32)}
 CASES = {
-    "procst-group": procst(no_semseg=True, norm=("group",)),
+    "procst-group": procst(no_semseg=True, norm=("group",), learning={
+        **LEARNABLE, "crop_size": (32, 24), "trg_resize": (48, 32), "num_scales": 0, "batch_size_list": (2,),
+        "steps_per_scale": (16,), "lr_g": 2e-3, "lr_d": 2e-3,
+    }),
     "procst-batch": procst(no_semseg=True, norm=("batch",)),
     "procst-labels": procst(norm=("group",), **LABELS),
-    "source-unet": source(),
+    "source-unet": source(learning={
+        **LEARNABLE, "num_steps": 15, "batch_size": 4, "val_count": 4, "validation_rate": 15, "lr_semseg": 2e-2,
+    }),
     "source-dropout": source(change=_with_dropout, has_dropout=True, stops=((0, 3), (0, 6))),
     "source-batchnorm": source(change=_with_batch_norm),
-}
+}  # fmt: skip

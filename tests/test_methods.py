@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from methods import CASES, loop_of, run_quietly, steps_of, write_world
+from methods import CASES, loop_of, run_quietly, steps_of, write_learnable_world, write_world
 from processes import in_processes
 from training.checkpoint import LATEST, load_checkpoint, read_newest
+from utils.frechet import GaussianFit, frechet_distance
 from utils.stopping import Stopped
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -140,6 +141,38 @@ def test_every_trainable_tensor_is_in_one_group_and_moves(world, case):
         assert still == listed
         assert all(method.unused.values())
         method.end_stage(stage)
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.learning])
+def test_learning(tmp_path, case, seed):
+    """A segmentation net comes to predict held-out labels, and a translator comes closer to the target."""
+    world = write_learnable_world(tmp_path, seed)
+    prepared = CASES[case].prepared(world, manual_seed=seed, **CASES[case].learning)
+    method, validator = prepared.method, prepared.validator
+    loop = loop_of(prepared, tmp_path)
+    loop.begin_stage(0, resumed=False)
+    before = validator(method.eval_net()).mean_iou if validator else None
+    run_quietly(loop)
+    if validator:
+        assert validator(method.eval_net()).mean_iou > before + 0.1
+    else:
+        images = {name: colours(image) for name, image in method.images().items()}
+        untranslated, translated = (frechet_distance(images[name], images["target"]) for name in ("source", "SiT"))
+        assert translated < 0.5 * untranslated
+
+
+def colours(images):
+    """Gaussian of the colours of images (B,3,h,w)."""
+    fit = GaussianFit(3)
+    fit.add(images.permute(0, 2, 3, 1).flatten(0, 2).numpy())
+    return fit
+
+
+# --- what a step does not do -----------------------------------------------------------------------------------------
 
 
 class NoHostReads(TorchDispatchMode):
