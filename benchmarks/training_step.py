@@ -20,31 +20,26 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.command_line import build_parser, config_from_flags
-from core.execution import (
-    Execution,
-    computes_in_bf16,
-    image_layout,
-    micro_batch_size,
-    recomputes_blocks,
-    set_convolution_precision,
-)
-
 from benchmarks.literal_step import collect_gradients, literal_step
 from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
 from benchmarks.setting import Setting, build_setting
 from benchmarks.waiting import share_waiting, write_pictures
+from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig
 from core.double_backward import RECOMPUTES
-from core.step import Batch, training_step
+from core.losses import gradient_penalty
+from core.running import micro_batch_size, procst_runner
+from core.step import Batch, Run, training_step
 from data_handlers.cache import ImageCache
 from data_handlers.lists import FileList
 from models.resnet import recompute_blocks
+from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
 from utils.devices import resolve_device
 from utils.errors import run_cli
 from utils.flags import parse_flags
@@ -55,12 +50,17 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to make a step: `literal`, or ours in a precision."""
+    """A way to make a step: `literal`, or ours in a precision.
+
+    Attributes:
+        bf16_discriminators: as of `core.running.procst_runner`.
+        autograd_penalty: the gradient penalty without core/double_backward.py.
+    """
 
     name: str
     precision: str
-    compiled: bool = False
     bf16_discriminators: bool = False
+    autograd_penalty: bool = False
 
     @property
     def literal(self) -> bool:
@@ -68,22 +68,39 @@ class Variant:
 
     def step_of(self, setting: Setting, config: ProCSTConfig, recompute: bool) -> Callable[[], object]:
         """A function that makes one step in `setting`; the literal step knows no `recompute`."""
-        arguments = (
-            setting.networks, setting.optimizers, setting.perceptual, setting.batch, config.loss,
-            config.network.scale_factor, setting.labels,
-        )  # fmt: skip
+        segmentation = setting.segmentation
+        arguments = {
+            "nets": setting.networks, "optimizers": setting.optimizers, "perceptual": setting.perceptual,
+            "batch": setting.batch, "loss": config.loss, "scale_factor": config.network.scale_factor,
+            "segmentation": segmentation,
+        }  # fmt: skip
         if self.literal:
-            collect_gradients(setting.perceptual, *([setting.labels.source_net] if setting.labels else []))
-            return partial(literal_step, *arguments)
+            collect_gradients(setting.perceptual, *([segmentation.seg_source] if segmentation else []))
+            return partial(literal_step, **arguments)
         norm = setting.networks.Gst.shape.norm
-        # What is recomputed, the layout and the size of a micro-batch are as on a GPU; --memory pretends to be one.
+        # Recomputation, layout and micro-batches are those of a GPU with `recompute`, which --memory sets on any device.
         device = torch.device("cuda" if recompute else "cpu")
-        layout = None if recompute else image_layout
-        execution = Execution(self.precision, self.compiled, self.bf16_discriminators, layout=layout)
-        if setting.labels and recomputes_blocks(self.precision, device):
-            recompute_blocks(setting.labels.target_net)
+        if segmentation and recomputes_blocks(self.precision, device):
+            recompute_blocks(segmentation.seg_sit)
         micro_batch = micro_batch_size(setting.batch.source[-1].shape, norm, device)
-        return partial(training_step, *arguments, forward=execution, recompute=recompute, micro_batch=micro_batch)
+        run = self.runner(recompute)
+        return partial(training_step, **arguments, run=run, recompute=recompute, micro_batch=micro_batch)
+
+    def runner(self, as_on_gpu: bool) -> Run:
+        """Calls networks as a ProCST run on a GPU or CPU does."""
+        run: Run = procst_runner(self.precision, self.bf16_discriminators)
+        if as_on_gpu:
+            run = Runner(run.precision, keep_float32=run.keep_float32)
+        return with_autograd_penalty(run) if self.autograd_penalty else run
+
+
+def with_autograd_penalty(run: Run) -> Run:
+    """`run` for discriminators that are not told that a gradient is to be differentiated twice."""
+
+    def run_without_flag(network: nn.Module, *inputs: object) -> object:
+        return run(network, *(x for x in inputs if x is not True))
+
+    return run_without_flag
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -91,12 +108,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmark")
     group.add_argument("--rounds", type=int, default=5, help="timed steps of each variant (default: %(default)s)")
     group.add_argument("--scales", type=int, nargs="+", default=None, help="scales to time (default: all)")
+    group.add_argument("--penalty", action="store_true", help="only the gradient penalty, with and without its own code")
     group.add_argument("--memory", action="store_true", help="no timing: bytes alive at once and work, on any machine")
 
 
-def variants(device: torch.device, compiled: bool) -> list[Variant]:
+def variants(device: torch.device) -> list[Variant]:
     """The literal step first, then ours in every precision of the device."""
-    ours = [Variant("fp32", "fp32")]
+    ours = [Variant("fp32", "fp32"), Variant("fp32, autograd's penalty", "fp32", autograd_penalty=True)]
     if device.type == "cuda":
         ours.append(Variant("tf32", "tf32"))
     if computes_in_bf16(device):
@@ -104,7 +122,7 @@ def variants(device: torch.device, compiled: bool) -> list[Variant]:
     found = [Variant("literal", "fp32")]
     if device.type == "cuda":
         found.append(Variant("literal tf32", "tf32"))  # PyTorch's own default for convolutions
-    return [*found, *ours, *(replace(v, name=f"{v.name} compiled", compiled=True) for v in ours if compiled)]
+    return [*found, *ours]
 
 
 def arithmetic_floor(flops: Mapping[torch.dtype, int], ceilings: Mapping[str, float], variant: Variant) -> float:
@@ -138,7 +156,10 @@ def print_memory(config: ProCSTConfig, scales: list[int]) -> None:
     for scale in scales:
         found = {}
         throughout = Variant("bf16 throughout", "bf16", bf16_discriminators=True)
-        for variant in (Variant("literal", "fp32"), Variant("fp32", "fp32"), Variant("bf16", "bf16"), throughout):
+        autograd = Variant("fp32, autograd's penalty", "fp32", autograd_penalty=True)
+        for variant in (
+            Variant("literal", "fp32"), Variant("fp32", "fp32"), autograd, Variant("bf16", "bf16"), throughout
+        ):  # fmt: skip
             found[variant.name] = meter = count_step(config, scale, variant)
             flops = " | ".join(f"{meter.flops[dtype] / 1e12:.1f}" for dtype in (torch.float32, torch.bfloat16))
             print(
@@ -185,7 +206,10 @@ def main() -> None:
     if flags.memory:
         print_memory(config, scales)
         return
-    compared = variants(device, config.compute.compile)
+    if flags.penalty:
+        print_penalty(config, scales, device, flags.rounds)
+        return
+    compared = variants(device)
     ceilings = {v.precision: matmul_ceiling(device, DTYPES[v.precision], v.precision == "tf32") for v in compared}
     copy = copy_ceiling(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -202,6 +226,46 @@ def main() -> None:
             _print_scale(config, scale, device, compared, flags.rounds, ceilings, copy, waiting)
 
 
+def print_penalty(config: ProCSTConfig, scales: list[int], device: torch.device, rounds: int) -> None:
+    """A table of the gradient penalty and its backward, with core/double_backward.py and by autograd alone.
+
+    Both are timed in turns, in float32, on a micro-batch; the shortest time counts. Memory is counted beyond the
+    discriminator and the images; on a CPU the counts of its own code are without the recomputation that a GPU makes.
+    """
+    print("| scale, samples | penalty | ms | GB alive | operators |\n" + "| --- " * 5 + "|")
+    for scale in scales:
+        setting = build_setting(config, scale, device, fused=True)
+        real, fake = setting.batch.target[-1], setting.batch.source[-1]
+        samples = micro_batch_size(real.shape, setting.networks.Dst.shape.norm, device) or len(real)
+        real, fake, alpha = real[:samples], fake[:samples], setting.batch.alphas[0]
+        discriminator = setting.networks.Dst
+        weights = list(discriminator.parameters())
+
+        def penalty(variant: Variant) -> None:
+            run = variant.runner(as_on_gpu=device.type == "cuda")
+
+            def score(image: Tensor) -> Tensor:
+                return run(discriminator, image, True)
+
+            gradient_penalty(score, real, fake, alpha).backward(inputs=weights)
+
+        compared = [Variant("double_backward.py", "fp32"), Variant("autograd", "fp32", autograd_penalty=True)]
+        times: dict[str, list[float]] = {variant.name: [] for variant in compared}
+        for turn in range(-2, rounds):
+            for variant in compared:
+                seconds = seconds_of(partial(penalty, variant), device)
+                if turn >= 0:
+                    times[variant.name].append(seconds)
+        for variant in compared:
+            with Meter() as meter:
+                penalty(variant)
+            print(
+                f"| {scale}, {len(real)} | {variant.name} | {1e3 * min(times[variant.name]):.1f} "
+                f"| {meter.peak / 1e9:.3f} | {meter.operators} |",
+                flush=True,
+            )
+
+
 def waiting_shares(
     config: ProCSTConfig,
     scale: int,
@@ -212,7 +276,7 @@ def waiting_shares(
     rounds: int,
 ) -> tuple[str, str]:
     """Share of time waiting for data without and with the cache; the literal step has no loader of ours."""
-    if variant.literal or variant.compiled:
+    if variant.literal or variant.autograd_penalty:
         return "", ""
     setting = build_setting(config, scale, device, fused=True)
     set_convolution_precision(variant.precision)
@@ -238,9 +302,8 @@ def _print_scale(
     results = time_scale(config, scale, device, compared, rounds)
     counted = {}
     for variant in compared:
-        plain = replace(variant, compiled=False)
         setting = build_setting(config, scale, device, fused=not variant.literal)
-        step = plain.step_of(setting, config, device.type == "cuda")
+        step = variant.step_of(setting, config, device.type == "cuda")
         step()  # gradients and optimiser states are allocated
         with Meter() as meter:
             step()

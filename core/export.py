@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from core.networks import Generator
@@ -25,10 +25,11 @@ from training.precision import Precision, set_convolution_precision
 from utils.devices import cpus_per_device
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write_bytes
-from utils.loaders import batches_in_order
+from utils.loaders import load_in_order
 from utils.locks import say
 from utils.memory import keep_freed_memory
-from utils.processes import Job, init_loader, run_jobs
+from utils.processes import Job, run_jobs
+from utils.stopping import LoaderDied, is_loader_death
 
 GO_ON = "the images translated so far stay, go on with --skip_created_files"
 
@@ -110,24 +111,19 @@ class PngWriter:
 
 
 def _samples(images: SourceImages, num_workers: int, skip_unusable: bool) -> Iterator[tuple[str, list[Tensor]]]:
-    def loader_at(index: int) -> DataLoader:
-        return DataLoader(
-            images, batch_size=None, sampler=range(index, len(images)), num_workers=num_workers,
-            collate_fn=_as_it_is, worker_init_fn=init_loader,
-        )  # fmt: skip
-
-    for sample in batches_in_order(loader_at, GO_ON):
+    samples = load_in_order(
+        images,
+        range(len(images)),
+        num_workers=num_workers,
+        skip_unusable=skip_unusable,
+        or_else=f"; {GO_ON}, or leave such images out with --on_bad_image skip",
+    )
+    for sample in samples:
         if isinstance(sample, UserError):
-            if not skip_unusable:
-                raise UserError(f"{sample}; {GO_ON}, or leave such images out with --on_bad_image skip")
             say(f"skipped: {sample}")
             continue
         name, levels = sample
         yield name, [torch.from_numpy(level) for level in levels]
-
-
-def _as_it_is(sample: object) -> object:
-    return sample
 
 
 @dataclass(frozen=True)
@@ -174,8 +170,8 @@ def translate_images(
         go_on: told after every batch how many images it had; the rest is left out where it returns False.
 
     Raises:
-        UserError: an image cannot be read or written, or loader processes keep dying; whatever was translated before
-            is on disk and whole.
+        UserError: an image cannot be read or written; whatever was translated before is on disk and whole.
+        LoaderDied: a loader process died; likewise.
     """
     set_convolution_precision(config.precision)
     if device.type == "cpu":
@@ -243,5 +239,10 @@ def _translate_share(
     """`translate_images` in a process that shares the CPUs: `threads` of them compute where the device is the CPU."""
     if device.type == "cpu":
         torch.set_num_threads(min(threads, torch.get_num_threads()))
-    with out_of_memory_means(lambda: f" on {device}; lower --batch_size or --num_workers, or name fewer devices"):
-        translate_images(generators, device, files, outputs, root, config, quiet=True, go_on=go_on)
+    try:
+        with out_of_memory_means(lambda: f" on {device}; lower --batch_size or --num_workers, or name fewer devices"):
+            translate_images(generators, device, files, outputs, root, config, quiet=True, go_on=go_on)
+    except (LoaderDied, RuntimeError) as error:
+        if not is_loader_death(error):
+            raise
+        raise UserError(f"{error}; {GO_ON}") from None

@@ -16,7 +16,6 @@ from utils.errors import UserError
 
 ARRAY = "array.npy"
 MANIFEST = "cache.json"
-MOST_SKIPPED = 10  # so many unusable images one after the other are a fault of the disk, not of the images
 OR_SKIP = "; or leave such images out with --on_bad_image skip"
 
 

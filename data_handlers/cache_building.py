@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data_handlers.cache import ARRAY, MANIFEST, MOST_SKIPPED, OR_SKIP, ImageCache, read_unusable
+from data_handlers.cache import ARRAY, MANIFEST, OR_SKIP, ImageCache, read_unusable
 from data_handlers.choices import Resample
 from data_handlers.images import image_size, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
 from utils.files import atomic_write_json, make_folder
-from utils.loaders import batches_in_order
+from utils.loaders import load_in_order
 from utils.locks import say
-from utils.processes import init_loader
 
 # To be raised when the code that reads or resizes images and labels changes its results.
 FORMAT = 2
@@ -202,32 +201,29 @@ def _build(folder: Path, part: _Part, num_workers: int, skip_unusable: bool) -> 
 
 
 def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool) -> dict[int, str]:
-    """Write the part as a .npy file to the disk; returns what was wrong with the files that zeros stand for."""
-    samples = _Samples(part)
+    """Write the part as a .npy file and wait until it is on the disk; files that cannot be used become zeros.
 
-    def loader_at(index: int) -> DataLoader:
-        # Orphaned workers would hold the disk space of a half-built cache: they have inherited the open file.
-        return DataLoader(
-            samples, batch_size=None, sampler=range(index, len(samples)), num_workers=num_workers,
-            collate_fn=_as_it_is, worker_init_fn=init_loader,
-        )  # fmt: skip
-
+    Returns:
+        What was wrong with the files that cannot be used, by position in the list.
+    """
     unusable: dict[int, str] = {}
-    # Written and not memory-mapped: in a mapped file, a full disk kills the process without a word.
+    # Written, not memory-mapped: in a mapped file, a full disk kills the process without a message.
     with open(path, "xb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": part.shape}
         np.lib.format.write_array_header_1_0(file, header)
-        loaded = batches_in_order(loader_at, "no cache was made")
+        loaded = load_in_order(
+            _Samples(part),
+            range(len(part.files)),
+            num_workers=num_workers,
+            skip_unusable=skip_unusable,
+            or_else=OR_SKIP,
+        )
         named = f"caching {part.kind} of {part.files.data_set.name}"
-        for index, sample in enumerate(tqdm(loaded, desc=named, unit="img", total=len(samples))):
-            if not isinstance(sample, UserError):
-                file.write(sample)
-            elif skip_unusable and not all(index - k in unusable for k in range(1, MOST_SKIPPED)):
+        for index, sample in enumerate(tqdm(loaded, desc=named, unit="img", total=len(part.files))):
+            if isinstance(sample, UserError):
                 unusable[index] = str(sample)
-                file.write(bytes(math.prod(part.shape[1:])))
-            else:
-                many = f"; and so are the {MOST_SKIPPED - 1} files before it: is the disk there?"
-                raise UserError(f"{sample}{many if skip_unusable else OR_SKIP}")
+                sample = bytes(math.prod(part.shape[1:]))
+            file.write(sample)
         file.flush()
         os.fsync(file.fileno())
     return unusable
@@ -244,8 +240,4 @@ class _Samples(Dataset):
         try:
             return self.part.read(index)
         except UserError as error:
-            return error  # raised in the main process, without a worker's traceback around it
-
-
-def _as_it_is(sample: object) -> object:
-    return sample
+            return error

@@ -186,8 +186,8 @@ def resize_image(image: Image.Image, size: tuple[int, int], resample: Resample) 
     """Resize an RGB image to (W,H) with the antialiased bicubic filter, uint8 (H,W,3).
 
     Args:
-        resample: `exact` is Pillow's arithmetic, the method's own; `fast` is PyTorch's, several times as fast and at
-            most one level off in some values of a thousand.
+        resample: `exact` is Pillow's arithmetic, which the method uses; `fast` is PyTorch's, which is several times as
+            fast and differs by one level of 0..255 in a few of a thousand values.
     """
     if image.size == size:
         return np.array(image)

@@ -1,8 +1,8 @@
 """An endless stream of training batches for each domain, drawn by step number.
 
-What step k sees is a function of (seed, domain, scale, k): the order of an epoch comes from a permutation seeded by
-the epoch's number, the crop from a generator seeded by the sample's position. Worker processes only compute, so their
-number never matters, and a resumed run continues the stream by starting at its step.
+The batch of step k is a function of (seed, domain, scale, k): the order of an epoch comes from a permutation seeded by
+the epoch's number, and the crop from a generator seeded by the sample's position. The number of worker processes does
+not change the batches, and a resumed run continues the stream by starting at its step.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from data_handlers.cache import MOST_SKIPPED, OR_SKIP, ImageCache
+from data_handlers.cache import OR_SKIP, ImageCache
 from data_handlers.choices import OnBadImage, Resample
 from data_handlers.images import check_label_header, read_label, read_resized, resize_label
 from data_handlers.lists import FileList
 from utils.errors import UserError
-from utils.loaders import batches_in_order
-from utils.processes import init_loader
+from utils.loaders import MOST_SKIPPED, disk_fault, load_in_order
 
 DOMAINS = ("source", "target")
-LabelUse = Literal["none", "check", "read"]  # not looked at; headers only; decoded and returned
+LabelUse = Literal["none", "check", "read"]  # labels are ignored; checked by their header; decoded and returned
 
 # Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
 PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -33,7 +32,7 @@ PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What a stream draws from and in which order.
+    """The order in which a stream draws samples, and how it makes them (docs/method.md, section 1).
 
     Attributes:
         seed: of the run.
@@ -42,11 +41,11 @@ class StreamConfig:
         batch_size: samples in a step.
         steps_per_epoch: steps before a new permutation is drawn.
         epoch_length: images in an epoch; a shorter list is repeated to this length.
-        resize, crop: (W,H).
-        labels: whether labels are ignored, checked by their header where nothing is cached, or read.
-        flip: mirror every second sample, drawn at random, left to right.
+        resize, crop: (W,H) in pixels.
+        labels: whether labels are ignored, checked by their header (not where images are cached), or read.
+        flip: mirror samples left to right with probability 1/2.
         resample: how images are resized.
-        on_bad_image: `skip` takes the next image of the epoch in place of one that cannot be used.
+        on_bad_image: `stop` raises for an image that cannot be used; `skip` takes the next one of the epoch instead.
     """
 
     seed: int
@@ -65,7 +64,13 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """Pyramid levels as uint8 (h_i,w_i,3), trainIds uint8 (H,W) where labels are read, and why images were skipped."""
+    """One sample of a stream.
+
+    Attributes:
+        levels: pyramid levels, coarse to fine, uint8 (h_i,w_i,3).
+        label: trainIds uint8 (H,W), None where labels are not read.
+        skipped: the messages about images that could not be used and that this one replaces.
+    """
 
     levels: list[np.ndarray]
     label: np.ndarray | None
@@ -74,10 +79,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class DomainBatch:
-    """Pyramid levels as uint8 (B,h_i,w_i,3), and trainIds uint8 (B,H,W) where labels are read.
+    """The samples of one step.
 
     Attributes:
-        skipped: what was wrong with images that others were taken in place of.
+        levels: pyramid levels, coarse to fine, uint8 (B,h_i,w_i,3).
+        label: trainIds uint8 (B,H,W), None where labels are not read.
+        skipped: the messages about images that could not be used and that others replace.
     """
 
     levels: list[Tensor]
@@ -91,7 +98,7 @@ class DomainBatch:
 
 
 class StreamSamples(Dataset):
-    """Sample at each position of the stream; position = step * batch size + place in the batch."""
+    """The sample at each position of the stream; position = step * batch size + place in the batch."""
 
     def __init__(
         self, files: FileList, config: StreamConfig, pyramid: PyramidOf, cache: ImageCache | None = None
@@ -132,13 +139,11 @@ class StreamSamples(Dataset):
             try:
                 return self._load(position, wrong)
             except UserError as error:
-                # Returned: a worker's exception would reach the main process wrapped in its traceback, and the message
-                # is meant to stand alone.
                 if self.config.on_bad_image == "stop":
                     return UserError(f"{error}{OR_SKIP}")
                 wrong.append(str(error))
                 if len(wrong) == MOST_SKIPPED:
-                    return UserError(f"{error}; and so are the {MOST_SKIPPED - 1} images before it: is the disk there?")
+                    return disk_fault(error)
 
     def _load(self, position: int, skipped: Sequence[str]) -> Sample:
         image, label = self._resized(self.image_index(position, len(skipped)))
@@ -175,8 +180,13 @@ def _collate(samples: Sequence[Sample | UserError]) -> DomainBatch | UserError:
             return sample
     levels = [torch.from_numpy(np.stack(level)) for level in zip(*(sample.levels for sample in samples), strict=True)]
     labels = [sample.label for sample in samples if sample.label is not None]
+    label = torch.from_numpy(np.stack(labels)) if labels else None
+    if get_worker_info() is not None:
+        # Here, where it can be told that there is none: the thread that sends a batch drops it without an error.
+        for tensor in (*levels, *(() if label is None else (label,))):
+            tensor.share_memory_()
     skipped = tuple(reason for sample in samples for reason in sample.skipped)
-    return DomainBatch(levels, torch.from_numpy(np.stack(labels)) if labels else None, skipped)
+    return DomainBatch(levels, label, skipped)
 
 
 def open_stream(
@@ -192,29 +202,24 @@ def open_stream(
     """Yield the batches of the given steps in order.
 
     Args:
-        share: the samples of each batch that are wanted, None for all. It changes no sample.
-        cache: of these files at the configured size; it replaces reading them.
+        pyramid: makes the levels that are wanted of a cropped image.
+        pin_memory: page-locked batches, for asynchronous transfer to a GPU.
+        cache: of these files at the configured size, which is read instead of the files.
+        share: places in each batch whose samples are wanted, None for all; the samples are the same either way.
 
     Raises:
-        UserError: in the main process, when a file of a step cannot be used or loader processes keep dying.
+        UserError: in the main process, when a file of a step cannot be used.
+        LoaderDied: a loader process died; see `load_in_order`.
     """
     samples = StreamSamples(files, config, pyramid, cache)
     places = range(config.batch_size) if share is None else share
 
-    def loader_at(step: int) -> DataLoader:
-        first = (steps.start + step) * config.batch_size
-        starts = range(first, steps.stop * config.batch_size, config.batch_size)
-        return DataLoader(
-            samples,
-            batch_sampler=(range(start + places.start, start + places.stop) for start in starts),
-            num_workers=num_workers,
-            worker_init_fn=init_loader,
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            prefetch_factor=4 if num_workers else None,
-        )
-
-    for batch in batches_in_order(loader_at, "the last checkpoint stays, go on from there"):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    starts = range(steps.start * config.batch_size, steps.stop * config.batch_size, config.batch_size)
+    return load_in_order(
+        samples,
+        (range(start + places.start, start + places.stop) for start in starts),
+        num_workers=num_workers,
+        collate=_collate,
+        pin_memory=pin_memory,
+        prefetch=4,
+    )

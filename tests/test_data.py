@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 
 from data_handlers.classes import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16
 from data_handlers.datasets import DATA_SETS, DataSet
-from data_handlers.images import read_label
+from data_handlers.images import PROCST_INPUT, NetworkInput, read_label
 from data_handlers.label_maps import to_train_ids
 from data_handlers.lists import label_path, list_images, require_labels
 from data_handlers.pyramid import array_pyramid
@@ -37,6 +40,31 @@ def test_label_maps_cover_the_19_classes():
     assert set(SYNTHIA_16) - set(SYNTHIA_13) == {3, 4, 5}
     assert set(range(19)) - set(SYNTHIA_16) == {9, 14, 16}
     assert to_train_ids(np.array([7, 33, 0, 34]), CITYSCAPES_IDS).tolist() == [0, 18, 255, 255]
+
+
+def test_declarations_are_read_without_anything_heavy():
+    """The command lines read the names of the data sets before they import PyTorch."""
+    code = "import sys, data_handlers.datasets, data_handlers.choices; print(*sys.modules)"
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "PIL", "tqdm"} & set(result.stdout.split())
+
+
+def test_network_input_is_what_the_network_was_trained_on():
+    pixels = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = ((pixels.float() - 128.0) / 128.0).permute(0, 3, 1, 2)
+    assert torch.equal(PROCST_INPUT(pixels), expected)
+    assert torch.equal(PROCST_INPUT(pixels[0]), expected[0])
+    assert PROCST_INPUT(pixels).is_contiguous()
+    kept = pixels.clone()
+    mean, std = (104.0, 117.0, 123.0), (1.0, 2.0, 3.0)
+    found = NetworkInput(mean=mean, std=std, bgr=True)(pixels, torch.float64)
+    for channel, k in enumerate((2, 1, 0)):
+        assert torch.equal(found[:, channel], (pixels[..., k].double() - mean[k]) / std[k])
+    assert torch.equal(pixels, kept)
+    floats = pixels.float()
+    PROCST_INPUT(floats)
+    assert torch.equal(floats, kept.float())  # not changed in place
 
 
 def test_label_paths():

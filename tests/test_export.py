@@ -348,7 +348,7 @@ def test_compression_changes_the_files_and_not_the_pixels(world, tmp_path, run_s
 
 
 def test_bf16_moves_pixels_by_little(world, tmp_path, run_script, monkeypatch):
-    monkeypatch.setattr("core.execution.computes_in_bf16", lambda device: True)
+    monkeypatch.setattr("training.precision.computes_in_bf16", lambda device: True)
     exact = export(run_script, world, tmp_path / "exact")
     rounded = export(run_script, world, tmp_path / "rounded", "--precision", "bf16")
     differences = np.concatenate([(exact[n].astype(int) - rounded[n].astype(int)).ravel() for n in exact])

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -276,6 +277,8 @@ def test_a_log_that_cannot_be_written_gives_one_line(tmp_path, capsys, monkeypat
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    # pytest's own hook would keep the traceback of a thread from being printed.
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     if fault == "a file in its place":
         (tmp_path / "log").write_text("")
     if fault == "disk full from the start":

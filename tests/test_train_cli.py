@@ -8,13 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from core.checkpoint import load_checkpoint
-from core.execution import computes_in_bf16
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import create_sit_dataset
 import train_procst
+from core.checkpoint import load_checkpoint
+from training.precision import computes_in_bf16
 from core.trained_generators import load_trained_generators
 from utils.png import is_complete_rgb8
 from worlds import noise_image, write_cityscapes, write_gta5

@@ -31,9 +31,8 @@ from training.validation import Validator
 from utils.devices import default_gpus, training_devices
 from utils.errors import UserError, out_of_memory_means, run_cli
 from utils.files import check_folder, remove_leftovers
-from utils.loaders import LoaderDied, is_loader_death
 from utils.memory import keep_freed_memory
-from utils.stopping import Stopped, StopRequests
+from utils.stopping import LoaderDied, Stopped, StopRequests, is_loader_death
 
 # Environment variable: the folder of a new run, for the processes that train it together and are started again.
 RUN_DIR = "PROCST_RUN_DIR"
