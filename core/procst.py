@@ -20,7 +20,6 @@ from core.networks import Discriminator, Generator, freeze, init_weights
 from core.running import micro_batch_size, procst_runner
 from core.step import (
     Batch,
-    PerceptualNet,
     ScaleNetworks,
     ScaleOptimizers,
     SegmentationNets,
@@ -67,7 +66,7 @@ class ProCST(Method):
     """Trains generators and discriminators scale by scale; at the last scale with label losses where nets are given.
 
     Args:
-        perceptual: frozen feature network on the device.
+        perceptual: frozen feature network, a `PerceptualNet`, on the CPU.
         seg_source: P, frozen, on the CPU; None trains without label losses.
         seg_sit: Q, on the CPU; it is trained at the last scale.
     """
@@ -83,7 +82,7 @@ class ProCST(Method):
         rank: Rank,
         source: Domain,
         target: Domain,
-        perceptual: PerceptualNet,
+        perceptual: nn.Module,
         seg_source: nn.Module | None = None,
         seg_sit: nn.Module | None = None,
     ) -> None:
@@ -133,6 +132,7 @@ class ProCST(Method):
     def begin_stage(self, stage: int, resumed: bool) -> None:
         """Add freshly initialised networks of the scale, and make its optimisers."""
         optim, seed = self.config.optim, self.config.run.manual_seed
+        channels_last(self.perceptual.to(self.device, self.dtype))
         self.optimizers = {}
         for index, name in enumerate(NETWORKS):
             kind = Discriminator if name.startswith("D") else Generator

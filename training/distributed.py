@@ -138,19 +138,16 @@ def is_restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
+def _has_torchrun() -> bool:
+    """Whether torchrun, or `training.launching`, has started this process and watches it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _number(variable: str) -> int:
     value = os.environ[variable]
     if not (value.isascii() and value.isdecimal()):
         raise UserError(f"the environment variable {variable} is {value!r}, not a number; unset it, or use torchrun")
     return int(value)
-
-
-class LostConnection(Exception):
-    """Another process of the group is gone, and whoever started the group will notice: nothing is to be said here."""
-
-
-class AlreadyReported(UserError):
-    """Bad input that another process of the group reports."""
 
 
 @contextmanager
@@ -161,9 +158,9 @@ def joined() -> Iterator[Rank]:
     ended while it writes. Bad input that all of them meet is reported by the one that meets it first.
 
     Raises:
-        UserError: the variables are incomplete, or the other processes cannot be reached.
-        AlreadyReported: another process reports bad input.
-        LostConnection: another process is gone.
+        UserError: the variables are wrong, the others cannot be reached, or one is gone and torchrun does not restart it.
+        SystemExit: code 2 where another process reports bad input; code 1 where another process is gone, after which
+            torchrun starts all again.
     """
     if group_size() == 1:
         yield Rank()
@@ -178,14 +175,19 @@ def joined() -> Iterator[Rank]:
         except Stopped:
             rank.barrier()
             raise
-        except UserError as error:
+        except UserError:
             if _is_first(store):
                 raise
-            raise AlreadyReported(str(error)) from None
+            raise SystemExit(2) from None
         except Exception as error:
-            if _is_lost_connection(error):
-                raise LostConnection(str(error)) from None
-            raise
+            if not _is_lost_connection(error):
+                raise
+            if _has_torchrun():
+                raise SystemExit(1) from None
+            raise UserError(
+                "the connection to the other processes was lost: one of them was ended, or its machine cannot be "
+                "reached; continue from the last checkpoint"
+            ) from None
 
 
 @contextmanager
@@ -233,7 +235,7 @@ def _is_lost_connection(error: Exception) -> bool:
 
 def _end_with_launcher() -> None:
     """Ask this process to stop when torchrun, which started it, has been killed."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _has_torchrun():
         return
     launcher = os.getppid()
 

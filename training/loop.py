@@ -124,6 +124,7 @@ class Loop:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{origin}: the state of the method is incomplete ({error})") from None
         self.step, self.stage_finished = checkpoint.step, checkpoint.stage_finished
+        self.info = {**checkpoint.info, **self.info}
         self.validations, self.skipped = list(checkpoint.validations), list(checkpoint.skipped)
         self.saved = (self.stage, self.step)
 
