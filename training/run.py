@@ -132,7 +132,7 @@ class _Run:
             set_convolution_precision(precision)
             config = replace(config, run=replace(config.run, precision=precision))
             prepared = self.prepare(config, self.rank, continued)
-            for name in ("checkpoints_dir", "tb_logs_dir"):
+            for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
                 check_folder(Path(getattr(config.run, name)), f"--{name}")
         self._require_one_run(prepared)
         if flags.dry_run:
@@ -185,7 +185,7 @@ class _Run:
         folder = continued.origin.parent if continued else folder
         loop = Loop(method=prepared.method, run=prepared.method.config.run, folder=folder)
         if self.rank.is_main:
-            print("\n".join([*prepared.method.describe(), prepared.validation_line]))
+            print("\n".join(filter(None, [*prepared.method.describe(), prepared.validation_line])))
         with out_of_memory_means(lambda: _less_memory(loop)):
             dry_run(loop, continued=continued is not None, with_best=prepared.validator is not None)
 
@@ -222,7 +222,7 @@ class _Run:
             content = {"method": method.name, "config": config.to_json(), "inputs": method.inputs()}
             where = {"stage": loop.stage, "step": loop.step}
             write_record(folder, content, {**where, **environment(rank.device, rank.count)})
-            print("\n".join([*method.describe(), prepared.validation_line]))
+            print("\n".join(filter(None, [*method.describe(), prepared.validation_line])))
             print(f"run folder: {folder}", flush=True)
         progress = Progress(
             method=method,
