@@ -1,8 +1,8 @@
-"""Starting the processes of one machine that train together; `training.distributed.joined` connects them.
+"""Starting the processes of one machine that work together, and running a command in them.
 
-PyTorch's elastic launcher starts them, ends all when one has died, and starts all again, up to `RESTARTS` times: they
-continue from the last checkpoint. A process that ends for a reason that a restart cannot mend (bad input, a requested
-stop) leaves its exit code in a folder of the launcher and ends with 0, so that nothing is restarted.
+PyTorch's elastic launcher starts them, ends all when one has died, and starts all again, up to `RESTARTS` times: a
+training continues from the last checkpoint. A process that ends for a reason that a restart cannot mend (bad input, a
+requested stop) leaves its exit code in a folder of the launcher and ends with 0, so that nothing is restarted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -24,52 +24,101 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from utils.errors import UserError
+from training.distributed import AlreadyReported, LostConnection, Rank, joined
+from utils.errors import UserError, run_cli
 from utils.locks import say
-from utils.stopping import SAME_REQUEST, STOP_SIGNALS, announce
+from utils.stopping import SAME_REQUEST, STOP_SIGNALS, STOPPED, Stopped, announce
 
 RESTARTS = 3
 FOLDER = "PROCST_LAUNCHER_FOLDER"  # environment variable: where the processes leave their numbers and exit codes
 
 
+def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
+    """Run `body` in this process, alone or as one of those that `launch`, torchrun or a batch system has started.
+
+    Args:
+        body: is given this process's rank, whose device is not yet chosen; alone, it may `launch` others.
+        if_lost: what to do where the connection to the other processes is lost, as the end of a message.
+
+    Raises:
+        UserError: bad input, or another process is gone.
+        SystemExit: another process says what is the matter, or the launcher does.
+        Stopped: in the main process, when all have been asked to stop.
+    """
+    rank = Rank()
+
+    def main() -> None:
+        nonlocal rank
+        try:
+            with joined() as rank:
+                body(rank)
+        except AlreadyReported:
+            raise SystemExit(2) from None
+        except Stopped:
+            if rank.is_main:
+                raise
+            raise SystemExit(STOPPED) from None
+        except LostConnection:
+            if is_launched():
+                raise SystemExit(1) from None  # the launcher starts all processes again, or ends them
+            raise UserError(
+                "the connection to the other processes was lost: one of them was ended, or its machine cannot be "
+                f"reached; {if_lost}"
+            ) from None
+
+    if is_launched():
+        with _launched():
+            run_cli(main)
+    else:
+        main()
+
+
 def launch(
-    script: Path, arguments: Sequence[str], devices: Sequence[torch.device], environment: Mapping[str, str]
-) -> int:
-    """Run a script in one process for each device of this machine and wait for all; returns their exit code.
+    script: Path,
+    devices: Sequence[torch.device],
+    *,
+    environment: Mapping[str, str] | None = None,
+    restarts: int = RESTARTS,
+    if_killed: str = "the same command continues from the last checkpoint",
+) -> None:
+    """Run a script with this command line in one process for each device of this machine, and wait for all.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the processes, which decide what to do about it; a second one
     kills them.
 
     Args:
-        script: its `main` runs inside `launched`.
-        arguments: its command line.
+        script: its work is done inside `in_processes`.
         environment: variables for the processes.
+        restarts: how often all processes are started again when one has died.
+        if_killed: what to do when a process was killed more often, as the end of a message.
 
     Raises:
+        SystemExit: with the exit code of the processes, unless it is 0.
         UserError: a process was killed more often than it was restarted.
     """
+    environment = environment or {}
     with tempfile.TemporaryDirectory(prefix="procst_ranks_") as folder, _environment({FOLDER: folder, **environment}):
         with _signals_passed_on(Path(folder)) as received, _without_logging():
             try:
-                elastic_launch(_configuration(len(devices)), sys.executable)(str(script), *arguments)
+                elastic_launch(_configuration(len(devices), restarts), sys.executable)(str(script), *sys.argv[1:])
                 failure = None
             except ChildFailedError as error:
                 index, failure = next(iter(error.failures.items()))  # the first one noticed; the others followed
         codes = sorted(int(path.read_text()) for path in Path(folder).glob("*.code"))
     if codes:
-        return codes[0]
+        raise SystemExit(codes[0])
     if failure is None:
-        return 0
+        return
     if received:
-        return 128 + received[-1]
+        raise SystemExit(128 + received[-1])
     if failure.exitcode > 0:
-        return failure.exitcode
+        raise SystemExit(failure.exitcode)
     name = signal.Signals(-failure.exitcode).name
     hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+    often = f" after {restarts} restarts" if restarts else ""
     print(file=sys.stderr)  # its progress bar was left without a line's end
     raise UserError(
-        f"process {index} ({devices[index]}) was ended by signal {-failure.exitcode} ({name}{hint}) after {RESTARTS} "
-        "restarts; the same command continues from the last checkpoint"
+        f"process {index} ({devices[index]}) was ended by signal {-failure.exitcode} ({name}{hint}){often}; {if_killed}"
     )
 
 
@@ -79,15 +128,12 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def launched() -> Iterator[None]:
-    """Report to the launcher, if there is one: pass on its signals, and leave it the exit code that ends all.
+def _launched() -> Iterator[None]:
+    """Report to the launcher: have its signals passed on, and leave it the exit code that ends all.
 
     Raises:
         SystemExit: with code 0 in place of a code that a restart cannot mend.
     """
-    if not is_launched():
-        yield
-        return
     folder = Path(os.environ[FOLDER])
     if any(folder.glob("*.code")):
         raise SystemExit(0)  # all were restarted because others lost their connection to one that ended for good
@@ -99,11 +145,12 @@ def launched() -> Iterator[None]:
     except SystemExit as end:
         if end.code not in (0, 1, None):
             (folder / f"{os.getpid()}.code").write_text(str(end.code))
-            raise SystemExit(0) from None
+            if os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+                raise SystemExit(0) from None
         raise
 
 
-def _configuration(processes: int) -> LaunchConfig:
+def _configuration(processes: int, restarts: int) -> LaunchConfig:
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -113,7 +160,7 @@ def _configuration(processes: int) -> LaunchConfig:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=RESTARTS,
+        max_restarts=restarts,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         # By default the launcher kills its processes 30 seconds after a signal of ours, in the middle of saving.

@@ -17,10 +17,10 @@ import torch
 
 from training.checkpoint import Checkpoint, read_newest
 from training.config import StartFlags
-from training.distributed import AlreadyReported, LostConnection, Rank, is_restarted, joined
+from training.distributed import Rank, is_restarted
 from training.dry_run import dry_run
 from training.flags import Config, section_from
-from training.launching import is_launched, launch, launched
+from training.launching import in_processes, is_launched, launch
 from training.loop import Loop
 from training.method import Method
 from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
@@ -29,7 +29,7 @@ from training.record import environment, write_record
 from training.run_folder import checkpoint_ids, folder_to_continue, lock_run_folder, log_name, print_skipped
 from training.validation import Validator
 from utils.devices import default_gpus, training_devices
-from utils.errors import UserError, out_of_memory_means, run_cli
+from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder, remove_leftovers
 from utils.loaders import LoaderDied, is_loader_death
 from utils.memory import keep_freed_memory
@@ -83,25 +83,11 @@ def train(
         Stopped: the run was asked to stop, and its state is saved.
     """
 
-    def main() -> None:
-        try:
-            with joined() as rank, ExitStack() as stack:
-                _Run(Path(script), config_class, method, prepare, given, rank, stack).start()
-        except AlreadyReported:
-            raise SystemExit(2) from None
-        except LostConnection:
-            if is_launched():
-                raise SystemExit(1) from None  # the launcher starts all processes again
-            raise UserError(
-                "the connection to the other processes was lost: one of them was ended, or its machine cannot be "
-                "reached; continue from the last checkpoint"
-            ) from None
+    def run(rank: Rank) -> None:
+        with ExitStack() as stack:
+            _Run(Path(script), config_class, method, prepare, given, rank, stack).start()
 
-    if is_launched():
-        with launched():
-            run_cli(main)
-    else:
-        main()
+    in_processes(run, "continue from the last checkpoint")
 
 
 @dataclass
@@ -162,9 +148,7 @@ class _Run:
         parent = Path(config.run.checkpoints_dir)
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.method_class.task(config)}"
         environment = {} if known else {RUN_DIR: str(parent.absolute() / name)}
-        code = launch(self.script, sys.argv[1:], devices, environment)
-        if code:
-            raise SystemExit(code)
+        launch(self.script, devices, environment=environment)
 
     def _with_precision(self, config: Any) -> Any:
         """The configuration with the precision that `auto` stands for, the same in every process."""
