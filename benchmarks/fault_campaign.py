@@ -25,12 +25,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.checkpoint import LATEST, PREVIOUS, load_checkpoint, read_newest
+from utils.flags import OneLineParser, parse_flags
 
 from benchmarks.pictures import write_gta5
 from benchmarks.victims import Victim
 from utils.errors import UserError, run_cli
 from utils.files import TEMPORARY
-from utils.flags import OneLineParser, parse_flags
 from utils.stopping import STOP_SIGNALS, STOPPED
 
 SIZE = (64, 32)

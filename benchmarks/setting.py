@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from core.label_networks import build_label_networks
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from core.config import ProCSTConfig
-from core.label_networks import build_label_networks
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets
 from data_handlers.pyramid import level_size

@@ -27,11 +27,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.command_line import build_parser, config_from_flags
+from utils.flags import parse_flags
+
 from benchmarks.literal_step import collect_gradients, literal_step
 from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
 from benchmarks.setting import Setting, build_setting
 from benchmarks.waiting import share_waiting, write_pictures
-from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig
 from core.double_backward import RECOMPUTES
 from core.losses import gradient_penalty
@@ -43,7 +45,6 @@ from models.resnet import recompute_blocks
 from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
 from utils.devices import resolve_device
 from utils.errors import run_cli
-from utils.flags import parse_flags
 from utils.memory import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}

@@ -13,8 +13,7 @@ from torch import nn
 
 from conftest import GOLDEN_DIR
 from core.cascade import to_unit_range
-from core.config import LossConfig
-from core.config import NetworkShape, layers_at_scale, published_norm
+from core.config import LossConfig, NetworkShape, layers_at_scale, published_norm
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets, training_step
 from data_handlers.images import normalise

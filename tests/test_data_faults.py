@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from core.checkpoint import load_checkpoint
 from torch.utils.data import Dataset
 
 import train_procst
-from core.checkpoint import load_checkpoint
 from data_handlers import stream as stream_module
 from faults import at_step, one_line, run_flags, same_as, undisturbed, world  # noqa: F401
 from utils import loaders as loaders_module

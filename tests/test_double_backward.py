@@ -6,17 +6,17 @@ import copy
 
 import pytest
 import torch
+from core.command_line import build_parser, config_from_flags
 from torch import nn
+from utils.flags import parse_flags
 
 from benchmarks.meters import Meter
 from benchmarks.training_step import Variant, count_step
-from core.command_line import build_parser, config_from_flags
 from core.double_backward import RECOMPUTES, has_double_backward
 from core.losses import gradient_penalty
 from core.networks import Discriminator
 from steps import build
 from training.synchronised_norm import synchronise_batch_norms
-from utils.flags import parse_flags
 
 NORMS = ("group", "batch")
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.losses import gradient_penalty
 from core.config import NetworkShape
+from core.losses import gradient_penalty
 from core.networks import Discriminator, Generator
 from core.running import image_layout, micro_batch_size, procst_runner
 from models.unet import UNet

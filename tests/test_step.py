@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from core.batches import penalty_alphas
 from torch import nn
 
 from benchmarks.literal_step import literal_step
-from core.batches import penalty_alphas
 from core.cascade import cascade, generated_pyramid
-from core.losses import gradient_penalty, gram_matrix, total_variation
 from core.config import NetworkShape, layers_at_scale, published_norm
+from core.losses import gradient_penalty, gram_matrix, total_variation
 from core.networks import Discriminator, Generator
 from core.running import procst_runner
 from core.step import Batch, micro_batches, reference_momenta
