@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from core.execution import Precision, set_convolution_precision
 from core.networks import Generator
-from data_handlers.pyramid import image_pyramid
 from core.translate import Translator
 from data_handlers.images import read_image
 from data_handlers.lists import FileList
+from data_handlers.pyramid import image_pyramid
 from utils.devices import cpus_per_device
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write_bytes
