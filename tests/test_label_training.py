@@ -141,12 +141,12 @@ def whole_resnet_run(world, resnet_file, tmp_path_factory):
 def test_the_source_net_is_bit_identical_after_training(whole_resnet_run, resnet_file):
     _, trainer = whole_resnet_run
     _, before = load_segmentation_net(resnet_file, "--weights")
-    after = trainer.labels.source_net
+    after = trainer.labels.seg_source
     assert not after.training
     for name, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]), name
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in after.parameters())
-    trained = trainer.labels.target_net
+    trained = trainer.labels.seg_sit
     assert not torch.equal(trained.backbone.bn1.running_mean, torch.zeros(64))
 
 
