@@ -24,10 +24,13 @@ from PIL import Image
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.flags import OneLineParser, parse_flags
+
 from benchmarks.pictures import picture, write_gta5
 from core.cascade import to_pixels, translate_pyramid
+from core.config import NetworkShape, layers_at_scale
 from core.export import ExportConfig, translate_images
-from core.networks import Generator, NetworkShape, freeze, init_weights, layers_at_scale
+from core.networks import Generator, freeze, init_weights
 from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import PROCST_INPUT
@@ -36,7 +39,6 @@ from data_handlers.pyramid import image_pyramid
 from training.precision import computes_in_bf16, set_convolution_precision
 from utils.devices import cpus_per_device, default_workers, resolve_device
 from utils.errors import run_cli
-from utils.flags import OneLineParser, parse_flags
 
 
 def generators_of(channels: int) -> list[Generator]:

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from core.checkpoint import load_checkpoint
 from tqdm import tqdm
 
 import train_procst
 from conftest import GOLDEN_DIR
-from core.checkpoint import load_checkpoint
 from data_handlers import cache_building as cache_module
 from data_handlers.cache_building import BUILDING, bytes_to_build, open_cache
 from data_handlers.classes import CITYSCAPES_IDS

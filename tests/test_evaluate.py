@@ -6,22 +6,20 @@ import json
 import math
 import re
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from core.segmentation_files import SegmentationFile, load_segmentation_net
 from PIL import Image
 from torch import nn
 
 import evaluate as script
 from data_handlers.images import NetworkInput
-from models.segmentation import SegmentationShape, build_segmentation_net
-from test_bad_input import check_refusal, tree
-from training.metrics import confusion_matrix, scores_of
-from training.prediction import PredictionStatistics, evaluate, predict
+from refusals import check_refusal, tree
+from training.metrics import PredictionStatistics, confusion_matrix, scores_of
+from training.segmentation_files import load_segmentation_net
+from training.validation import predict
 from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_synthia
 
 NAMES = (

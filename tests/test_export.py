@@ -256,22 +256,24 @@ def test_an_error_in_one_of_several_processes(world, pictures, tmp_path, run_scr
     assert len(written) < MANY / 2
 
 
-def test_a_killed_loader_is_replaced(world, tmp_path, run_script, monkeypatch):
+def test_a_killed_loader_ends_the_export_which_can_be_continued(world, tmp_path, run_script, monkeypatch):
     whole = export(run_script, world, tmp_path / "whole")
-    once, real = tmp_path / "killed", SourceImages.__getitem__
+    real = SourceImages.__getitem__
 
-    def die_once(self, index):
-        if index == 2 and not once.exists():
-            once.touch()
+    def die(self, index):
+        if index == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, index)
 
-    monkeypatch.setattr(SourceImages, "__getitem__", die_once)
     flags = export_flags(only_run(world), world, tmp_path / "disturbed", num_workers=1)
-    result = run_script(create_sit_dataset, *flags)
-    assert result.code == 0, result.err
-    assert once.exists()
-    assert "loading starts again" in result.err
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceImages, "__getitem__", die)
+        result = run_script(create_sit_dataset, *flags)
+    assert result.code == 75
+    assert "Traceback" not in result.err
+    for part in ("--num_workers", "--skip_created_files", "run the same command again"):
+        assert part in result.err.strip().splitlines()[-1]
+    assert run_script(create_sit_dataset, *flags, "--skip_created_files").code == 0
     for name, pixels in whole.items():
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "disturbed" / "images" / name)), pixels)
 

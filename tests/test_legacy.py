@@ -18,8 +18,9 @@ from torch.nn import DataParallel
 
 import create_sit_dataset
 from core.cascade import translate_pyramid
+from core.config import NetworkShape
 from core.legacy import load_legacy_generators
-from core.networks import ConvBlock, Generator, NetworkShape, freeze
+from core.networks import ConvBlock, Generator, freeze
 from data_handlers.images import normalise
 from data_handlers.pyramid import image_pyramid
 from utils.errors import UserError

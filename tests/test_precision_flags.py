@@ -7,9 +7,9 @@ import signal
 
 import pytest
 import torch
+from core.checkpoint import load_checkpoint
 
 import train_procst
-from core.checkpoint import load_checkpoint
 from core.networks import Discriminator
 from core.running import image_layout
 from test_bad_input import check_refusal

@@ -155,11 +155,14 @@ def _number(variable: str) -> int:
 
 
 @contextmanager
-def joined() -> Iterator[Rank]:
+def joined(if_lost: str = "") -> Iterator[Rank]:
     """Connect with the other processes, if there are any, for the time of the block; device not yet chosen.
 
     At the end of the block, and at a `Stopped`, on which all agree, processes wait for each other, so that none is
     ended while it writes. Bad input that all of them meet is reported by the one that meets it first.
+
+    Args:
+        if_lost: what to do where the connection to the others is lost, as the end of a message.
 
     Raises:
         UserError: the variables are wrong, the others cannot be reached, or one is gone and torchrun does not restart it.
@@ -190,7 +193,7 @@ def joined() -> Iterator[Rank]:
                 raise SystemExit(1) from None
             raise UserError(
                 "the connection to the other processes was lost: one of them was ended, or its machine cannot be "
-                "reached; continue from the last checkpoint"
+                f"reached; {if_lost}"
             ) from None
 
 

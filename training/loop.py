@@ -312,7 +312,7 @@ class Loop:
         alone = self.rank.count == 1  # several processes have to come to the end of it together
         with progress.untimed():
             # The state was saved before; a validation that is broken off is made again.
-            validation = validator(self.method.eval_net(), lambda: self._stop_if(alone and self.stop()))
+            validation = validator(self.method.eval_net(), lambda *_: self._stop_if(alone and self.stop()))
         score = validator.score(validation)
         names = validator.files.data_set.class_names
         progress.validation(self.stage, self.step, validation, names)

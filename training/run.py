@@ -17,10 +17,10 @@ import torch
 
 from training.checkpoint import Checkpoint, read_newest
 from training.config import StartFlags
-from training.distributed import Rank, is_restarted, joined
+from training.distributed import Rank, is_restarted
 from training.dry_run import dry_run
 from training.flags import Config, section_from
-from training.launching import is_launched, launch, launched
+from training.launching import in_processes, is_launched, launch
 from training.loop import Loop
 from training.method import Method
 from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
@@ -29,7 +29,7 @@ from training.record import environment, write_record
 from training.run_folder import checkpoint_ids, folder_to_continue, lock_run_folder, log_name, print_skipped
 from training.validation import Validator
 from utils.devices import default_gpus, training_devices
-from utils.errors import UserError, out_of_memory_means, run_cli
+from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder, remove_leftovers
 from utils.memory import keep_freed_memory
 from utils.stopping import LoaderDied, Stopped, StopRequests, is_loader_death
@@ -82,15 +82,11 @@ def train(
         Stopped: the run was asked to stop, and its state is saved.
     """
 
-    def main() -> None:
-        with joined() as rank, ExitStack() as stack:
+    def run(rank: Rank) -> None:
+        with ExitStack() as stack:
             _Run(Path(script), config_class, method, prepare, given, rank, stack).start()
 
-    if is_launched():
-        with launched():
-            run_cli(main)
-    else:
-        main()
+    in_processes(run, "continue from the last checkpoint")
 
 
 @dataclass
@@ -132,7 +128,7 @@ class _Run:
             set_convolution_precision(precision)
             config = replace(config, run=replace(config.run, precision=precision))
             prepared = self.prepare(config, self.rank, continued)
-            for name in ("checkpoints_dir", "tb_logs_dir"):
+            for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
                 check_folder(Path(getattr(config.run, name)), f"--{name}")
         self._require_one_run(prepared)
         if flags.dry_run:
@@ -153,9 +149,7 @@ class _Run:
         parent = Path(config.run.checkpoints_dir)
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.method_class.task(config)}"
         environment = {} if known else {RUN_DIR: str(parent.absolute() / name)}
-        code = launch(self.script, sys.argv[1:], devices, environment)
-        if code:
-            raise SystemExit(code)
+        launch(self.script, devices, environment=environment)
 
     @contextmanager
     def _naming_stored_flags(self, continued: Continued | None) -> Iterator[None]:
@@ -185,7 +179,7 @@ class _Run:
         folder = continued.origin.parent if continued else folder
         loop = Loop(method=prepared.method, run=prepared.method.config.run, folder=folder)
         if self.rank.is_main:
-            print("\n".join([*prepared.method.describe(), prepared.validation_line]))
+            print("\n".join(filter(None, [*prepared.method.describe(), prepared.validation_line])))
         with out_of_memory_means(lambda: _less_memory(loop)):
             dry_run(loop, continued=continued is not None, with_best=prepared.validator is not None)
 
@@ -222,7 +216,7 @@ class _Run:
             content = {"method": method.name, "config": config.to_json(), "inputs": method.inputs()}
             where = {"stage": loop.stage, "step": loop.step}
             write_record(folder, content, {**where, **environment(rank.device, rank.count)})
-            print("\n".join([*method.describe(), prepared.validation_line]))
+            print("\n".join(filter(None, [*method.describe(), prepared.validation_line])))
             print(f"run folder: {folder}", flush=True)
         progress = Progress(
             method=method,
