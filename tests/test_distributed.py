@@ -38,6 +38,7 @@ from worlds import write_cityscapes
 
 pytestmark = pytest.mark.processes
 TWO = ("cpu", "cpu")
+LONGEST = 240.0  # seconds after which a run that should have ended fails its test
 
 
 # --- the arithmetic --------------------------------------------------------------------------------------------------
@@ -209,10 +210,15 @@ def procst_flags(world, run, **changes):
 def run_apart(script, flags, disturb=None):
     """A script in processes of its own, whose output pytest's `capsys` would not see."""
     command = [sys.executable, script.__file__, *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if disturb is not None:
-        disturb(process)
-    out, err = process.communicate()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            if disturb is not None:
+                disturb(process)
+            out, err = process.communicate(timeout=LONGEST)
+        except BaseException:
+            for started in (process.pid, *living(ranks())):
+                os.kill(started, signal.SIGKILL)
+            raise
     return ScriptResult(process.returncode, out, err)
 
 
@@ -306,7 +312,9 @@ def test_a_run_whose_launcher_and_ranks_are_killed_ends_with_the_same_bits(world
 
     result = run_apart(train_procst, flags, kill_launcher)
     assert result.code == -signal.SIGKILL
+    deadline = time.monotonic() + LONGEST
     while living(ranks()):  # they notice, save and end
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     assert load_checkpoint(run / LATEST).step < 12
 
