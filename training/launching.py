@@ -54,6 +54,10 @@ def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
                 body(rank)
         except AlreadyReported:
             raise SystemExit(2) from None
+        except UserError:
+            if not rank.is_main:
+                print(file=sys.stderr)  # ends the line of the main process's progress bar
+            raise
         except Stopped:
             if rank.is_main:
                 raise
