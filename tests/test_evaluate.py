@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -23,12 +22,11 @@ from data_handlers.lists import list_images
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from refusals import check_refusal, tree
-from training.checkpoint import Checkpoint
 from training.distributed import Rank
 from training.metrics import PredictionStatistics, confusion_matrix, scores_of
 from training.segmentation_files import load_segmentation_net
 from training.validation import Validator, predict
-from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_synthia
+from worlds import index_label, noise_image, save_net, write_cityscapes, write_gta5, write_synthia
 
 NAMES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
@@ -262,12 +260,7 @@ def save_unet(path, num_classes=19):
         net.head.classify.weight *= 4
         picture = (torch.from_numpy(np.array(noise_image((48, 32), 0))).permute(2, 0, 1)[None] - 128.0) / 128.0
         net.head.classify.bias -= net(picture).mean(dim=(0, 2, 3))
-    checkpoint = Checkpoint(
-        method="source", config={}, stage=0, step=1, stage_finished=True, modules={"net": net.state_dict()},
-        segmentation={"module": "net", "shape": dataclasses.asdict(shape)},
-    )  # fmt: skip
-    checkpoint.save(path)
-    return path
+    return save_net(path, shape, net.state_dict())
 
 
 @pytest.fixture

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.segmentation_files import SegmentationFile, load_segmentation_net
 
 import evaluate
 from core.legacy import load_legacy_generators
+from hostile_files import write_pickle
 from models.segmentation import build_segmentation_net, load_backbone
 from models.shapes import SegmentationShape
-from test_bad_input import check_refusal
-from test_legacy import write_archive
+from refusals import check_refusal
+from training.segmentation_files import load_segmentation_net
 from utils.errors import UserError
-from worlds import write_cityscapes, write_gta5
+from worlds import save_net, write_cityscapes, write_gta5
 
 RESNET = b"csemseg_models.deeplabv2\nResNet101\n)\x81}"
 PARALLEL = b"ctorch.nn.parallel.data_parallel\nDataParallel\n)\x81}"
@@ -30,8 +30,8 @@ PARALLEL = b"ctorch.nn.parallel.data_parallel\nDataParallel\n)\x81}"
     ],
 )
 def test_records_without_the_tables_of_a_module(tmp_path, payload):
-    write_archive(tmp_path / "semseg.pth", b"\x80\x02" + payload + b".")
-    write_archive(tmp_path / "Gst.pth", b"\x80\x02](" + payload + b"e.")
+    write_pickle(tmp_path / "semseg.pth", b"\x80\x02" + payload + b".")
+    write_pickle(tmp_path / "Gst.pth", b"\x80\x02](" + payload + b"e.")
     for load, name in ((lambda path: load_segmentation_net(path, "--weights"), "semseg.pth"),
                        (load_legacy_generators, "Gst.pth")):  # fmt: skip
         with pytest.raises(UserError, match=name) as refusal:
@@ -57,8 +57,7 @@ def unet(tmp_path):
     state = build_segmentation_net(shape).state_dict()
 
     def save(name, **changes):
-        SegmentationFile(shape, {**state, **changes}).save(tmp_path / name)
-        return tmp_path / name
+        return save_net(tmp_path / name, shape, {**state, **changes})
 
     return save
 
