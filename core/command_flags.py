@@ -28,9 +28,7 @@ class ExportFlags:
         (), "indices of CUDA devices, or cpu; several share the images, one process each (default: the first GPU, or "
         "the CPU where there is none)", type=str, nargs="+", metavar="GPU",
     )  # fmt: skip
-    source: str = option(
-        "", "data set to translate (default: the run's source, else gta5)", choices=sorted(DATA_SETS)
-    )
+    source: str = option("", "data set to translate (default: the run's source, else gta5)", choices=sorted(DATA_SETS))
     src_data_dir: str = option("", "its root folder (default: the run's, else data/gta)", metavar="DIR")
     src_list: str = option("", "text file with one image a line, instead of all", metavar="FILE")
     skip_created_files: bool = option(False, "keep complete images that are already there")
@@ -49,9 +47,7 @@ class ExportFlags:
     encoders: int | None = option(
         None, "threads that write PNGs, for each device (default: 16, or the CPUs there are for it)", type=int
     )
-    png_compression: int = option(
-        1, "zlib's level, 0 to 9; 6 takes five times as long for files a few percent smaller"
-    )
+    png_compression: int = option(1, "zlib's level, 0 to 9; 6 takes five times as long for files a few percent smaller")
     scale_factor: float | None = option(
         None, "size ratio of the scales, for a Gst.pth, which does not say (default: 0.5)", type=float
     )
