@@ -162,10 +162,3 @@ def not_utf8(path):
 
 IMAGES = {empty: "", text: "not an image", truncate: "truncated", loop: "", folder: "folder", deep: "8 bits"}
 LABELS = {empty: "not a PNG", text: "not a PNG", loop: "", jpeg: "not a PNG", grow: "61x44", colours: "8-bit grey"}
-
-
-def write_pickle(path, payload):
-    """A file as `torch.save` writes it whose pickle is `payload`."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("hostile/data.pkl", payload)
-        archive.writestr("hostile/version", "3")

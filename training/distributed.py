@@ -165,7 +165,7 @@ def joined(if_lost: str = "") -> Iterator[Rank]:
         if_lost: what to do where the connection to the others is lost, as the end of a message.
 
     Raises:
-        UserError: the variables are wrong, the others cannot be reached, or one is gone and torchrun does not restart it.
+        UserError: the variables are wrong, or the others cannot be reached or are gone and are not restarted.
         SystemExit: code 2 where another process reports bad input; code 1 where another process is gone, after which
             torchrun starts all again.
     """
