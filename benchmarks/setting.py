@@ -12,7 +12,7 @@ from torch.optim import Adam
 from core.config import ProCSTConfig
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets
-from data_handlers.pyramid import level_size
+from utils.sizes import level_size
 from models.segmentation import build_segmentation_net
 from models.vgg import VGGFeatures, build_vgg
 from training.precision import channels_last
