@@ -26,10 +26,9 @@ from core.step import (
     StepResult,
     training_step,
 )
-from data_handlers.domain import Domain
+from data_handlers.domain import Domain, DomainBatch
 from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import array_pyramid
-from data_handlers.stream import DomainBatch
 from models.segmentation import segmentation_optimizer
 from training.distributed import Rank
 from training.local_batch import LocalBatch

@@ -20,7 +20,7 @@ from core.running import procst_runner
 from core.step import Batch, micro_batches, reference_momenta
 from data_handlers.images import normalise
 from data_handlers.label_maps import IGNORE
-from data_handlers.pyramid import level_size
+from utils.sizes import level_size
 from models.losses import cross_entropy
 from models.vgg import build_vgg
 from steps import RandomStep, build, check_same
