@@ -1,30 +1,23 @@
 """Run the main job end to end on a generated world: draw, train, export, compare.
 
-    python make_demo.py --out demo
+python make_demo.py --out demo
 
 Calls the same scripts a user would, and prints each command before it runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from core.contact_sheet import draw_rows, save_png
-from data_handlers.datasets import DATA_SETS
-from data_handlers.images import read_image
-from data_handlers.lists import list_images
+from training.flags import build_parser, option, parse, section_from
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_bytes, make_folder, read_json
-from utils.flags import OneLineParser, parse_flags
-from utils.sizes import evenly_spaced
 
 FRAMES = 120
 VAL_FRAMES = 40
@@ -51,6 +44,13 @@ SEGMENTATION = f"""
 """
 
 
+@dataclass(frozen=True)
+class DemoFlags:
+    """The flags of this script."""
+
+    out: str = option("demo", "folder of the demo, made anew", metavar="DIR", required=True)
+
+
 def run(script: str, *arguments: str) -> None:
     """Run one of the scripts with this interpreter; a failure ends the demo with its exit code."""
     print(f"\n$ python {script} {shlex.join(arguments)}", flush=True)
@@ -61,6 +61,15 @@ def run(script: str, *arguments: str) -> None:
 
 def before_and_after(out: Path) -> Path:
     """Write the picture: rows source, SiT of the same frames, target."""
+    # Imported after the flags are read: a mistyped flag is answered at once.
+    import numpy as np
+
+    from core.contact_sheet import draw_rows, save_png
+    from data_handlers.datasets import DATA_SETS
+    from data_handlers.images import read_image
+    from data_handlers.lists import list_images
+    from utils.sizes import evenly_spaced
+
     rows = []
     for caption, name, folder in (
         ("source", "gta5", "toy_gta"), ("SiT", "gta5", "sit"), ("target", "cityscapes", "toy_cs"),
@@ -124,10 +133,7 @@ def write_table(out: Path, seconds: float) -> None:
 
 def main() -> None:
     """Command line entry."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="demo", help="folder of the demo, made anew (default: %(default)s)")
-    flags, _ = parse_flags(parser)
-    out = Path(flags.out)
+    out = Path(section_from(DemoFlags, parse(build_parser(__doc__, {"flags": [DemoFlags]}))).out)
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).exists():
         raise UserError(f"--out {out} holds something else than a demo; choose another folder")
     make_folder(out, "--out")

@@ -9,7 +9,6 @@ row fails.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import random
@@ -28,9 +27,9 @@ from core.checkpoint import LATEST, PREVIOUS, load_checkpoint, read_newest
 
 from benchmarks.pictures import write_gta5
 from benchmarks.victims import Victim
+from training.flags import Parser
 from utils.errors import UserError, run_cli
 from utils.files import TEMPORARY
-from utils.flags import OneLineParser, parse_flags
 from utils.stopping import STOP_SIGNALS, STOPPED
 
 SIZE = (64, 32)
@@ -271,24 +270,35 @@ class Campaign:
 
     def killed_loader(self) -> Row:
         """SIGKILL of loader processes in the middle of the training."""
-        victim = self.train("loader")
-        killed = 0
-        while killed < 2 and not victim.ended_within(0.05):
-            if self.state("loader") > (killed, 1):
-                killed += victim.kill_child()
-        survived = victim.wait(LONGEST) == 0
-        return Row("SIGKILL of loaders", killed, killed * survived, 0, self.hash_of_run("loader") == self.weights)
+        killed = survived = lost = 0
+        while killed < 2:
+            before = self.state("loader")
+            victim = self.train("loader")
+            while self.state("loader") <= before or not victim.kill_child():
+                if victim.ended_within(0.05):
+                    raise UserError(f"{victim} ended before its loader was killed; use more --steps")
+            killed += 1
+            at = self.state("loader")
+            survived += victim.wait(LONGEST) == STOPPED
+            lost += self.state("loader") < at
+        self._finish(self.train("loader"))
+        return Row("SIGKILL of loaders", killed, survived, lost, self.hash_of_run("loader") == self.weights)
 
     def killed_export_loader(self) -> Row:
         """SIGKILL of loader processes in the middle of the export."""
-        victim = self.export("loader")
-        killed = 0
-        while killed < 2 and not victim.ended_within(0.02):
-            if len(self._images("loader")) > 3 * killed:
-                killed += victim.kill_child()
-        survived = victim.wait(LONGEST) == 0
+        killed = survived = lost = 0
+        while killed < 2:
+            before = self._images("loader")
+            victim = self.export("loader")
+            while len(self._images("loader")) == len(before) or not victim.kill_child():
+                if victim.ended_within(0.02):
+                    raise UserError(f"{victim} ended before its loader was killed; use more --images")
+            killed += 1
+            survived += victim.wait(LONGEST) == STOPPED
+            lost += len(before - self._images("loader"))
+        self._finish(self.export("loader"))
         equal = self.hash_of_images("loader") == self.pixels
-        return Row("SIGKILL of loaders of the export", killed, killed * survived, 0, equal)
+        return Row("SIGKILL of loaders of the export", killed, survived, lost, equal)
 
     def damaged_checkpoint(self) -> Row:
         """A flipped bit in the newest checkpoint, which is then reported, and the one before it used."""
@@ -345,13 +355,13 @@ def run_campaign(work: Path, kills: int, steps: int, images: int, seed: int) -> 
 
 def main() -> None:
     """Command line entry."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--kills", type=int, default=20, help="of each of training, cache building and export (default: %(default)s)")
     add("--steps", type=int, default=25, help="of each of two scales (default: %(default)s)")
     add("--images", type=int, default=60, help="of each domain (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    flags, _ = parse_flags(parser)
+    flags = parser.parse_args()
     if min(flags.kills, flags.steps - 4, flags.images) < 1:
         raise UserError("--kills and --images must be at least 1, and --steps at least 5")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny pictures

@@ -6,11 +6,11 @@
 Takes the flags of train_procst.py; images, labels and weights are random, so nothing is downloaded. The variants are
 timed in turns, so that a machine that slows down slows all of them. `--memory` computes nothing and runs anywhere: it
 follows the tensors of one step at the given sizes and prints how many bytes are alive at once, and the work in it.
+`--penalty` times the gradient penalty alone, with core/double_backward.py and with PyTorch's own operators.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,17 +20,17 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 from benchmarks.literal_step import collect_gradients, literal_step
 from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
 from benchmarks.setting import Setting, build_setting
 from benchmarks.waiting import share_waiting, write_pictures
-from core.command_line import build_parser, config_from_flags
 from core.config import ProCSTConfig
 from core.double_backward import RECOMPUTES
 from core.losses import gradient_penalty
@@ -39,10 +39,10 @@ from core.step import Batch, Run, training_step
 from data_handlers.cache import ImageCache
 from data_handlers.lists import FileList
 from models.resnet import recompute_blocks
+from training.flags import build_parser, option, parse, section_from
 from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
-from utils.devices import resolve_device
+from utils.devices import default_gpus, resolve_device
 from utils.errors import run_cli
-from utils.flags import parse_flags
 from utils.memory import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -78,7 +78,7 @@ class Variant:
             collect_gradients(setting.perceptual, *([segmentation.seg_source] if segmentation else []))
             return partial(literal_step, **arguments)
         norm = setting.networks.Gst.shape.norm
-        # Recomputation, layout and micro-batches are those of a GPU with `recompute`, which --memory sets on any device.
+        # With `recompute`, which --memory sets on any device, layout and micro-batches are those of a GPU.
         device = torch.device("cuda" if recompute else "cpu")
         if segmentation and recomputes_blocks(self.precision, device):
             recompute_blocks(segmentation.seg_sit)
@@ -103,13 +103,14 @@ def with_autograd_penalty(run: Run) -> Run:
     return run_without_flag
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that the training script does not have."""
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--rounds", type=int, default=5, help="timed steps of each variant (default: %(default)s)")
-    group.add_argument("--scales", type=int, nargs="+", default=None, help="scales to time (default: all)")
-    group.add_argument("--penalty", action="store_true", help="only the gradient penalty, with and without its own code")
-    group.add_argument("--memory", action="store_true", help="no timing: bytes alive at once and work, on any machine")
+@dataclass(frozen=True)
+class BenchmarkFlags:
+    """What is measured."""
+
+    rounds: int = option(5, "timed steps of every variant; the fastest counts")
+    scales: tuple[int, ...] = option((), "scales to measure (default: all)", type=int, nargs="+")
+    memory: bool = option(False, "count bytes and work of a step instead of timing it")
+    penalty: bool = option(False, "time the gradient penalty alone, with core/double_backward.py and without it")
 
 
 def variants(device: torch.device) -> list[Variant]:
@@ -193,16 +194,15 @@ def time_scale(
 
 def main() -> None:
     """Command line entry."""
-    parser = build_parser(__doc__)
-    parser.set_defaults(vgg_weights="random", no_pretrained_backbone=True)
-    add_flags(parser)
-    flags, given = parse_flags(parser)
-    config = config_from_flags(flags, given)
-    device = resolve_device(config.run.gpus.split())
+    groups = {"benchmark": [BenchmarkFlags], **ProCSTConfig.groups}
+    given = parse(build_parser(__doc__, groups))
+    flags = section_from(BenchmarkFlags, given)
+    config = ProCSTConfig.from_flags({"vgg_weights": "random", "no_pretrained_backbone": True, **given})
+    device = resolve_device(config.run.gpus or default_gpus())
     torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         keep_freed_memory()  # for the literal step, too: its time is in the same process
-    scales = flags.scales or list(range(config.network.num_scales + 1))
+    scales = list(flags.scales) or list(range(config.network.num_scales + 1))
     if flags.memory:
         print_memory(config, scales)
         return
@@ -226,44 +226,42 @@ def main() -> None:
             _print_scale(config, scale, device, compared, flags.rounds, ceilings, copy, waiting)
 
 
-def print_penalty(config: ProCSTConfig, scales: list[int], device: torch.device, rounds: int) -> None:
-    """A table of the gradient penalty and its backward, with core/double_backward.py and by autograd alone.
+def penalty_of(setting: Setting, samples: int, variant: Variant, as_on_gpu: bool) -> Callable[[], None]:
+    """A function that computes the gradient penalty of some samples and its gradients."""
+    discriminator, run = setting.networks.Dst, variant.runner(as_on_gpu)
+    real, fake = setting.batch.target[-1][:samples], setting.batch.source[-1][:samples]
 
-    Both are timed in turns, in float32, on a micro-batch; the shortest time counts. Memory is counted beyond the
-    discriminator and the images; on a CPU the counts of its own code are without the recomputation that a GPU makes.
+    def compute() -> None:
+        penalty = gradient_penalty(lambda image: run(discriminator, image, True), real, fake, setting.batch.alphas[0])
+        penalty.backward(inputs=list(discriminator.parameters()))
+
+    return compute
+
+
+def print_penalty(config: ProCSTConfig, scales: list[int], device: torch.device, rounds: int) -> None:
+    """A table of the gradient penalty of a micro-batch in float32, with core/double_backward.py and without it.
+
+    Both are timed in turns, and the shortest time counts. Memory is beyond network and images; a CPU does not recompute
+    as a GPU does, whose memory `--memory` counts.
     """
-    print("| scale, samples | penalty | ms | GB alive | operators |\n" + "| --- " * 5 + "|")
+    print("| scale, samples | penalty | ms | most alive, GB | operators |\n" + "| --- " * 5 + "|")
+    compared = [Variant("double_backward.py", "fp32"), Variant("autograd", "fp32", autograd_penalty=True)]
     for scale in scales:
         setting = build_setting(config, scale, device, fused=True)
-        real, fake = setting.batch.target[-1], setting.batch.source[-1]
-        samples = micro_batch_size(real.shape, setting.networks.Dst.shape.norm, device) or len(real)
-        real, fake, alpha = real[:samples], fake[:samples], setting.batch.alphas[0]
-        discriminator = setting.networks.Dst
-        weights = list(discriminator.parameters())
-
-        def penalty(variant: Variant) -> None:
-            run = variant.runner(as_on_gpu=device.type == "cuda")
-
-            def score(image: Tensor) -> Tensor:
-                return run(discriminator, image, True)
-
-            gradient_penalty(score, real, fake, alpha).backward(inputs=weights)
-
-        compared = [Variant("double_backward.py", "fp32"), Variant("autograd", "fp32", autograd_penalty=True)]
-        times: dict[str, list[float]] = {variant.name: [] for variant in compared}
-        for turn in range(-2, rounds):
-            for variant in compared:
-                seconds = seconds_of(partial(penalty, variant), device)
+        shape = setting.batch.target[-1].shape
+        samples = min(shape[0], micro_batch_size(shape, setting.networks.Dst.shape.norm, device) or shape[0])
+        runs = {v.name: penalty_of(setting, samples, v, device.type == "cuda") for v in compared}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(-2, rounds):  # two of each to warm up
+            for name, compute in runs.items():
+                seconds = seconds_of(compute, device)
                 if turn >= 0:
-                    times[variant.name].append(seconds)
-        for variant in compared:
+                    times[name].append(seconds)
+        for name, compute in runs.items():
             with Meter() as meter:
-                penalty(variant)
-            print(
-                f"| {scale}, {len(real)} | {variant.name} | {1e3 * min(times[variant.name]):.1f} "
-                f"| {meter.peak / 1e9:.3f} | {meter.operators} |",
-                flush=True,
-            )
+                compute()
+            fastest = 1e3 * min(times[name])
+            print(f"| {scale}, {samples} | {name} | {fastest:.1f} | {meter.peak / 1e9:.3f} | {meter.operators} |")
 
 
 def waiting_shares(

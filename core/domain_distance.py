@@ -14,9 +14,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from core.command_flags import DistanceFlags
+from data_handlers.datasets import DATA_SETS
 from data_handlers.images import PROCST_INPUT, read_image
-from models.vgg import VGGFeatures
-from utils.frechet import GaussianFit
+from data_handlers.lists import list_images
+from models.vgg import VGGFeatures, build_vgg
+from training.precision import set_convolution_precision
+from utils.devices import resolve_device
+from utils.errors import UserError
+from utils.files import atomic_write_json, check_output_file, make_folder
+from utils.frechet import GaussianFit, frechet_distance
+from utils.sizes import evenly_spaced
 
 POSITIONS_PER_IMAGE = 500
 
@@ -50,3 +58,37 @@ def feature_gaussian(
     if fit is None:
         raise ValueError("no images")
     return fit
+
+
+def measure_distances(flags: DistanceFlags) -> None:
+    """Print the distances of source and SiT to the target, and write them to a file where one is named.
+
+    Raises:
+        UserError: names the file or flag.
+    """
+    if flags.json:
+        check_output_file(Path(flags.json), "--json")
+    size = flags.size or DATA_SETS[flags.target].resize
+    device = resolve_device(flags.gpus)
+    set_convolution_precision("fp32")
+    sets = {
+        "target": list_images(DATA_SETS[flags.target], flags.trg_data_dir, "--trg_data_dir"),
+        "source": list_images(DATA_SETS[flags.source], flags.src_data_dir, "--src_data_dir"),
+    }
+    if flags.sit_data_dir:
+        sets["SiT"] = list_images(DATA_SETS[flags.source], flags.sit_data_dir, "--sit_data_dir")
+    vgg = build_vgg(flags.vgg_weights, [flags.layer]).to(device)
+    fits = {}
+    for name, files in sets.items():
+        paths = [files.root / image for image in evenly_spaced(files.images, flags.max_images)]
+        fits[name] = feature_gaussian(paths, size, vgg, flags.layer, device)
+        if fits[name].count < 2:
+            raise UserError(f"--size {size[0]} {size[1]}, --layer {flags.layer}: one vector is too few; raise the size")
+    distances = {name: frechet_distance(fits[name], fits["target"]) for name in sets if name != "target"}
+    print(f"Frechet distance of VGG16 layer {flags.layer} ({flags.vgg_weights} weights) at {size[0]}x{size[1]}")
+    for name, distance in distances.items():
+        share = f"{distance / distances['source']:6.1%} of source-target" if distances["source"] else ""
+        print(f"{name + '-target':>15}  {distance:10.4f}  {share}")
+    if flags.json:
+        make_folder(Path(flags.json).parent, "--json")
+        atomic_write_json(Path(flags.json), {f"{name}-target": distance for name, distance in distances.items()})

@@ -48,7 +48,9 @@ class Block:
     def by_batch(self) -> bool:
         return isinstance(self.norm, nn.BatchNorm2d)
 
-    def normalise(self, x: Tensor, weight: Tensor, bias: Tensor, update_running_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def normalise(
+        self, x: Tensor, weight: Tensor, bias: Tensor, update_running_stats: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The norm of x (B,C,h,w), and the mean and inverse standard deviation that it used.
 
         Args:
@@ -276,9 +278,9 @@ def block_with_double_backward(
 ) -> Tensor:
     """norm -> LeakyReLU -> convolution, (B,in,h,w) -> (B,out,h,w), for the gradient penalty.
 
-    A first backward pass with `create_graph` gives a gradient to `x` alone, though the other inputs require gradients;
-    the second pass, and a pass without `create_graph`, give gradients to all inputs. The second pass overwrites or frees
-    the tensors that it has used, so it can be made once.
+    A first backward pass with `create_graph` gives a gradient to `x` alone, though the other inputs require gradients.
+    The second pass, and a pass without `create_graph`, give gradients to all inputs. The second pass overwrites or
+    frees the tensors that it has used, so it can be made once.
     """
     block = Block(norm, slope, convolution.padding[0])
     x = x.contiguous(memory_format=_layout(x))

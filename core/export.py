@@ -1,12 +1,14 @@
-"""Export: translating a list of images and writing PNGs, with decoding, translating and encoding overlapped."""
+"""The export of SiT images: translates a list of images and writes PNGs; decoding, translating and encoding overlap."""
 
 from __future__ import annotations
 
 import io
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +18,27 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from core.command_flags import ExportFlags
 from core.networks import Generator
+from core.sit_folder import SitFolder, output_names
+from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import Translator
+from data_handlers.cache import OR_SKIP
+from data_handlers.datasets import DATA_SETS
 from data_handlers.images import read_image
-from data_handlers.lists import FileList
+from data_handlers.labelled import check_samples
+from data_handlers.lists import FileList, list_images
 from data_handlers.pyramid import image_pyramid
-from training.precision import Precision, set_convolution_precision
-from utils.devices import cpus_per_device
+from training.distributed import Rank
+from training.launching import in_processes, is_launched, launch
+from training.precision import resolve_precision, set_convolution_precision
+from utils.devices import cpus_per_device, default_gpus, default_workers, resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write_bytes
 from utils.loaders import load_in_order
 from utils.locks import say
 from utils.memory import keep_freed_memory
-from utils.processes import Job, run_jobs
-from utils.stopping import LoaderDied, is_loader_death
+from utils.stopping import STOPPED, LoaderDied, Stopped, StopRequests, is_loader_death
 
 GO_ON = "the images translated so far stay, go on with --skip_created_files"
 
@@ -126,64 +135,41 @@ def _samples(images: SourceImages, num_workers: int, skip_unusable: bool) -> Ite
         yield name, [torch.from_numpy(level) for level in levels]
 
 
-@dataclass(frozen=True)
-class ExportConfig:
-    """How images are translated and written.
-
-    Attributes:
-        scale_factor: of the pyramid the generators were trained with.
-        batch_size: images of equal size translated at once.
-        num_workers: loader processes, for each device.
-        encoders: threads that write PNGs, for each device.
-        png_compression: of zlib, 0 to 9.
-        precision: arithmetic of the generators; images that need tiles are computed in float32.
-        max_pixels: most pixels a generator sees at once; None measures free memory.
-        skip_unusable: leave images out that cannot be read.
-    """
-
-    scale_factor: float
-    batch_size: int
-    num_workers: int
-    encoders: int
-    png_compression: int
-    precision: Precision = "fp32"
-    max_pixels: int | None = None
-    skip_unusable: bool = False
-
-
 def translate_images(
+    *,
     generators: Sequence[Generator],
     device: torch.device,
     files: FileList,
     outputs: Mapping[str, str],
     root: Path,
-    config: ExportConfig,
-    quiet: bool = False,
-    go_on: Callable[[int], bool] = lambda count: True,
+    flags: ExportFlags,
+    title: str = "translating",
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Translate the images named in `outputs` and write them below `root`: decoding, translating and encoding overlap.
 
     Args:
         generators: coarse to fine.
         outputs: path below `root` of every image wanted.
-        quiet: draw no progress bar.
-        go_on: told after every batch how many images it had; the rest is left out where it returns False.
+        flags: with the precision, scale factor and numbers of workers and encoders resolved.
+        title: of the progress bar; '' draws none.
+        stop: asked after every batch; the rest is left out where it returns True.
 
     Raises:
         UserError: an image cannot be read or written; whatever was translated before is on disk and whole.
         LoaderDied: a loader process died; likewise.
     """
-    set_convolution_precision(config.precision)
+    set_convolution_precision(flags.precision)
     if device.type == "cpu":
         keep_freed_memory()
     generators = [generator.to(device) for generator in generators]
-    translator = Translator(generators, config.scale_factor, device, config.max_pixels, config.precision)
-    images = SourceImages(files, list(outputs), len(generators) - 1, config.scale_factor)
-    writer = PngWriter(root, config.png_compression, config.encoders)
+    translator = Translator(generators, flags.scale_factor, device, flags.max_pixels, flags.precision)
+    images = SourceImages(files, list(outputs), len(generators) - 1, flags.scale_factor)
+    writer = PngWriter(root, flags.png_compression, flags.encoders)
     try:
-        with _progress_bar(len(images), quiet) as bar:
-            samples = _samples(images, config.num_workers, config.skip_unusable)
-            for batch, levels in equal_size_batches(samples, config.batch_size):
+        with tqdm(total=len(images), unit="img", desc=title, dynamic_ncols=True, disable=not title) as bar:
+            samples = _samples(images, flags.num_workers, flags.on_bad_image == "skip")
+            for batch, levels in equal_size_batches(samples, flags.batch_size):
                 try:
                     translated = translator(levels)
                 except UserError as error:
@@ -191,58 +177,149 @@ def translate_images(
                 for name, pixels in zip(batch, translated, strict=True):
                     writer.put(outputs[name], pixels)
                 bar.update(len(batch))
-                if not go_on(len(batch)):
+                if stop():
                     break
+    except (LoaderDied, RuntimeError) as error:
+        if not is_loader_death(error):
+            raise
+        raise LoaderDied(f"{LoaderDied.because(error)}; {GO_ON}") from None
     finally:
         writer.finish()
 
 
-def _progress_bar(images: int, quiet: bool = False) -> tqdm:
-    return tqdm(total=images, unit="img", desc="translating", dynamic_ncols=True, disable=quiet)
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
-def translate_on_devices(
-    generators: Sequence[Generator],
-    devices: Sequence[torch.device],
-    files: FileList,
-    outputs: Mapping[str, str],
-    root: Path,
-    config: ExportConfig,
-) -> None:
-    """`translate_images` with one process for each device, every n-th image going to the n-th.
+def export(flags: ExportFlags, script: str) -> None:
+    """Export a SiT data set, in this process or in one for each device.
+
+    Args:
+        script: file of the command.
 
     Raises:
-        UserError: the first error of any process, or a process was killed; the others finish the images they are on.
-        RuntimeError: another failure of a process.
+        UserError: bad input; images translated before stay.
+        Stopped: the export was asked to stop.
+        SystemExit: with the code of a stop, when a loader process died.
     """
-    names = list(outputs)
-    shares = [{name: outputs[name] for name in names[k :: len(devices)]} for k in range(len(devices))]
-    threads = cpus_per_device(devices)
-    jobs = [
-        Job(f"device {device}", _translate_share, (threads, generators, device, files, share, root, config))
-        for device, share in zip(devices, shares, strict=True)
-    ]
-    with _progress_bar(len(names)) as bar:
-        run_jobs(jobs, bar.update, if_killed=GO_ON)
+    in_processes(lambda rank: _start(flags, Path(script), rank), GO_ON)
 
 
-def _translate_share(
-    threads: int,
-    generators: Sequence[Generator],
-    device: torch.device,
-    files: FileList,
-    outputs: Mapping[str, str],
-    root: Path,
-    config: ExportConfig,
-    go_on: Callable[[int], bool],
-) -> None:
-    """`translate_images` in a process that shares the CPUs: `threads` of them compute where the device is the CPU."""
-    if device.type == "cpu":
-        torch.set_num_threads(min(threads, torch.get_num_threads()))
+def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
+    devices = resolve_devices(flags.gpus or default_gpus())
+    if rank.count == 1 and len(devices) > 1:
+        # Nothing is restarted: the images that are there are found again by --skip_created_files alone.
+        launch(script, devices, restarts=0, if_killed=GO_ON)
+        return
+    rank = rank.at(devices)
+    if not flags.gpus and rank.is_main:
+        print(f"computing on {rank.device} (choose with --gpus)")
+    stop = StopRequests(quiet=is_launched() or not rank.is_main)
+    stop.at_once = rank.count == 1  # until images are translated
+    with stop:
+        trained = load_trained_generators(Path(flags.trained_procst_path))
+        flags = _resolved(flags, trained, devices, rank)
+        files = list_images(
+            DATA_SETS[flags.source], flags.src_data_dir, "--src_data_dir", list_file=flags.src_list, training=False
+        )
+        _export(flags, trained, files, rank, stop)
+
+
+def _resolved(
+    flags: ExportFlags, trained: TrainedGenerators, devices: Sequence[torch.device], rank: Rank
+) -> ExportFlags:
+    """The flags with every value decided: as given, else the run's, else the published or the machine's defaults.
+
+    Raises:
+        UserError: a flag contradicts the run.
+    """
+    factor, source, folder = flags.scale_factor, flags.source, flags.src_data_dir
+    if trained.config is not None:
+        network, data = trained.config.network, trained.config.source
+        if factor not in (None, network.scale_factor):
+            raise UserError(f"--scale_factor {factor}: the run was trained with {network.scale_factor}")
+        if not folder and source not in ("", data.source):
+            raise UserError(f"--source {source} is not the run's ({data.source}): give its folder, --src_data_dir")
+        factor, source, folder = network.scale_factor, source or data.source, folder or data.src_data_dir
+    # One data set has one arithmetic, so unlike devices use the one that all of them have.
+    precisions = set(rank.gather(resolve_precision(flags.precision, rank.device)))
+    return replace(
+        flags,
+        scale_factor=0.5 if factor is None else factor,
+        source=source or "gta5",
+        src_data_dir=folder or "data/gta",
+        precision=precisions.pop() if len(precisions) == 1 else "fp32",
+        num_workers=default_workers(devices) if flags.num_workers is None else flags.num_workers,
+        encoders=min(16, cpus_per_device(devices)) if flags.encoders is None else flags.encoders,
+    )
+
+
+def _export(flags: ExportFlags, trained: TrainedGenerators, files: FileList, rank: Rank, stop: StopRequests) -> None:
+    outputs = output_names(files)
+    manifest = {
+        "format": "procst-sit",
+        "generators": trained.fingerprint(),
+        "data_set": flags.source,
+        "source_folder": str(files.root.resolve()),
+        "scale_factor": flags.scale_factor,
+        "precision": flags.precision,
+        "images": len(outputs),
+    }
+    rank.require_equal(manifest)
+    folder = SitFolder(root=Path(flags.sit_output_path), files=files, outputs=outputs, manifest=manifest)
+    names, ids_before = [], {}
+    if rank.is_main:
+        names = _prepare(folder, flags, trained.note)
+        ids_before = folder.file_ids(names)
+    names = rank.broadcast(names)
+    own = names[rank.index :: rank.count]
+    stop.at_once = False
+    started = time.perf_counter()
     try:
-        with out_of_memory_means(lambda: f" on {device}; lower --batch_size or --num_workers, or name fewer devices"):
-            translate_images(generators, device, files, outputs, root, config, quiet=True, go_on=go_on)
-    except (LoaderDied, RuntimeError) as error:
-        if not is_loader_death(error):
-            raise
-        raise UserError(f"{error}; {GO_ON}") from None
+        with out_of_memory_means(lambda: f" on {rank.device}; lower --batch_size or --num_workers"):
+            translate_images(
+                generators=trained.generators,
+                device=rank.device,
+                files=files,
+                outputs={name: outputs[name] for name in own},
+                root=folder.root,
+                flags=flags,
+                title="" if not rank.is_main else "translating" if rank.count == 1 else f"translating 1/{rank.count}",
+                stop=stop,
+            )
+    except LoaderDied as error:
+        if rank.count == 1:
+            raise Stopped(str(error)) from None
+        print(error, file=sys.stderr)  # the other processes do not wait for this one
+        raise SystemExit(STOPPED) from None
+    if rank.all_reduce_max(int(stop())):
+        raise Stopped(f"stopped; {GO_ON}")
+    if rank.is_main:
+        missing = folder.missing(ids_before)
+        _finish(folder, missing, skip=flags.on_bad_image == "skip")
+        translated, seconds = len(names) - len(missing), time.perf_counter() - started
+        print(
+            f"{len(outputs) - len(missing)} SiT images in {folder.root}: {translated} translated in {seconds:.1f} s "
+            f"({translated / max(seconds, 1e-9):.1f} images/s), {len(outputs) - len(names)} were already there"
+        )
+        if missing:
+            print(f"skipped, as they cannot be read: {len(missing)} images; the data set is not complete:")
+            print("\n".join(f"  {files.root / image}" for image in missing))
+
+
+def _prepare(folder: SitFolder, flags: ExportFlags, note: str) -> list[str]:
+    """Check the output folder and a few images, make the folder, and return the images to translate."""
+    folder.check(keep_complete=flags.skip_created_files)
+    if flags.on_bad_image == "stop":
+        check_samples(folder.files, labels="none", or_else=OR_SKIP)
+    print(folder.files.describe())
+    if note:
+        print(f"note: {note}")
+    folder.make()
+    return folder.incomplete() if flags.skip_created_files else list(folder.outputs)
+
+
+def _finish(folder: SitFolder, missing: Sequence[str], skip: bool) -> None:
+    if missing and not skip:
+        first = folder.outputs[missing[0]]
+        raise UserError(f"{len(missing)} images are missing in {folder.root}, first {first}: run the command again")
+    folder.write_manifest(complete=not missing)

@@ -1,10 +1,9 @@
 """One training step at one scale, in the three phases of the method (docs/method.md, section 3).
 
 Every loss term has its own `.backward()`, so that its graph is freed before the next term is computed: at full
-resolution the activations of discriminators, perceptual net and segmentation nets are most of the memory. Where a term
-is a function of a generated image, it is computed on a detached leaf of that image; the gradients of all terms add up in
-the leaf's `.grad`, with which the generator's graph is then walked back once. Nothing in here reads a value of the
-device back to the host.
+resolution the activations of discriminators, perceptual net and segmentation nets are most of the memory. A term of a
+generated image is computed on a detached leaf of it; the gradients of all terms add up in the leaf's `.grad`, which one
+backward pass then takes through the generator. Nothing in here reads a value of the device back to the host.
 """
 
 from __future__ import annotations
@@ -229,14 +228,15 @@ def _directions(
 def reference_momenta(generator: Generator, own_before: int, own_after: int) -> tuple[float, float]:
     """Momenta of two updates of a generator's running statistics that together equal the reference's four.
 
-    In a step of the reference, a generator sees images of its own domain `own_before` times, then those that it
-    translates back, then its own `own_after` times. Here it sees its own once and then those to be translated back. With
-    m the momentum of its batch norms and n = own_before + 1 + own_after, the reference's statistics are
+    In a step of the authors' code, a generator sees images of its own domain `own_before` times, then once images to be
+    translated back, then its own images `own_after` times. Here it sees its own once and then those to be translated
+    back. With m the momentum of its batch norms, n = own_before + 1 + own_after and b = m (1-m)^own_after, both turn
+    the statistics r into
 
-        (1-m)^n r + (1 - (1-m)^n - b) own + b back,  b = m (1-m)^own_after.
+        (1-m)^n r + (1 - (1-m)^n - b) own + b back.
 
     Returns:
-        The momentum for its own images, which is 1 - (1-m)^own_before where these all come first, and b.
+        The momentum for its own images, which is 1 - (1-m)^own_before if these all come first, and b for the others.
     """
     keep = 1.0 - next((norm.momentum for norm in generator.modules() if isinstance(norm, nn.BatchNorm2d)), 0.1)
     back = (1.0 - keep) * keep**own_after
@@ -250,7 +250,7 @@ def _translate(direction: _Direction, how: _How) -> Tensor:
 
 
 def _translate_again(direction: _Direction, how: _How) -> Tensor:
-    """The same image once more, for its graph; batch norms have seen the batch before."""
+    """The same image with its graph; the running statistics of batch norms have seen the batch before."""
     with frozen_bn_stats(direction.generator):
         return how.run(direction.generator, direction.image, direction.coarser)
 
@@ -324,8 +324,7 @@ def _update_generators(
         The images that came back (B,3,h,w), of each direction.
     """
     with torch.no_grad():
-        images = torch.cat([direction.image for direction in directions])
-        targets = perceptual_targets(how.run(perceptual, images), loss)
+        targets = perceptual_targets(how.run(perceptual, torch.cat([d.image for d in directions])), loss)
     came_back = []
     zero_gradients(optimizers.Gst, optimizers.Gts)
     for direction, fake, (content_target, style_target) in zip(directions, fakes, targets, strict=True):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from core.cascade import to_pixels, translate_pyramid
+from core.command_flags import MIN_TILE_PIXELS
 from core.networks import ConvBlock, Generator
 from data_handlers.images import PROCST_INPUT
 from training.precision import Precision, Runner, exact_convolutions
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 # Copies of the widest feature map that are alive at once inside a block, workspace of the convolution included.
 FEATURE_COPIES = 5
-MIN_TILE_PIXELS = 96 * 96
 # Pixels that are summed at once: on a CPU few enough for its caches, and for float32 to be off by some 1e-6 at most.
 SUMMED_PIXELS = {"cpu": 2**12, "cuda": 2**18}
 SUMMED_IN = {"cpu": torch.float32, "cuda": torch.float64}

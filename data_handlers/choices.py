@@ -8,6 +8,9 @@ from typing import Literal
 Labels = Literal["ids", "trainids"]
 LABELS = ("ids", "trainids")
 
+# What is done with labels: ignored; checked by their header; decoded and returned.
+LabelUse = Literal["none", "check", "read"]
+
 # Whether an image or label that cannot be used ends the run, or another one is taken in its place.
 OnBadImage = Literal["stop", "skip"]
 ON_BAD_IMAGE = ("stop", "skip")
@@ -15,3 +18,8 @@ ON_BAD_IMAGE = ("stop", "skip")
 # How images are resized: with PyTorch's arithmetic, several times as fast, or with Pillow's, which the method uses.
 Resample = Literal["exact", "fast"]
 RESAMPLINGS = ("fast", "exact")
+
+# Toy data sets and their splits. The numbers go into random seeds: a data set, once made, must stay the same.
+TOY_DOMAINS = {"gta5": 1, "synthia": 2, "cityscapes": 3}
+TOY_SPLITS = {"train": 0, "val": 1}
+MOST_TOY_FRAMES = 99_999  # GTA5's file names have five digits

@@ -20,7 +20,7 @@ from data_handlers.images import (
     read_label_values,
 )
 from data_handlers.lists import FileList
-from data_handlers.stream import LabelUse
+from data_handlers.choices import LabelUse
 from utils.errors import UserError
 from utils.loaders import load_in_order
 from utils.locks import say

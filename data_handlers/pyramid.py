@@ -6,19 +6,12 @@ antialiasing, see `core.cascade`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image
 
 from data_handlers.choices import Resample
 from data_handlers.images import resize_pixels
-
-
-def level_size(size: Sequence[int], steps_down: int, scale_factor: float) -> tuple[int, ...]:
-    """ceil(f^steps * side) for every side of `size`, in pixels."""
-    return tuple(math.ceil(math.pow(scale_factor, steps_down) * side) for side in size)
+from utils.sizes import level_size
 
 
 def image_pyramid(image: Image.Image, num_scales: int, scale_factor: float, up_to: int) -> list[np.ndarray]:
@@ -46,6 +39,5 @@ def array_pyramid(
     """`image_pyramid` of uint8 (h,w,3); the values are equal with `exact`, and at most one off with `fast`."""
     if resample == "exact":
         return image_pyramid(Image.fromarray(pixels), num_scales, scale_factor, up_to)
-    base = (pixels.shape[1], pixels.shape[0])
-    sizes = [level_size(base, num_scales - scale, scale_factor) for scale in range(up_to + 1)]
-    return [pixels if size == base else resize_pixels(pixels, size) for size in sizes]
+    base = pixels.shape[1::-1]
+    return [resize_pixels(pixels, level_size(base, num_scales - scale, scale_factor)) for scale in range(up_to + 1)]

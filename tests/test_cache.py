@@ -22,16 +22,15 @@ import torch
 from tqdm import tqdm
 
 import train_procst
+from commands import assert_same_tensors, only_run, procst_flags
 from conftest import GOLDEN_DIR
-from core.checkpoint import load_checkpoint
-from data_handlers import cache_building as cache_module
-from data_handlers.cache_building import BUILDING, bytes_to_build, open_cache
+from data_handlers import cache as cache_module
+from data_handlers.cache import BUILDING, ResizedFiles, bytes_to_build, open_cache
 from data_handlers.classes import CITYSCAPES_IDS
 from data_handlers.datasets import DATA_SETS, with_labels
+from data_handlers.domain import Domain
 from data_handlers.lists import list_images
 from data_handlers.pyramid import array_pyramid
-from data_handlers.stream import StreamConfig, open_stream
-from test_train_cli import all_tensors, only_run, training_flags
 from utils.errors import UserError
 from worlds import noise_image, write_cityscapes, write_gta5
 
@@ -49,9 +48,10 @@ def gta(world):
 
 
 def cache_of(world, **changes):
-    values = {"cache_dir": world / "cache", "files": gta(world), "size": SIZE, "resample": "exact",
-              "with_labels": True, "num_workers": 0}  # fmt: skip
-    return open_cache(**{**values, **changes})
+    values = {"cache_dir": world / "cache", "with_labels": True, "num_workers": 0}
+    resized = {"files": gta(world), "size": SIZE, "resample": "exact"}
+    resized = {name: changes.pop(name, value) for name, value in resized.items()}
+    return open_cache(resized=ResizedFiles(**resized), **{**values, **changes})
 
 
 @pytest.fixture
@@ -85,12 +85,15 @@ def change_image(world):
 
 
 def batches(files, resample, cache, labels="read", workers=0):
-    config = StreamConfig(
-        seed=1, domain="source", scale=2, batch_size=2, steps_per_epoch=2, epoch_length=5, resize=SIZE, crop=(48, 36),
-        labels=labels, flip=True, resample=resample,
+    domain = Domain(
+        files=files, name="source", seed=1, resize=SIZE, crop=(48, 36), labels=labels, flip=True, resample=resample,
+        num_workers=workers, cache=cache,
     )  # fmt: skip
     pyramid = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample=resample)
-    return list(open_stream(files, config, pyramid, range(6), workers, cache=cache))
+    return list(domain.stream(
+        stage=2, steps=range(6), batch_size=2, part=range(2), steps_per_epoch=2, epoch_length=5, pyramid=pyramid,
+        pin_memory=False,
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("resample", ["exact", "fast"])
@@ -130,11 +133,10 @@ def test_training_from_a_cache(world, run_script):
     write_cityscapes(world / "cityscapes", count=3, size=(64, 40), labels=False)
     runs = {}
     for name, changes in (("plain", {}), ("cached", {"cache_dir": world / "cache"})):
-        result = run_script(train_procst, *training_flags(world, world / name, **changes))
+        result = run_script(train_procst, *procst_flags(world, world / name, **changes))
         assert result.code == 0, result.err
-        runs[name] = load_checkpoint(only_run(world / name) / "latest.pth")
-    for (name, value), (_, expected) in zip(all_tensors(runs["cached"]), all_tensors(runs["plain"]), strict=True):
-        assert torch.equal(value, expected), name
+        runs[name] = only_run(world / name) / "latest.pth"
+    assert_same_tensors(runs["cached"], runs["plain"])
 
 
 # --- what a cache is made for ---------------------------------------------------------------------------
@@ -164,10 +166,10 @@ def test_a_cache_is_built_once_and_anew_when_a_file_changes(world, built):
 
 
 def test_runs_with_and_without_labels_share_the_images(world, built):
-    sizes = {"cache_dir": world / "cache", "files": gta(world), "size": SIZE, "resample": "exact"}
+    sizes = {"cache_dir": world / "cache", "resized": ResizedFiles(gta(world), SIZE, "exact")}
     count = len(gta(world)) * SIZE[0] * SIZE[1]
     assert bytes_to_build(**sizes, with_labels=True) == 4 * count
-    with pytest.raises(ValueError, match="without labels"):
+    with pytest.raises(KeyError, match="labels"):
         cache_of(world, with_labels=False).label(0)
     assert bytes_to_build(**sizes, with_labels=True) == count
     cache_of(world)

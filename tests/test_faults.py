@@ -119,7 +119,8 @@ def test_loaders_outlive_what_a_scheduler_sends_to_all_processes(world, undistur
     def to_all(trainer):
         for number in (signal.SIGTERM, signal.SIGUSR1):
             for child in multiprocessing.active_children():
-                os.kill(child.pid, number)
+                # From another process: a worker ends where its parent sends it SIGTERM.
+                subprocess.run(["kill", f"-{number}", str(child.pid)], check=True)
                 sent.append(child.pid)
         signal.raise_signal(signal.SIGUSR1)
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from core.segmentation_files import SegmentationFile
 from PIL import Image
 
 import evaluate as evaluate_script
 import train_procst
-from core.segmentation_files import SegmentationFile
 from data_handlers.classes import CITYSCAPES_IDS, CITYSCAPES_VOID
 from data_handlers.datasets import DATA_SETS, DataSet, with_labels
 from data_handlers.images import read_label

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from core.config import NetworkShape
 from core.losses import gradient_penalty
-from core.networks import Discriminator, Generator, NetworkShape
+from core.networks import Discriminator, Generator
 from core.running import image_layout, micro_batch_size, procst_runner
 from models.unet import UNet
 from steps import build
@@ -107,9 +108,9 @@ def test_a_cpu_that_does_not_describe_itself(text, cpu):
     assert devices.cpu_vendor() == ""
     assert devices.cpu_flags() == set()
     assert resolve_precision("auto", CPU) == "fp32"
-    with pytest.raises(UserError, match="--precision bf16.*--precision fp32"):
+    with pytest.raises(UserError, match=r"--precision bf16.*--precision fp32"):
         resolve_precision("bf16", CPU)
-    with pytest.raises(UserError, match="--precision tf32.*NVIDIA"):
+    with pytest.raises(UserError, match=r"--precision tf32.*NVIDIA"):
         resolve_precision("tf32", CPU)
 
 

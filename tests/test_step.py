@@ -8,21 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from core.batches import penalty_alphas
 from torch import nn
 
 from benchmarks.literal_step import literal_step
-from core.batches import penalty_alphas
 from core.cascade import cascade, generated_pyramid
+from core.config import NetworkShape, layers_at_scale, published_norm
 from core.losses import gradient_penalty, gram_matrix, total_variation
-from core.networks import Discriminator, Generator, NetworkShape, layers_at_scale, published_norm
+from core.networks import Discriminator, Generator
 from core.running import procst_runner
 from core.step import Batch, micro_batches, reference_momenta
 from data_handlers.images import normalise
 from data_handlers.label_maps import IGNORE
-from data_handlers.pyramid import level_size
+from utils.sizes import level_size
 from models.losses import cross_entropy
 from models.vgg import build_vgg
-from steps import RandomStep, build, relative_l2, zero_gradient_biases
+from steps import RandomStep, build, check_same
 from training.local_batch import LocalBatch, backward_and_step
 from worlds import noise_image
 
@@ -202,22 +203,6 @@ def uneven_step(norm):
     return step
 
 
-def assert_same(ours, theirs):
-    """Same losses, images and gradients of two steps in float64."""
-    assert ours.order == theirs.order
-    assert ours.result.losses.keys() == theirs.result.losses.keys()
-    for name, value in theirs.result.losses.items():
-        assert ours.result.losses[name].dtype == torch.float64, name
-        assert float(ours.result.losses[name]) == pytest.approx(float(value), rel=1e-11), name
-    for name, image in theirs.result.images.items():
-        torch.testing.assert_close(ours.result.images[name], image, rtol=0, atol=1e-11)
-    for step, gradients in theirs.gradients.items():
-        net = ours.nets.get(step.split("#")[0])
-        assert ours.gradients[step].keys() == gradients.keys()
-        for name in gradients.keys() - (zero_gradient_biases(net) if net else set()):
-            assert relative_l2(ours.gradients[step][name], gradients[name]) < 1e-9, f"{step} {name}"
-
-
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize(
     ("norm", "way"),
@@ -233,7 +218,7 @@ def test_uneven_micro_batches_sum_up_to_the_batch(norm, way, warmup):
     theirs, ours = uneven_step(norm), uneven_step(norm)
     theirs.take(literal_step, warmup=warmup)
     ours.take(warmup=warmup, **way)
-    assert_same(ours, theirs)
+    check_same(ours, theirs)
 
 
 def test_momenta_add_up_to_the_four_updates_of_the_reference():

@@ -105,8 +105,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.num_workers is not None:
-            check_not_negative(self, "num_workers")
+        check_not_negative(self, "num_workers")
 
 
 @dataclass(frozen=True)

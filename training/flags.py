@@ -30,6 +30,7 @@ def option(
     nargs: int | str | None = None,
     choices: Sequence[Any] | None = None,
     metavar: str | tuple[str, ...] | None = None,
+    required: bool = False,
     may_change: bool = False,
     hidden: bool = False,
     keywords: tuple[str, ...] | None = None,
@@ -39,6 +40,7 @@ def option(
     Args:
         type: of one value; by default that of `default`.
         nargs: as in argparse; several values become a tuple.
+        required: `section_from` refuses an empty value.
         may_change: a continued run may be given another value: where things are, how they are reported, and how they
             are computed where another machine may lack something; never what is computed.
         hidden: `--help` does not show the flag.
@@ -46,7 +48,7 @@ def option(
     """
     metadata = {
         "help": help, "type": type or default.__class__, "nargs": nargs, "choices": choices, "metavar": metavar,
-        "may_change": may_change, "hidden": hidden, "keywords": keywords,
+        "required": required, "may_change": may_change, "hidden": hidden, "keywords": keywords,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -155,10 +157,15 @@ def _require_utf8(arguments: Sequence[str]) -> None:
 
 
 def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:
-    """A section with the given values, paths made absolute, and defaults for the rest."""
+    """A section with the given values, paths made absolute, and defaults for the rest.
+
+    Raises:
+        UserError: a required flag is missing or empty, or the section refuses a value.
+    """
     values = {}
     for name, field in options_of(section).items():
         value = flags.get(name, field.default)
+        check(bool(value) or not field.metadata["required"], f"{flag_of(name)} is required (see --help)")
         keywords = field.metadata["keywords"]
         if keywords is not None and value and value not in keywords:
             value = os.path.abspath(os.path.expanduser(value))
@@ -246,7 +253,9 @@ class Config:
             wanted = type(self).from_flags({**started, **given})
         except UserError as error:
             names = [flag_of(n) for n, value in given.items() if value != started[n] and not self.may_change(n)]
-            raise UserError(f"{', '.join(names)} changes the run's configuration: {error}" if names else error) from None
+            raise UserError(
+                f"{', '.join(names)} changes the run's configuration: {error}" if names else error
+            ) from None
         for name, value in wanted.flags().items():
             if value != started[name] and not self.may_change(name):
                 cause = name if name in given else next(iter(sorted(given)))
@@ -269,7 +278,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_positive(section: object, *names: str) -> None:
-    """Check that these fields of a section are greater than 0.
+    """Check that these fields of a section are greater than 0, or None.
 
     Raises:
         UserError: names the flag.
@@ -279,7 +288,7 @@ def check_positive(section: object, *names: str) -> None:
 
 
 def check_not_negative(section: object, *names: str) -> None:
-    """Check that these fields of a section are 0 or greater.
+    """Check that these fields of a section are 0 or greater, or None.
 
     Raises:
         UserError: names the flag.
@@ -301,4 +310,5 @@ def check_choices(section: object) -> None:
 
 
 def _values(section: object, names: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
-    return ((name, getattr(section, name), str(getattr(section, name))[:20]) for name in names)
+    values = ((name, getattr(section, name)) for name in names)
+    return ((name, value, str(value)[:20]) for name, value in values if value is not None)

@@ -124,6 +124,7 @@ class Loop:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{origin}: the state of the method is incomplete ({error})") from None
         self.step, self.stage_finished = checkpoint.step, checkpoint.stage_finished
+        self.info = {**checkpoint.info, **self.info}
         self.validations, self.skipped = list(checkpoint.validations), list(checkpoint.skipped)
         self.saved = (self.stage, self.step)
 
@@ -311,7 +312,7 @@ class Loop:
         alone = self.rank.count == 1  # several processes have to come to the end of it together
         with progress.untimed():
             # The state was saved before; a validation that is broken off is made again.
-            validation = validator(self.method.eval_net(), lambda: self._stop_if(alone and self.stop()))
+            validation = validator(self.method.eval_net(), lambda *_: self._stop_if(alone and self.stop()))
         score = validator.score(validation)
         names = validator.files.data_set.class_names
         progress.validation(self.stage, self.step, validation, names)

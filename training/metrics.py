@@ -1,16 +1,23 @@
-"""Confusion matrix of dense predictions, and what is read off it. Rows are labels, columns predictions."""
+"""Statistics of dense predictions: the confusion matrix, scores read off it, and scores that need no labels.
+
+Everything is counted on the device, and memory does not grow with the number of images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+CONFIDENCE_BINS = 20
+
 
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     """Count label-prediction pairs in one pass on the tensors' device, without reading anything back.
+
+    Rows are labels, columns are predictions.
 
     Args:
         prediction: integers in [0, classes), any shape.
@@ -76,3 +83,50 @@ def scores_of(matrix: Tensor, classes: Sequence[int]) -> Scores:
         pixel_accuracy=float(right.sum() / labelled.sum()) if present else None,
         absent=tuple(c for c, value in zip(classes, iou, strict=True) if value is None),
     )
+
+
+class PredictionStatistics:
+    """What a net's predictions tell without labels, accumulated over pixels on the device."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.pixels = 0
+        self.probability_sum = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self.entropy_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.confidence_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.confidence_histogram = torch.zeros(CONFIDENCE_BINS, dtype=torch.float64, device=device)
+
+    def add(self, probability: Tensor) -> None:
+        """Count an image's probabilities (C,H,W)."""
+        confidence = probability.amax(dim=0)
+        self.pixels += confidence.numel()
+        self.probability_sum += probability.sum(dim=(1, 2))
+        self.entropy_sum += _entropy(probability, dim=0).sum()
+        self.confidence_sum += confidence.sum()
+        # A net that diverged predicts NaN: that shows in the means, the bins only have to stay bins.
+        bins = (confidence.nan_to_num(0.0) * CONFIDENCE_BINS).long().clamp_(max=CONFIDENCE_BINS - 1)
+        self.confidence_histogram += count_values(bins, CONFIDENCE_BINS)
+
+    def all_reduce(self, all_reduce: Callable[[Sequence[Tensor]], None]) -> None:
+        """Make this the statistics of several processes' images; `all_reduce` sums tensors in place over them."""
+        pixels = torch.tensor(float(self.pixels), dtype=torch.float64, device=self.entropy_sum.device)
+        sums = (self.probability_sum, self.entropy_sum, self.confidence_sum, self.confidence_histogram)
+        all_reduce([pixels, *sums])
+        self.pixels = int(pixels)
+
+    def mean_confidence(self) -> float:
+        """Mean probability of the predicted class."""
+        return float(self.confidence_sum) / self.pixels
+
+    def mutual_information(self) -> float:
+        """Entropy of the mean prediction minus mean entropy of the predictions, as a share of the largest possible.
+
+        Between 0 and 1. High where single pixels are decided (confident) and all classes are used (balanced): a net
+        that calls everything road is confident, but has no class balance and gets 0.
+        """
+        mean = self.probability_sum / self.pixels
+        information = _entropy(mean, dim=0) - self.entropy_sum / self.pixels
+        return float(information) / torch.log(torch.tensor(float(len(mean)))).item()
+
+
+def _entropy(probability: Tensor, dim: int) -> Tensor:
+    return -torch.special.xlogy(probability, probability).sum(dim=dim)

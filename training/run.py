@@ -17,10 +17,10 @@ import torch
 
 from training.checkpoint import Checkpoint, read_newest
 from training.config import StartFlags
-from training.distributed import AlreadyReported, LostConnection, Rank, is_restarted, joined
+from training.distributed import Rank, is_restarted
 from training.dry_run import dry_run
 from training.flags import Config, section_from
-from training.launching import is_launched, launch, launched
+from training.launching import in_processes, is_launched, launch
 from training.loop import Loop
 from training.method import Method
 from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
@@ -29,7 +29,7 @@ from training.record import environment, write_record
 from training.run_folder import checkpoint_ids, folder_to_continue, lock_run_folder, log_name, print_skipped
 from training.validation import Validator
 from utils.devices import default_gpus, training_devices
-from utils.errors import UserError, out_of_memory_means, run_cli
+from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder, remove_leftovers
 from utils.memory import keep_freed_memory
 from utils.stopping import LoaderDied, Stopped, StopRequests, is_loader_death
@@ -82,25 +82,11 @@ def train(
         Stopped: the run was asked to stop, and its state is saved.
     """
 
-    def main() -> None:
-        try:
-            with joined() as rank, ExitStack() as stack:
-                _Run(Path(script), config_class, method, prepare, given, rank, stack).start()
-        except AlreadyReported:
-            raise SystemExit(2) from None
-        except LostConnection:
-            if is_launched():
-                raise SystemExit(1) from None  # the launcher starts all processes again
-            raise UserError(
-                "the connection to the other processes was lost: one of them was ended, or its machine cannot be "
-                "reached; continue from the last checkpoint"
-            ) from None
+    def run(rank: Rank) -> None:
+        with ExitStack() as stack:
+            _Run(Path(script), config_class, method, prepare, given, rank, stack).start()
 
-    if is_launched():
-        with launched():
-            run_cli(main)
-    else:
-        main()
+    in_processes(run, "continue from the last checkpoint")
 
 
 @dataclass
@@ -138,7 +124,9 @@ class _Run:
         self.stack.enter_context(stop)
         with self._naming_stored_flags(continued):
             set_determinism(config.run.deterministic)
-            config = self._with_precision(config)
+            precision = agreed_precision(config.run.precision, self.rank)
+            set_convolution_precision(precision)
+            config = replace(config, run=replace(config.run, precision=precision))
             prepared = self.prepare(config, self.rank, continued)
             for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
                 check_folder(Path(getattr(config.run, name)), f"--{name}")
@@ -161,17 +149,7 @@ class _Run:
         parent = Path(config.run.checkpoints_dir)
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.method_class.task(config)}"
         environment = {} if known else {RUN_DIR: str(parent.absolute() / name)}
-        code = launch(self.script, sys.argv[1:], devices, environment)
-        if code:
-            raise SystemExit(code)
-
-    def _with_precision(self, config: Any) -> Any:
-        """The configuration with the precision that `auto` stands for, the same in every process."""
-        self.rank.require_equal({"--precision": config.run.precision})
-        wanted = self.rank.broadcast(resolve_precision(config.run.precision, self.rank.device))
-        precision: Precision = resolve_precision(wanted, self.rank.device)
-        set_convolution_precision(precision)
-        return replace(config, run=replace(config.run, precision=precision))
+        launch(self.script, devices, environment=environment)
 
     @contextmanager
     def _naming_stored_flags(self, continued: Continued | None) -> Iterator[None]:
@@ -228,11 +206,11 @@ class _Run:
             remove_leftovers(folder)
         folder = rank.broadcast(folder)
         run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
-        info = {**(continued.checkpoint.info if continued else {}), "run": folder.name, "run_id": run_id}
+        info = {"run": folder.name, "run_id": run_id}
         loop = Loop(method=method, run=config.run, folder=folder, validator=prepared.validator, info=info, stop=stop)
         if continued:
             loop.restore(continued.checkpoint, continued.origin)
-            if resume_to_epoch:
+            if resume_to_epoch and not is_restarted():
                 loop.move_to_epoch(resume_to_epoch)
         if rank.is_main:
             content = {"method": method.name, "config": config.to_json(), "inputs": method.inputs()}
@@ -263,6 +241,16 @@ class _Run:
             if best := loop.best():
                 print(f"best state by {prepared.validator.select_by}: {folder / 'best.pth'}, of step {best['step']}")
             print(f"finished; {method.conclusion(folder)}")
+
+
+def agreed_precision(wanted: str, rank: Rank) -> Precision:
+    """What `--precision` stands for: the same in every process, and supported by its device.
+
+    Raises:
+        UserError: the processes were asked for different ones, or this one's device does not support it.
+    """
+    rank.require_equal({"--precision": wanted})
+    return resolve_precision(rank.broadcast(resolve_precision(wanted, rank.device)), rank.device)
 
 
 def _continued(folder: Path | None, method: str) -> Continued | None:

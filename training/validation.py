@@ -1,12 +1,14 @@
-"""Validation of a segmentation net while it trains: scores, a score that needs no labels, and pictures."""
+"""Scoring a segmentation net on whole images, while it trains and afterwards: predictions, scores, tables, pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -16,9 +18,8 @@ from data_handlers.label_maps import colourise
 from data_handlers.labelled import LabelledImage, open_labelled
 from data_handlers.lists import FileList
 from training.distributed import Rank
-from training.metrics import Scores, scores_of
+from training.metrics import CONFIDENCE_BINS, PredictionStatistics, Scores, confusion_matrix, scores_of
 from training.precision import exact_convolutions
-from training.prediction import CONFIDENCE_BINS, PredictionStatistics, evaluate
 from training.tensorboard import TensorBoardLog
 from utils.errors import UserError
 
@@ -30,6 +31,37 @@ CONVENTION = (
     "outside the scored classes do not count; predictions outside them are errors. Classes without a labelled pixel "
     "are absent and left out of the mean."
 )
+OnPrediction = Callable[[LabelledImage, Tensor], object]
+
+
+@torch.no_grad()
+def predict(net: nn.Module, image: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
+    """Class probabilities at the image's own size, averaged over rescaled and mirrored inputs.
+
+    Args:
+        net: in eval mode; images (B,3,h,w) -> logits (B,C,h,w).
+        image: (1,3,H,W), what the net's `network_input` makes of pixels.
+        scales: input sizes relative to the image; probabilities are brought back bilinearly.
+        flip: predict the mirror image of every scale, too.
+
+    Returns:
+        (C,H,W), summing to 1 over C.
+    """
+    height, width = image.shape[2:]
+    total: Tensor | None = None
+    for scale in scales:
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        scaled = image
+        if size != (height, width):
+            scaled = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+        for mirrored in (False, True) if flip else (False,):
+            probability = net(scaled.flip(3) if mirrored else scaled).softmax(dim=1)
+            if mirrored:
+                probability = probability.flip(3)
+            if size != (height, width):
+                probability = F.interpolate(probability, size=(height, width), mode="bilinear", align_corners=False)
+            total = probability if total is None else total.add_(probability)
+    return total[0] / (len(scales) * (2 if flip else 1))
 
 
 @dataclass(frozen=True)
@@ -38,6 +70,7 @@ class Validation:
 
     Attributes:
         scores: None where the images have no labels.
+        confusion: int64 (C,C) on the net's device, rows are labels.
         label_free: mutual information of the predictions, 0 to 1; needs no labels.
         mean_confidence: mean probability of the predicted class.
         confidence_histogram: pixels in each of `CONFIDENCE_BINS` equal bins of 0..1.
@@ -46,6 +79,7 @@ class Validation:
     """
 
     scores: Scores | None
+    confusion: Tensor
     label_free: float
     mean_confidence: float
     confidence_histogram: np.ndarray
@@ -63,10 +97,11 @@ def scored_classes(num_classes: int, *data_sets: DataSet) -> tuple[int, ...]:
     return tuple(c for c in data_sets[0].classes if c < num_classes and all(c in d.classes for d in data_sets))
 
 
+@dataclass(frozen=True, kw_only=True)
 class Validator:
-    """Validates a net on a fixed list of images.
+    """Predicts a fixed list of images with a net and scores the predictions.
 
-    Args:
+    Attributes:
         files: the images.
         with_labels: whether they have labels and scores are wanted.
         select_by: `miou` or `label_free`: what picks the best net.
@@ -75,64 +110,81 @@ class Validator:
         num_workers: loader processes.
         rank: this process among those that share the images, and the device of the net.
         skip_unusable: leave out images that cannot be used, instead of raising.
+        or_else: end of the message about an image that cannot be used; it names an alternative.
+        scales, flip: see `predict`.
     """
 
-    def __init__(
-        self,
-        *,
-        files: FileList,
-        with_labels: bool,
-        select_by: str,
-        classes: Sequence[int],
-        num_classes: int,
-        num_workers: int,
-        rank: Rank,
-        skip_unusable: bool = False,
-    ) -> None:
-        self.files = files
-        self.with_labels = with_labels
-        self.select_by = select_by
-        self.classes = tuple(classes)
-        self.num_classes = num_classes
-        self.num_workers = num_workers
-        self.rank = rank
-        self.skip_unusable = skip_unusable
+    files: FileList
+    with_labels: bool
+    select_by: str = "miou"
+    classes: Sequence[int]
+    num_classes: int
+    num_workers: int
+    rank: Rank
+    skip_unusable: bool = False
+    or_else: str = OR_SKIP
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
 
-    def __call__(self, net: nn.Module, between_images: Callable[[], None] = lambda: None) -> Validation:
+    def __call__(self, net: nn.Module, on_prediction: OnPrediction = lambda image, prediction: None) -> Validation:
         """Predict every image once, at native size, each process its share. The pictures are of this process's images.
 
         Args:
-            between_images: called after every image of this process; what it raises ends the validation.
+            net: its `network_input` turns the pixels into what it expects. It is in eval mode meanwhile and in its
+                former mode afterwards.
+            on_prediction: called with every image of this process and its predicted trainIds, uint8 (H,W); what it
+                raises ends the validation.
 
         Raises:
             UserError: an image or label, or with `skip_unusable` none of them, can be used, or the net has diverged.
         """
-        device = self.rank.device
-        statistics = PredictionStatistics(self.num_classes, device)
-        pictures: list[np.ndarray] = []
-
-        def keep_picture(sample: LabelledImage, prediction: Tensor) -> None:
-            if len(pictures) < PICTURES:
-                pictures.append(_picture(sample, prediction))
-            between_images()
-
         files = replace(self.files, images=self.files.images[self.rank.index :: self.rank.count])
         skipped: list[str] | None = [] if self.skip_unusable else None
-        samples = open_labelled(files, self.num_workers, device, self.with_labels, OR_SKIP, skipped)
+        images = open_labelled(files, self.num_workers, self.rank.device, self.with_labels, self.or_else, skipped)
         with exact_convolutions():
-            matrix = evaluate(net, samples, self.num_classes, device, statistics=statistics, on_prediction=keep_picture)
+            matrix, statistics, pictures = self._count(net, images, on_prediction)
         self.rank.all_reduce([matrix])
         statistics.all_reduce(self.rank.all_reduce)
         if not statistics.pixels:
             raise UserError(f"none of the {len(self.files)} validation images of {self.files.root} can be used")
         return Validation(
             scores=scores_of(matrix, self.classes) if self.with_labels else None,
+            confusion=matrix,
             label_free=statistics.mutual_information(),
             mean_confidence=statistics.mean_confidence(),
             confidence_histogram=statistics.confidence_histogram.cpu().numpy(),
             pictures=pictures,
             skipped=tuple(skipped or ()),
         )
+
+    def _count(
+        self, net: nn.Module, images: Iterable[LabelledImage], on_prediction: OnPrediction
+    ) -> tuple[Tensor, PredictionStatistics, list[np.ndarray]]:
+        """Confusion matrix, statistics and a few pictures of the images; nothing is read back before the end."""
+        device, dtype, training = self.rank.device, next(net.parameters()).dtype, net.training
+        matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=device)
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        statistics, pictures = PredictionStatistics(self.num_classes, device), []
+        net.eval()
+        try:
+            for image in images:
+                probability = predict(net, net.network_input(image.pixels[None], dtype), self.scales, self.flip)
+                finite &= probability.isfinite().all()
+                prediction = probability.argmax(dim=0)
+                statistics.add(probability)
+                if image.label is not None:
+                    matrix += confusion_matrix(prediction, image.label, self.num_classes)
+                prediction = prediction.to(torch.uint8)
+                if len(pictures) < PICTURES:
+                    pictures.append(_picture(image, prediction))
+                on_prediction(image, prediction)
+        finally:
+            net.train(training)
+        if not bool(finite):
+            raise UserError(
+                "the segmentation net's predictions are not finite: its training diverged, lower --lr_semseg"
+            )
+        return matrix, statistics, pictures
 
     def score(self, validation: Validation) -> float | None:
         """What the best net is picked by; None where the validation gives none."""
@@ -206,7 +258,9 @@ def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
     iou = {} if scores is None else {names[c]: v for c, v in zip(scores.classes, scores.iou, strict=True)}
     return {
         "miou": validation.mean_iou,
+        "pixel_accuracy": None if scores is None else scores.pixel_accuracy,
         "label_free": validation.label_free,
         "mean_confidence": validation.mean_confidence,
         "iou": iou,
+        "absent": [] if scores is None else [names[c] for c in scores.absent],
     }

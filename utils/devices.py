@@ -15,11 +15,15 @@ CPU_DESCRIPTION = Path("/proc/cpuinfo")
 
 
 def resolve_device(gpus: Sequence[str]) -> torch.device:
-    """The device of `--gpus`: `cpu`, or the index of one CUDA device.
+    """The device of `--gpus`: `cpu`, or the index of one CUDA device; where it is empty, the default, which is printed.
 
     Raises:
         UserError: several devices, not a number, or a device this machine does not have.
     """
+    if not gpus:
+        device = resolve_device(default_gpus())
+        print(f"computing on {device} (choose with --gpus)")
+        return device
     if len(gpus) != 1:
         raise UserError(f"--gpus {' '.join(gpus)}: one device at a time is supported; give one index, or cpu")
     name = gpus[0].lower()

@@ -61,7 +61,7 @@ def _run(main: Callable[[], None]) -> tuple[int, str]:
         return 2, f"error: {error.filename}: {error.strerror}; check the path and its permissions"
     except (MemoryError, RuntimeError, LoaderDied) as error:
         if is_loader_death(error):
-            return STOPPED, f"{' '.join(str(error).split())}; run the same command again"
+            return STOPPED, f"{LoaderDied.because(error)}; run the same command again"
         if not is_out_of_memory(error):
             raise
         return 2, "error: out of memory; lower the sizes or the batch size"

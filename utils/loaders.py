@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
-import shutil
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.util import get_temp_dir
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -29,8 +25,6 @@ MOST_SKIPPED = 10  # so many unusable samples one after the other are a fault of
 # batch takes on a slow, shared disk, and a network disk that stalls is usually back by then.
 TIMEOUT = 300  # seconds
 GRACE = 5.0  # seconds in which workers end by themselves
-_REMEDY = "memory or shared memory (/dev/shm) may be short, lower --num_workers"
-_END = object()
 
 
 def load_in_order(
@@ -91,73 +85,40 @@ def _as_it_is(sample: Any) -> Any:
 
 
 def _from_workers(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader with workers, such that this process never waits for a worker that died.
+    """The batches of a loader with worker processes.
 
-    A thread reads them: a worker that is killed while it writes a batch into its pipe leaves a reader that waits for
-    the rest of the batch for ever, whatever the timeout.
+    PyTorch's handler of SIGCHLD raises in the main thread when a worker has died, also while it waits for the rest of a
+    batch that the worker was writing.
     """
     before = set(multiprocessing.active_children())
-    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
     try:
-        reader = threading.Thread(target=_read, args=(iter(loader), requests, results), daemon=True)
-        workers = set(multiprocessing.active_children()) - before
-        reader.start()
+        batches = iter(loader)
     except (OSError, RuntimeError) as error:
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         traceback.clear_frames(error.__traceback__)  # deletes a half-made loader, which fails to end its workers
         sys.unraisablehook = hook
         _end(set(multiprocessing.active_children()) - before)
         reason = getattr(error, "strerror", None) or error
-        raise LoaderDied(f"loader processes cannot be started ({reason}): {_REMEDY}") from None
+        raise LoaderDied.because(f"loader processes cannot be started ({reason})") from None
+    workers = set(multiprocessing.active_children()) - before
     try:
-        while True:
-            requests.put(True)
-            batch, error = _wait_for(results, workers)
-            if error is not None:
-                raise error
-            if batch is _END:
-                return
-            yield batch
+        yield from batches
     except Exception as error:
-        if reason := _death(error, workers):
-            raise LoaderDied(f"{reason}: {_REMEDY}") from None
+        if reason := _death(error):
+            raise LoaderDied.because(reason) from None
         raise
     finally:
-        requests.put(False)
-        reader.join(GRACE)
         _end(workers)
 
 
-def _read(batches: Iterator[Any], requests: queue.SimpleQueue[bool], results: queue.SimpleQueue[Any]) -> None:
-    """Answer every request with a batch or an exception; the loader ends its workers when this function returns."""
-    while requests.get():
-        try:
-            results.put((next(batches, _END), None))
-        except Exception as error:
-            results.put((None, error))
-
-
-def _wait_for(results: queue.SimpleQueue[Any], workers: Iterable[BaseProcess]) -> tuple[Any, Exception | None]:
-    while True:
-        try:
-            return results.get(timeout=1.0)
-        except queue.Empty:
-            if any(worker.exitcode for worker in workers):
-                return None, EOFError()
-
-
-def _death(error: Exception, workers: Iterable[BaseProcess]) -> str:
+def _death(error: Exception) -> str:
     """How a worker died or why it is stuck, if that is what an error of the loader means, else ''."""
     text = str(error)
     if "in DataLoader worker process" in text:  # the error was raised in the worker, which lives
         return "a loader process found no shared memory" if "shared memory" in text else ""
-    if is_loader_death(error):
-        return text.partition(". ")[0].rstrip(".")
-    # Tensors are fetched from the worker that made them: the lost connection may be noticed before the death is.
-    connection.wait([worker.sentinel for worker in workers], timeout=1.0)
-    codes = [worker.exitcode for worker in workers if worker.exitcode]
-    return f"a loader process ended with exit code {codes[0]}" if codes else ""
+    # Tensors are fetched from the worker that made them: the lost connection may be noticed before its death is.
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "pin memory thread" in text.lower()
+    return text or "a loader process is gone" if lost or is_loader_death(error) else ""
 
 
 def _end(workers: Iterable[BaseProcess]) -> None:
@@ -188,5 +149,4 @@ def _follow_parent(parent: int) -> None:
         received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
         if received is not None and received.si_pid == parent:
             os._exit(0)  # PyTorch takes any other exit code for an accident
-    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # sockets through which tensors are handed over
     os._exit(1)

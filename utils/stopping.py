@@ -30,6 +30,14 @@ class LoaderDied(Exception):
     A training saves its state first; the same command goes on. The message is one line without that advice.
     """
 
+    @classmethod
+    def because(cls, reason: str | Exception) -> LoaderDied:
+        """In words of ours, with what to do about it."""
+        if isinstance(reason, cls):
+            return reason
+        first_sentence = " ".join(str(reason).split()).partition(". ")[0].rstrip(".")
+        return cls(f"{first_sentence}: memory or shared memory (/dev/shm) may be short, lower --num_workers")
+
 
 def is_loader_death(error: BaseException) -> bool:
     """Whether an error means that a loader process is gone.

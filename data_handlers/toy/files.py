@@ -11,19 +11,16 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import label as connected_parts
 
+from data_handlers.choices import TOY_DOMAINS, TOY_SPLITS
 from data_handlers.classes import CITYSCAPES_IDS, IGNORE, SYNTHIA_IDS
 from data_handlers.toy.looks import LOOKS, Id
 from data_handlers.toy.world import draw_scene
 from utils.errors import UserError
 from utils.files import atomic_write_bytes, atomic_write_json, make_folder, read_json
 
-# Fixed numbers for the random seeds: a data set, once made, must stay the same.
-DOMAINS = {"gta5": 1, "synthia": 2, "cityscapes": 3}
-SPLITS = {"train": 0, "val": 1}
 # Which toy set a folder holds. Without it a folder's frames are not ours, and must not be overwritten.
 NOTE = "toy_world.json"
 LAYOUT_FOLDERS = {"gta5": ("images", "labels"), "synthia": ("RGB", "GT"), "cityscapes": ("leftImg8bit", "gtFine")}
-MOST_FRAMES = 99_999  # GTA5's file names have five digits
 
 # Colours of the Cityscapes label ids 0 to 33, which are also the palette of GTA5's labels.
 _PALETTE = (
@@ -48,7 +45,7 @@ def draw_frame(domain: str, seed: int, split: str, number: int, size: tuple[int,
 
     The domain is part of the random seed, so equal numbers in two domains are different scenes: the sets are unpaired.
     """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, DOMAINS[domain], SPLITS[split], number]))
+    rng = np.random.default_rng(np.random.SeedSequence([seed, TOY_DOMAINS[domain], TOY_SPLITS[split], number]))
     return draw_scene(rng, size, LOOKS[domain])
 
 

@@ -1,0 +1,100 @@
+"""The flags of the commands that export SiT images and measure distances. Nothing here imports PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from data_handlers.choices import ON_BAD_IMAGE
+from data_handlers.datasets import DATA_SETS
+from training.choices import PRECISIONS
+from training.flags import Size, check, check_not_negative, check_positive, option, size_option
+
+MIN_TILE_PIXELS = 96 * 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFlags:
+    """The flags of `create_sit_dataset.py`; None and '' stand for values that the run or the machine decides."""
+
+    trained_procst_path: str = option(
+        "", "run folder, checkpoint, or the authors' Gst.pth (required)", metavar="PATH", required=True
+    )
+    sit_output_path: str = option(
+        "", "root of the SiT data set, made where it is missing (required)", metavar="DIR", required=True
+    )
+    gpus: tuple[str, ...] = option(
+        (), "indices of CUDA devices, or cpu; several share the images, one process each (default: the first GPU, or "
+        "the CPU where there is none)", type=str, nargs="+", metavar="GPU",
+    )  # fmt: skip
+    source: str = option("", "data set to translate (default: the run's source, else gta5)", choices=sorted(DATA_SETS))
+    src_data_dir: str = option("", "its root folder (default: the run's, else data/gta)", metavar="DIR")
+    src_list: str = option("", "text file with one image a line, instead of all", metavar="FILE")
+    skip_created_files: bool = option(False, "keep complete images that are already there")
+    on_bad_image: str = option(
+        "stop", "an image that cannot be read ends the export, or is left out and listed at the end",
+        choices=ON_BAD_IMAGE,
+    )  # fmt: skip
+    batch_size: int = option(1, "images of equal size translated at once")
+    precision: str = option(
+        "fp32", "arithmetic of the generators; bf16 is faster and moves pixels by a level or so", choices=PRECISIONS
+    )
+    num_workers: int | None = option(
+        None, "loader processes for each device, 0 loads in the one that translates (default: 6, or the CPUs there are "
+        "for it, half of them where the CPU translates)", type=int,
+    )  # fmt: skip
+    encoders: int | None = option(
+        None, "threads that write PNGs, for each device (default: 16, or the CPUs there are for it)", type=int
+    )
+    png_compression: int = option(1, "zlib's level, 0 to 9; 6 takes five times as long for files a few percent smaller")
+    scale_factor: float | None = option(
+        None, "size ratio of the scales, for a Gst.pth, which does not say (default: 0.5)", type=float
+    )
+    max_pixels: int | None = option(
+        None, "most pixels a generator sees at once; larger images are translated on tiles, with the same result "
+        "(default: what free memory allows)", type=int,
+    )  # fmt: skip
+
+    first: ClassVar[Sequence[str]] = (
+        "trained_procst_path", "sit_output_path", "gpus", "source", "src_data_dir", "src_list", "skip_created_files",
+        "on_bad_image", "batch_size", "precision",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "encoders")
+        check_not_negative(self, "num_workers")
+        check(0 <= self.png_compression <= 9, f"--png_compression is {self.png_compression}; it must be 0 to 9")
+        factor, pixels = self.scale_factor, self.max_pixels
+        check(factor is None or 0.0 < factor < 1.0, f"--scale_factor is {factor}; it must be between 0 and 1")
+        check(
+            pixels is None or pixels >= MIN_TILE_PIXELS,
+            f"--max_pixels is {pixels}; the smallest tile has {MIN_TILE_PIXELS} pixels",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceFlags:
+    """The flags of `measure_domain_distance.py`."""
+
+    gpus: tuple[str, ...] = option(
+        (), "index of the CUDA device, or cpu (default: the first GPU, or the CPU where there is none)", type=str,
+        nargs="+", metavar="GPU",
+    )  # fmt: skip
+    source: str = option("gta5", "source data set", choices=sorted(DATA_SETS))
+    target: str = option("cityscapes", "target data set", choices=sorted(DATA_SETS))
+    src_data_dir: str = option("data/gta", "root folder of the source", metavar="DIR")
+    trg_data_dir: str = option("data/cityscapes", "root folder of the target", metavar="DIR")
+    sit_data_dir: str = option("", "root folder of a SiT set of the source, which is measured, too", metavar="DIR")
+    size: Size | None = size_option("size all images are resized to (default: the target's training size)")
+    max_images: int = option(2000, "images of each set, evenly spaced")
+    layer: int = option(8, "layer of VGG16's features (default: 8, relu2_2)")
+    vgg_weights: str = option("imagenet", "as in train_procst.py", metavar="imagenet|random|PATH")
+    json: str = option("", "also write the distances to this file", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_images")
+        check(
+            self.size is None or min(self.size) >= 16,
+            f"--size {' '.join(map(str, self.size or ()))}: both sides must be at least 16",
+        )

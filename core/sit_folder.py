@@ -1,0 +1,147 @@
+"""The folder of an exported SiT data set: which files it holds, and what it must not overwrite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_handlers.images import image_size
+from data_handlers.lists import FileList, Listing, replace_suffix
+from utils.errors import UserError
+from utils.files import atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
+from utils.png import RGB, SIGNATURE, PngHeader, is_complete_rgb8, read_png_header
+
+MANIFEST = "sit_manifest.json"
+KEPT = ("generators", "data_set", "source_folder", "scale_factor", "precision")  # equal for all images of a folder
+
+
+def output_names(files: FileList) -> dict[str, str]:
+    """The output path of every image, relative to the output folder: its own path with the suffix `.png`.
+
+    Raises:
+        UserError: two images differ in their suffix alone.
+    """
+    outputs: dict[str, str] = {}
+    images: dict[str, str] = {}
+    for image in files.images:
+        output = replace_suffix(image, ".png")
+        if output in images:
+            raise UserError(f"{files.root}: {images[output]} and {image} would both become {output}; rename one")
+        images[output] = image
+        outputs[image] = output
+    return outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitFolder:
+    """The output folder of an export.
+
+    Attributes:
+        root: the folder.
+        files: the source images.
+        outputs: see `output_names`.
+        manifest: describes the data set; the values named by `KEPT` are those of every image in the folder.
+    """
+
+    root: Path
+    files: FileList
+    outputs: Mapping[str, str]
+    manifest: Mapping[str, Any]
+
+    def folders(self) -> set[str]:
+        """The folders of the outputs, relative to the root; '' is the root."""
+        return {name.rpartition("/")[0] for name in self.outputs.values()}
+
+    def check(self, keep_complete: bool) -> None:
+        """Check that an export overwrites neither the source nor foreign files, and mixes no two exports.
+
+        Args:
+            keep_complete: images that are already there are kept, as `--skip_created_files` says.
+
+        Raises:
+            UserError: it would.
+        """
+        root = self.root
+        check_folder(root, "--sit_output_path")
+        for folder in self.folders():
+            if os.path.realpath(root / folder) == os.path.realpath(self.files.root / folder):
+                raise UserError(f"--sit_output_path {root} would overwrite the source images; choose another folder")
+        if (root / MANIFEST).exists():
+            self._check_manifest()
+            return
+        listing = Listing(root)
+        present = [(image, root / output) for image, output in self.outputs.items() if output in listing]
+        if present and not keep_complete:
+            raise UserError(
+                f"--sit_output_path {root} already holds images that this program did not write; choose another "
+                "folder, or keep the complete ones with --skip_created_files"
+            )
+        for image, path in present:
+            if not _may_be_translated(self.files.root / image, path):
+                raise UserError(
+                    f"{path} is no translation of {image} but another file; choose another --sit_output_path than "
+                    f"{root}"
+                )
+
+    def _check_manifest(self) -> None:
+        held = read_json(self.root / MANIFEST)
+        for name in KEPT:
+            if not isinstance(held, dict) or held.get(name) != self.manifest[name]:
+                raise UserError(
+                    f"--sit_output_path {self.root} holds images of another {name.replace('_', ' ')} (see its "
+                    f"{MANIFEST}); choose another folder, or delete that one"
+                )
+
+    def make(self) -> None:
+        """Make the folders, without what an interrupted export left unfinished in them, and the manifest."""
+        for folder in {"", *self.folders()}:
+            remove_leftovers(make_folder(self.root / folder, "--sit_output_path"))
+        self.write_manifest(complete=False)
+
+    def write_manifest(self, complete: bool) -> None:
+        """Write the manifest, which says whether every image is there."""
+        atomic_write_json(self.root / MANIFEST, {**self.manifest, "complete": complete})
+
+    def incomplete(self) -> list[str]:
+        """The images without a complete output that is newer than the image."""
+        images = tqdm(self.outputs, desc="checking created files", unit="img", dynamic_ncols=True)
+        return [image for image in images if not self._is_complete(image)]
+
+    def _is_complete(self, image: str) -> bool:
+        path, source = self.root / self.outputs[image], self.files.root / image
+        if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:
+            return False
+        try:
+            return is_complete_rgb8(path, image_size(source))
+        except UserError:
+            return False  # the source cannot be read, which its translation reports
+
+    def file_ids(self, images: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Inode and time of the outputs that exist: they tell whether a file was replaced."""
+        listing, ids = Listing(self.root), {}
+        for image in images:
+            if self.outputs[image] in listing:
+                status = (self.root / self.outputs[image]).stat()
+                ids[image] = (status.st_ino, status.st_mtime_ns)
+        return ids
+
+    def missing(self, ids_before: Mapping[str, tuple[int, int]]) -> list[str]:
+        """The images without an output; an output that was to be replaced and still has its `file_ids` is none."""
+        listing = Listing(self.root)
+        stale = {image for image, before in self.file_ids(list(ids_before)).items() if before == ids_before[image]}
+        return [image for image, output in self.outputs.items() if output not in listing or image in stale]
+
+
+def _may_be_translated(image: Path, path: Path) -> bool:
+    """Whether a file of unknown origin can be a translation, whole or truncated: not the source, not a label."""
+    data = path.read_bytes()
+    if len(data) < 33:
+        return data == b"" or data.startswith(SIGNATURE[: len(data)])
+    header = read_png_header(path)
+    fits = header == PngHeader(*image_size(image), 8, RGB)
+    return fits and data != image.read_bytes()

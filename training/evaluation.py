@@ -1,0 +1,123 @@
+"""Scoring a trained segmentation net on a labelled data set: the command `evaluate.py`."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data_handlers.classes import SYNTHIA_13, SYNTHIA_16
+from data_handlers.datasets import DATA_SETS, DataSet, with_labels
+from data_handlers.label_maps import colourise, to_label_ids
+from data_handlers.labelled import LabelledImage, check_samples
+from data_handlers.lists import require_labels
+from data_handlers.splits import validation_images
+from models.segmentation import require_classes
+from training.distributed import Rank
+from training.evaluation_flags import EvaluationFlags
+from training.precision import channels_last
+from training.segmentation_files import load_segmentation_net
+from training.validation import CONVENTION, Validator, report, score_table
+from utils.devices import resolve_device, workers_for
+from utils.errors import UserError, out_of_memory_means
+from utils.files import atomic_write_bytes, atomic_write_json, check_folder, check_output_file, make_folder
+
+SUBSETS = {16: SYNTHIA_16, 13: SYNTHIA_13}
+ENCODERS = {"labelids": to_label_ids, "trainids": np.asarray, "colour": colourise}
+
+
+def evaluate(flags: EvaluationFlags) -> None:
+    """Print the scores of a net, and write them and its predictions where that is asked for.
+
+    Raises:
+        UserError: names the file or flag.
+    """
+    _check_outputs(flags)
+    device = resolve_device(flags.gpus)
+    data_set = with_labels(DATA_SETS[flags.data_set], flags.labels, "--labels")
+    files = validation_images(data_set, flags.data_dir, "--data_dir", val_list=flags.list, val_count=flags.val_count)
+    require_labels(files, "--data_dir")
+    shape, net = load_segmentation_net(Path(flags.weights), "--weights")
+    require_classes(shape.num_classes, data_set.name, data_set.value_map, f"--weights {flags.weights}")
+    if shape.num_classes > len(data_set.class_names):
+        raise UserError(
+            f"--weights {flags.weights}: the net has {shape.num_classes} classes, {data_set.name} has "
+            f"{len(data_set.class_names)}"
+        )
+    validator = Validator(
+        files=files,
+        with_labels=True,
+        classes=_scored_classes(flags.classes, data_set, shape.num_classes),
+        num_classes=shape.num_classes,
+        num_workers=workers_for(flags.num_workers, device),
+        rank=Rank(device=device),
+        or_else="",
+        scales=flags.scales,
+        flip=flags.flip,
+    )
+    check_samples(files, flag="--labels")
+    net.to(device)
+    if device.type == "cpu":
+        channels_last(net)
+    if flags.save_predictions:
+        make_folder(Path(flags.save_predictions), "--save_predictions")
+    if flags.json:
+        make_folder(Path(flags.json).parent, "--json")
+    print(f"{shape} on {files.describe()}", flush=True)
+    with tqdm(total=len(files), unit="img", dynamic_ncols=True) as bar:
+
+        def on_prediction(image: LabelledImage, prediction: Tensor) -> None:
+            if flags.save_predictions:
+                _save(flags, image.name, prediction.cpu().numpy())
+            bar.update()
+
+        with out_of_memory_means(lambda: f" for --scales {max(flags.scales)}; use smaller ones, or --gpus cpu"):
+            found = validator(net, on_prediction)
+    print(score_table(found.scores, data_set.class_names))
+    if flags.json:
+        content = {
+            "weights": flags.weights,
+            "net": str(shape),
+            "data_set": data_set.name,
+            "data_dir": flags.data_dir,
+            "images": len(files),
+            "scales": flags.scales,
+            "flip": flags.flip,
+            **report(found, data_set.class_names),
+            "convention": CONVENTION,
+            "confusion": found.confusion.tolist(),
+        }
+        atomic_write_json(Path(flags.json), content)
+
+
+def _check_outputs(flags: EvaluationFlags) -> None:
+    if flags.json:
+        check_output_file(Path(flags.json), "--json")
+    if flags.save_predictions:
+        folder = Path(flags.save_predictions)
+        check_folder(folder, "--save_predictions")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"--save_predictions {folder} is not empty; nothing is overwritten, name a new folder")
+
+
+def _scored_classes(wanted: int, data_set: DataSet, num_classes: int) -> tuple[int, ...]:
+    """The trainIds that the mean goes over, by what `--classes` says."""
+    if wanted == 19:
+        return tuple(range(num_classes))
+    if wanted and num_classes < 19:
+        raise UserError(f"--classes {wanted}: a subset of the 19 classes; the net has {num_classes}")
+    return tuple(c for c in SUBSETS.get(wanted, data_set.classes) if c < num_classes)
+
+
+def _save(flags: EvaluationFlags, name: str, prediction: np.ndarray) -> None:
+    """Write a prediction, trainIds uint8 (H,W), as a PNG under its image's relative path."""
+    path = Path(flags.save_predictions) / PurePosixPath(name).with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    pixels = ENCODERS[flags.prediction_format or "labelids"](prediction)
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    atomic_write_bytes(path, buffer.getvalue())
