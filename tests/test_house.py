@@ -14,6 +14,8 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS, start=1) for pa
 SCRIPTS = sorted(REPOSITORY.glob("*.py"))
 PACKAGED = sorted(path for package in LEVEL for path in (REPOSITORY / package).rglob("*.py"))
 LIMIT, SCRIPT_LIMIT = 450, 60
+# `os._exit` is documented; a tensor's version is what PyTorch itself compares, and has no other name.
+PUBLIC = ("_exit", "_version")
 
 
 def name_of(path):
@@ -63,10 +65,12 @@ def executed(tree):
 
 
 def private(tree):
-    """Private names of modules and objects that are not the file's own class; those of dataclasses are public."""
+    """Private names of other modules and objects than the file's own."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
-            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+            of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            if not of_self and node.attr not in own and node.attr not in PUBLIC:
                 yield ast.unparse(node)
         elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
             names = [*node.module.split("."), *(alias.name for alias in node.names)]
