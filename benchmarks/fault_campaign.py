@@ -9,7 +9,6 @@ row fails.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import random
@@ -25,10 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from core.checkpoint import LATEST, PREVIOUS, load_checkpoint, read_newest
-from utils.flags import OneLineParser, parse_flags
 
 from benchmarks.pictures import write_gta5
 from benchmarks.victims import Victim
+from training.flags import Parser
 from utils.errors import UserError, run_cli
 from utils.files import TEMPORARY
 from utils.stopping import STOP_SIGNALS, STOPPED
@@ -356,13 +355,13 @@ def run_campaign(work: Path, kills: int, steps: int, images: int, seed: int) -> 
 
 def main() -> None:
     """Command line entry."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--kills", type=int, default=20, help="of each of training, cache building and export (default: %(default)s)")
     add("--steps", type=int, default=25, help="of each of two scales (default: %(default)s)")
     add("--images", type=int, default=60, help="of each domain (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    flags, _ = parse_flags(parser)
+    flags = parser.parse_args()
     if min(flags.kills, flags.steps - 4, flags.images) < 1:
         raise UserError("--kills and --images must be at least 1, and --steps at least 5")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny pictures
