@@ -267,11 +267,11 @@ def weights_of(run):
 @pytest.mark.slow
 def test_a_launched_training_is_that_of_one_process(world, undisturbed, tmp_path, run_script):
     assert run_script(train_procst, *launched_flags(world, tmp_path, gpus="cpu")).code == 0
-    # Adam enlarges the rounding of a gradient near 0 to a whole step, and from step to step; the first ones are compared.
-    alone, together = (metrics_of(run)[:4] for run in (tmp_path / "run", undisturbed))
-    assert [entry["step"] for entry in together] == [entry["step"] for entry in alone] == [1, 2, 3, 4]
+    # Later, rounding lets a LeakyReLU change side, which the gradient penalty sees: the first two steps are compared.
+    alone, together = (metrics_of(run)[:2] for run in (tmp_path / "run", undisturbed))
+    assert [entry["step"] for entry in together] == [entry["step"] for entry in alone] == [1, 2]
     for one, two in zip(alone, together, strict=True):
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
 
 
 @pytest.mark.slow
