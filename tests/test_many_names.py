@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import create_sit_dataset
 import train_procst
+from commands import procst_flags
+from core.sit_folder import SitFolder, output_names
 from data_handlers import labelled as labelled_module
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import list_images, missing_labels, replace_suffix, require_labels
-from test_train_cli import training_flags
 from utils.files import TEMPORARY, remove_leftovers
 from worlds import write_cityscapes, write_gta5
 
@@ -73,9 +73,9 @@ def a_list(world):
 
 def output(world):
     files = list_images(DATA_SETS["folder"], world / "gta/images", "--src")
-    outputs = create_sit_dataset.output_names(files)
-    create_sit_dataset._check_output(world / "gta/labels", dict.fromkeys(files.images, "sit.png"), files, {}, True)
-    create_sit_dataset.folders_of(outputs)
+    outputs = output_names(files)
+    folder = SitFolder(root=world / "gta/labels", files=files, outputs=dict.fromkeys(outputs, "sit.png"), manifest={})
+    folder.check(keep_complete=True)
     return files
 
 
@@ -107,10 +107,10 @@ def test_a_training_looks_at_a_handful_of_files_before_it_starts(world, run_scri
     def started(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_procst.Trainer, "fit", started)
+    monkeypatch.setattr("training.loop.Loop.run", started)
     with monkeypatch.context() as patch:
         counter = Counter(patch)
-        result = run_script(train_procst, *training_flags(world, world / "out"))
+        result = run_script(train_procst, *procst_flags(world, world / "out"))
     assert result.code == 130, result.err
     assert len(read) == 8
     assert len({path for path in counter.asked if path.endswith(".png")}) <= 16
