@@ -1,5 +1,6 @@
 # make demo   the whole job on a generated world, into demo/
 # make test   all tests
+# make test-fast  the tests that neither take long nor start processes
 # make lint   static checks
 # Each first creates the virtual environment .venv from requirements.txt.
 # Another Python: make PYTHON=python3.12 test. Another PyTorch build: see README.md.
@@ -10,7 +11,7 @@ PIP_ARGS ?=
 # One more than there are CPUs, as some tests wait for processes; each takes about 2 GB of memory.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, 1 + os.cpu_count()))")
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test test-fast lint clean
 
 env: $(VENV)/.installed
 
@@ -24,6 +25,9 @@ demo: env
 
 test: env
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: env
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not processes and not gpu"
 
 lint: env
 	$(VENV)/bin/python -m ruff check .

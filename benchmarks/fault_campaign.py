@@ -270,24 +270,35 @@ class Campaign:
 
     def killed_loader(self) -> Row:
         """SIGKILL of loader processes in the middle of the training."""
-        victim = self.train("loader")
-        killed = 0
-        while killed < 2 and not victim.ended_within(0.05):
-            if self.state("loader") > (killed, 1):
-                killed += victim.kill_child()
-        survived = victim.wait(LONGEST) == 0
-        return Row("SIGKILL of loaders", killed, killed * survived, 0, self.hash_of_run("loader") == self.weights)
+        killed = survived = lost = 0
+        while killed < 2:
+            before = self.state("loader")
+            victim = self.train("loader")
+            while self.state("loader") <= before or not victim.kill_child():
+                if victim.ended_within(0.05):
+                    raise UserError(f"{victim} ended before its loader was killed; use more --steps")
+            killed += 1
+            at = self.state("loader")
+            survived += victim.wait(LONGEST) == STOPPED
+            lost += self.state("loader") < at
+        self._finish(self.train("loader"))
+        return Row("SIGKILL of loaders", killed, survived, lost, self.hash_of_run("loader") == self.weights)
 
     def killed_export_loader(self) -> Row:
         """SIGKILL of loader processes in the middle of the export."""
-        victim = self.export("loader")
-        killed = 0
-        while killed < 2 and not victim.ended_within(0.02):
-            if len(self._images("loader")) > 3 * killed:
-                killed += victim.kill_child()
-        survived = victim.wait(LONGEST) == 0
+        killed = survived = lost = 0
+        while killed < 2:
+            before = self._images("loader")
+            victim = self.export("loader")
+            while len(self._images("loader")) == len(before) or not victim.kill_child():
+                if victim.ended_within(0.02):
+                    raise UserError(f"{victim} ended before its loader was killed; use more --images")
+            killed += 1
+            survived += victim.wait(LONGEST) == STOPPED
+            lost += len(before - self._images("loader"))
+        self._finish(self.export("loader"))
         equal = self.hash_of_images("loader") == self.pixels
-        return Row("SIGKILL of loaders of the export", killed, killed * survived, 0, equal)
+        return Row("SIGKILL of loaders of the export", killed, survived, lost, equal)
 
     def damaged_checkpoint(self) -> Row:
         """A flipped bit in the newest checkpoint, which is then reported, and the one before it used."""

@@ -6,11 +6,11 @@
 Takes the flags of train_procst.py; images, labels and weights are random, so nothing is downloaded. The variants are
 timed in turns, so that a machine that slows down slows all of them. `--memory` computes nothing and runs anywhere: it
 follows the tensors of one step at the given sizes and prints how many bytes are alive at once, and the work in it.
+`--penalty` times the gradient penalty alone, with core/double_backward.py and with PyTorch's own operators.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,20 +20,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.command_line import build_parser, config_from_flags
-from core.execution import (
-    Execution,
-    computes_in_bf16,
-    image_layout,
-    micro_batch_size,
-    recomputes_blocks,
-    set_convolution_precision,
-)
 
 from benchmarks.literal_step import collect_gradients, literal_step
 from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
@@ -41,13 +33,16 @@ from benchmarks.setting import Setting, build_setting
 from benchmarks.waiting import share_waiting, write_pictures
 from core.config import ProCSTConfig
 from core.double_backward import RECOMPUTES
-from core.step import Batch, training_step
+from core.losses import gradient_penalty
+from core.running import micro_batch_size, procst_runner
+from core.step import Batch, Run, training_step
 from data_handlers.cache import ImageCache
 from data_handlers.lists import FileList
 from models.resnet import recompute_blocks
-from utils.devices import resolve_device
+from training.flags import build_parser, option, parse, section_from
+from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
+from utils.devices import default_gpus, resolve_device
 from utils.errors import run_cli
-from utils.flags import parse_flags
 from utils.memory import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -55,12 +50,17 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to make a step: `literal`, or ours in a precision."""
+    """A way to make a step: `literal`, or ours in a precision.
+
+    Attributes:
+        bf16_discriminators: as of `core.running.procst_runner`.
+        autograd_penalty: the gradient penalty without core/double_backward.py.
+    """
 
     name: str
     precision: str
-    compiled: bool = False
     bf16_discriminators: bool = False
+    autograd_penalty: bool = False
 
     @property
     def literal(self) -> bool:
@@ -68,35 +68,54 @@ class Variant:
 
     def step_of(self, setting: Setting, config: ProCSTConfig, recompute: bool) -> Callable[[], object]:
         """A function that makes one step in `setting`; the literal step knows no `recompute`."""
-        arguments = (
-            setting.networks, setting.optimizers, setting.perceptual, setting.batch, config.loss,
-            config.network.scale_factor, setting.labels,
-        )  # fmt: skip
+        segmentation = setting.segmentation
+        arguments = {
+            "nets": setting.networks, "optimizers": setting.optimizers, "perceptual": setting.perceptual,
+            "batch": setting.batch, "loss": config.loss, "scale_factor": config.network.scale_factor,
+            "segmentation": segmentation,
+        }  # fmt: skip
         if self.literal:
-            collect_gradients(setting.perceptual, *([setting.labels.source_net] if setting.labels else []))
-            return partial(literal_step, *arguments)
+            collect_gradients(setting.perceptual, *([segmentation.seg_source] if segmentation else []))
+            return partial(literal_step, **arguments)
         norm = setting.networks.Gst.shape.norm
-        # What is recomputed, the layout and the size of a micro-batch are as on a GPU; --memory pretends to be one.
+        # With `recompute`, which --memory sets on any device, layout and micro-batches are those of a GPU.
         device = torch.device("cuda" if recompute else "cpu")
-        layout = None if recompute else image_layout
-        execution = Execution(self.precision, self.compiled, self.bf16_discriminators, layout=layout)
-        if setting.labels and recomputes_blocks(self.precision, device):
-            recompute_blocks(setting.labels.target_net)
+        if segmentation and recomputes_blocks(self.precision, device):
+            recompute_blocks(segmentation.seg_sit)
         micro_batch = micro_batch_size(setting.batch.source[-1].shape, norm, device)
-        return partial(training_step, *arguments, forward=execution, recompute=recompute, micro_batch=micro_batch)
+        run = self.runner(recompute)
+        return partial(training_step, **arguments, run=run, recompute=recompute, micro_batch=micro_batch)
+
+    def runner(self, as_on_gpu: bool) -> Run:
+        """Calls networks as a ProCST run on a GPU or CPU does."""
+        run: Run = procst_runner(self.precision, self.bf16_discriminators)
+        if as_on_gpu:
+            run = Runner(run.precision, keep_float32=run.keep_float32)
+        return with_autograd_penalty(run) if self.autograd_penalty else run
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that the training script does not have."""
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--rounds", type=int, default=5, help="timed steps of each variant (default: %(default)s)")
-    group.add_argument("--scales", type=int, nargs="+", default=None, help="scales to time (default: all)")
-    group.add_argument("--memory", action="store_true", help="no timing: bytes alive at once and work, on any machine")
+def with_autograd_penalty(run: Run) -> Run:
+    """`run` for discriminators that are not told that a gradient is to be differentiated twice."""
+
+    def run_without_flag(network: nn.Module, *inputs: object) -> object:
+        return run(network, *(x for x in inputs if x is not True))
+
+    return run_without_flag
 
 
-def variants(device: torch.device, compiled: bool) -> list[Variant]:
+@dataclass(frozen=True)
+class BenchmarkFlags:
+    """What is measured."""
+
+    rounds: int = option(5, "timed steps of every variant; the fastest counts")
+    scales: tuple[int, ...] = option((), "scales to measure (default: all)", type=int, nargs="+")
+    memory: bool = option(False, "count bytes and work of a step instead of timing it")
+    penalty: bool = option(False, "time the gradient penalty alone, with core/double_backward.py and without it")
+
+
+def variants(device: torch.device) -> list[Variant]:
     """The literal step first, then ours in every precision of the device."""
-    ours = [Variant("fp32", "fp32")]
+    ours = [Variant("fp32", "fp32"), Variant("fp32, autograd's penalty", "fp32", autograd_penalty=True)]
     if device.type == "cuda":
         ours.append(Variant("tf32", "tf32"))
     if computes_in_bf16(device):
@@ -104,7 +123,7 @@ def variants(device: torch.device, compiled: bool) -> list[Variant]:
     found = [Variant("literal", "fp32")]
     if device.type == "cuda":
         found.append(Variant("literal tf32", "tf32"))  # PyTorch's own default for convolutions
-    return [*found, *ours, *(replace(v, name=f"{v.name} compiled", compiled=True) for v in ours if compiled)]
+    return [*found, *ours]
 
 
 def arithmetic_floor(flops: Mapping[torch.dtype, int], ceilings: Mapping[str, float], variant: Variant) -> float:
@@ -138,7 +157,10 @@ def print_memory(config: ProCSTConfig, scales: list[int]) -> None:
     for scale in scales:
         found = {}
         throughout = Variant("bf16 throughout", "bf16", bf16_discriminators=True)
-        for variant in (Variant("literal", "fp32"), Variant("fp32", "fp32"), Variant("bf16", "bf16"), throughout):
+        autograd = Variant("fp32, autograd's penalty", "fp32", autograd_penalty=True)
+        for variant in (
+            Variant("literal", "fp32"), Variant("fp32", "fp32"), autograd, Variant("bf16", "bf16"), throughout
+        ):  # fmt: skip
             found[variant.name] = meter = count_step(config, scale, variant)
             flops = " | ".join(f"{meter.flops[dtype] / 1e12:.1f}" for dtype in (torch.float32, torch.bfloat16))
             print(
@@ -172,20 +194,22 @@ def time_scale(
 
 def main() -> None:
     """Command line entry."""
-    parser = build_parser(__doc__)
-    parser.set_defaults(vgg_weights="random", no_pretrained_backbone=True)
-    add_flags(parser)
-    flags, given = parse_flags(parser)
-    config = config_from_flags(flags, given)
-    device = resolve_device(config.run.gpus.split())
+    groups = {"benchmark": [BenchmarkFlags], **ProCSTConfig.groups}
+    given = parse(build_parser(__doc__, groups))
+    flags = section_from(BenchmarkFlags, given)
+    config = ProCSTConfig.from_flags({"vgg_weights": "random", "no_pretrained_backbone": True, **given})
+    device = resolve_device(config.run.gpus or default_gpus())
     torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         keep_freed_memory()  # for the literal step, too: its time is in the same process
-    scales = flags.scales or list(range(config.network.num_scales + 1))
+    scales = list(flags.scales) or list(range(config.network.num_scales + 1))
     if flags.memory:
         print_memory(config, scales)
         return
-    compared = variants(device, config.compute.compile)
+    if flags.penalty:
+        print_penalty(config, scales, device, flags.rounds)
+        return
+    compared = variants(device)
     ceilings = {v.precision: matmul_ceiling(device, DTYPES[v.precision], v.precision == "tf32") for v in compared}
     copy = copy_ceiling(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -202,6 +226,44 @@ def main() -> None:
             _print_scale(config, scale, device, compared, flags.rounds, ceilings, copy, waiting)
 
 
+def penalty_of(setting: Setting, samples: int, variant: Variant, as_on_gpu: bool) -> Callable[[], None]:
+    """A function that computes the gradient penalty of some samples and its gradients."""
+    discriminator, run = setting.networks.Dst, variant.runner(as_on_gpu)
+    real, fake = setting.batch.target[-1][:samples], setting.batch.source[-1][:samples]
+
+    def compute() -> None:
+        penalty = gradient_penalty(lambda image: run(discriminator, image, True), real, fake, setting.batch.alphas[0])
+        penalty.backward(inputs=list(discriminator.parameters()))
+
+    return compute
+
+
+def print_penalty(config: ProCSTConfig, scales: list[int], device: torch.device, rounds: int) -> None:
+    """A table of the gradient penalty of a micro-batch in float32, with core/double_backward.py and without it.
+
+    Both are timed in turns, and the shortest time counts. Memory is beyond network and images; a CPU does not recompute
+    as a GPU does, whose memory `--memory` counts.
+    """
+    print("| scale, samples | penalty | ms | most alive, GB | operators |\n" + "| --- " * 5 + "|")
+    compared = [Variant("double_backward.py", "fp32"), Variant("autograd", "fp32", autograd_penalty=True)]
+    for scale in scales:
+        setting = build_setting(config, scale, device, fused=True)
+        shape = setting.batch.target[-1].shape
+        samples = min(shape[0], micro_batch_size(shape, setting.networks.Dst.shape.norm, device) or shape[0])
+        runs = {v.name: penalty_of(setting, samples, v, device.type == "cuda") for v in compared}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(-2, rounds):  # two of each to warm up
+            for name, compute in runs.items():
+                seconds = seconds_of(compute, device)
+                if turn >= 0:
+                    times[name].append(seconds)
+        for name, compute in runs.items():
+            with Meter() as meter:
+                compute()
+            fastest = 1e3 * min(times[name])
+            print(f"| {scale}, {samples} | {name} | {fastest:.1f} | {meter.peak / 1e9:.3f} | {meter.operators} |")
+
+
 def waiting_shares(
     config: ProCSTConfig,
     scale: int,
@@ -212,7 +274,7 @@ def waiting_shares(
     rounds: int,
 ) -> tuple[str, str]:
     """Share of time waiting for data without and with the cache; the literal step has no loader of ours."""
-    if variant.literal or variant.compiled:
+    if variant.literal or variant.autograd_penalty:
         return "", ""
     setting = build_setting(config, scale, device, fused=True)
     set_convolution_precision(variant.precision)
@@ -238,9 +300,8 @@ def _print_scale(
     results = time_scale(config, scale, device, compared, rounds)
     counted = {}
     for variant in compared:
-        plain = replace(variant, compiled=False)
         setting = build_setting(config, scale, device, fused=not variant.literal)
-        step = plain.step_of(setting, config, device.type == "cuda")
+        step = variant.step_of(setting, config, device.type == "cuda")
         step()  # gradients and optimiser states are allocated
         with Meter() as meter:
             step()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.networks import Generator
-from data_handlers.pyramid import level_size
+from utils.sizes import level_size
 
 GeneratorForward = Callable[[Generator, Tensor, Tensor | None], Tensor]
 

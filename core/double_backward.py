@@ -1,10 +1,11 @@
-"""A discriminator's block for the gradient penalty, which differentiates the gradient to the image once more.
+"""Blocks of a discriminator that are differentiable twice, for the gradient penalty.
 
-PyTorch's own operators keep what each of norm, LeakyReLU and convolution needs until then, and differentiate a norm's
-backward in many passes over whole tensors. Here a block on a GPU keeps its input and the gradients to its output and
-its input, and computes the rest once more; on a CPU, which is short of time instead, it keeps the convolution's input
-and the gradient to that, too. The norm's double backward is a closed form that needs its backward again and little
-more.
+The gradient penalty is a function of the gradient to the image, so its backward pass differentiates the backward pass
+of the discriminator. PyTorch's operators save the tensors of norm, LeakyReLU and convolution separately until then, and
+differentiate the backward of a norm in many passes over whole tensors. The functions here save less: on a GPU, where
+memory is short, the input of a block and the gradients to its output and its input, and the other tensors are
+recomputed; on a CPU, where time is short, the input of the convolution and the gradient to it are saved as well. The
+double backward of a norm is a closed form that costs little more than the norm's backward.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# Whether a convolution's input and the gradient to it are computed once more instead of kept.
+# Whether the input of a convolution and the gradient to it are recomputed instead of saved, by type of device.
 RECOMPUTES = {"cpu": False, "cuda": True}
 
 
 def _convolution_gradients(
     gradient: Tensor, y: Tensor, weight: Tensor, padding: int, wanted: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients to the input y, the weight and the bias of a convolution; None where they are not `wanted`."""
+    """Gradients to the input `y`, the weight and the bias of a convolution; None for those that are not `wanted`."""
     return torch.ops.aten.convolution_backward(
         gradient, y, weight, [weight.shape[0]], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, wanted
     )
@@ -31,10 +32,10 @@ def _convolution_gradients(
 
 @dataclass(frozen=True)
 class Block:
-    """What a block computes, but for its tensors.
+    """A block norm -> LeakyReLU -> convolution without its tensors.
 
     Attributes:
-        norm: the batch norm, which normalises by the batch it gets, or group norm.
+        norm: batch norm in train mode, or group norm.
         slope: of the LeakyReLU.
         padding: of the convolution.
     """
@@ -47,35 +48,40 @@ class Block:
     def by_batch(self) -> bool:
         return isinstance(self.norm, nn.BatchNorm2d)
 
-    def normalise(self, x: Tensor, weight: Tensor, bias: Tensor, remember: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The norm of x (B,C,h,w), and the mean and inverse deviation it divided by.
+    def normalise(
+        self, x: Tensor, weight: Tensor, bias: Tensor, update_running_stats: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The norm of x (B,C,h,w), and the mean and inverse standard deviation that it used.
 
         Args:
-            remember: add the batch to the running statistics, if the batch norm has some.
+            update_running_stats: update the running statistics of a batch norm that tracks them.
         """
         if not self.by_batch:
             batch, channels, height, width = x.shape
             return torch.native_group_norm(
                 x, weight, bias, batch, channels, height * width, self.norm.num_groups, self.norm.eps
             )
-        keeps = remember and self.norm.track_running_stats
-        running = (self.norm.running_mean, self.norm.running_var) if keeps else (None, None)
-        if keeps:
+        updates = update_running_stats and self.norm.track_running_stats
+        running = (self.norm.running_mean, self.norm.running_var) if updates else (None, None)
+        if updates:
             self.norm.num_batches_tracked.add_(1)
         return torch.native_batch_norm(x, weight, bias, *running, True, self.norm.momentum, self.norm.eps)
 
     def activated(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The input of the convolution once more, the same bits."""
-        return F.leaky_relu_(self.normalise(x, weight, bias, remember=False)[0], self.slope)
+        """The input of the convolution, recomputed bit for bit."""
+        return F.leaky_relu_(self.normalise(x, weight, bias, update_running_stats=False)[0], self.slope)
 
     def through_activation(self, gradient: Tensor, y: Tensor, out: Tensor) -> Tensor:
-        """The gradient to the LeakyReLU's input from the one to its output y, written to `out`, which may be either."""
+        """The gradient to the input of the LeakyReLU from the `gradient` to its output `y`.
+
+        It is written to `out`, which may be `gradient` or `y`.
+        """
         return torch.ops.aten.leaky_relu_backward.grad_input(gradient, y, self.slope, True, grad_input=out)
 
     def norm_gradients(
         self, gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients to x, weight and bias from the one to the norm's output; None where they are not `wanted`."""
+        """Gradients to x, weight and bias from the `gradient` to the output of the norm; None where not `wanted`."""
         gradient = gradient.contiguous(memory_format=_layout(x))
         if self.by_batch:
             return torch.ops.aten.native_batch_norm_backward(
@@ -88,16 +94,16 @@ class Block:
     def input_gradient(
         self, gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradient to x from the one to the norm's output, and the sums of the latter times the normalised x.
+        """The gradient to x, and sums of `gradient`, which belongs to the output of the norm, times the normalised x.
 
-        The sums, (1,C) for batch norm and (B,C) for group norm, go over what has one mean and deviation.
+        The sums, (1,C) for batch norm and (B,C) for group norm, go over the pixels of a channel that share a mean.
         """
         batch, channels, height, width = x.shape
         if self.by_batch or batch == 1:
             to_x, sums, _ = self.norm_gradients(gradient, x, weight, mean, inverse, [True, True, False])
             return to_x, sums[None]
         if x.is_contiguous():
-            # The kernel sums over the batch: let all images be one of many channels.
+            # The kernel sums over the batch, so all images are treated as one image of B * C channels.
             whole = (1, batch * channels, height, width)
             to_x, sums = self.input_gradient(
                 gradient.contiguous().view(whole), x.view(whole), weight.repeat(batch), mean.view(1, -1),
@@ -116,11 +122,11 @@ class _Forward(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, block: Block, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        normalised, mean, inverse = block.normalise(x, norm_weight, norm_bias, remember=True)
+        normalised, mean, inverse = block.normalise(x, norm_weight, norm_bias, update_running_stats=True)
         y = F.leaky_relu_(normalised, block.slope)
         ctx.block = block
-        kept = None if RECOMPUTES[x.device.type] else y
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, inverse, kept)
+        saved = None if RECOMPUTES[x.device.type] else y
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, inverse, saved)
         return F.conv2d(y, weight, bias, padding=block.padding)
 
     @staticmethod
@@ -138,7 +144,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _ImageGradient(torch.autograd.Function):
-    """The gradient to a block's input as a function of the one to its output, the input and the weights."""
+    """The gradient to the input of a block as a function of the gradient to its output, of its input and weights."""
 
     @staticmethod
     def forward(
@@ -150,12 +156,13 @@ class _ImageGradient(torch.autograd.Function):
         if recompute:
             y = block.activated(x, norm_weight, norm_bias)
         to_y, _, _ = _convolution_gradients(gradient, y, weight, block.padding, [True, False, False])
-        kept = (None, None) if recompute else (y, to_y)
+        saved = (None, None) if recompute else (y, to_y)
         to_norm = block.through_activation(to_y, y, out=to_y if recompute else torch.empty_like(to_y))
         del to_y, y
         to_x, sums = block.input_gradient(to_norm, x, norm_weight, mean, inverse)
-        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, sums, *kept)
-        ctx.to_x, ctx.version = to_x.detach(), to_x._version  # kept by hand, to be let go before the others
+        ctx.save_for_backward(gradient, x, norm_weight, norm_bias, weight, mean, inverse, sums, *saved)
+        # Not saved by `save_for_backward`, so that the backward can free it before the others.
+        ctx.to_x, ctx.version = to_x.detach(), to_x._version
         return to_x
 
     @staticmethod
@@ -170,7 +177,7 @@ class _ImageGradient(torch.autograd.Function):
         block: Block = ctx.block
         gradient, x, norm_weight, norm_bias, weight, mean, inverse, sums, y, to_y = ctx.saved_tensors
         if ctx.to_x is None or ctx.to_x._version != ctx.version:
-            raise RuntimeError("a gradient was modified by an inplace operation, or its graph is walked back once more")
+            raise RuntimeError("a gradient was modified by an inplace operation, or its graph is walked back twice")
         recompute = y is None
         s = inverse.view(len(sums), -1)
 
@@ -180,7 +187,7 @@ class _ImageGradient(torch.autograd.Function):
         to_h, upstream_sums = block.input_gradient(upstream, x, torch.ones_like(norm_weight), mean, inverse)
         if recompute:
             y = block.activated(x, norm_weight, norm_bias)
-        # The LeakyReLU's slopes, too, are their own adjoint.
+        # The derivative of the LeakyReLU is its own adjoint as well.
         to_to_y = block.through_activation(to_h, y, out=y if recompute else torch.empty_like(y))
         del y
         a, b = m(upstream_sums), m(norm_weight * sums)
@@ -202,7 +209,7 @@ class _ImageGradient(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution alone. PyTorch takes its weight's gradient of second order with kernels as large as the image."""
+    """A convolution without norm. PyTorch computes the second-order gradient of its weight with image-sized kernels."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
@@ -220,7 +227,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _ConvolutionImageGradient(torch.autograd.Function):
-    """The gradient to a convolution's input as a function of the one to its output and the weight."""
+    """The gradient to the input of a convolution as a function of the gradient to its output and of the weight."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gradient: Tensor, x: Tensor, weight: Tensor, padding: int) -> Tensor:
@@ -237,7 +244,10 @@ class _ConvolutionImageGradient(torch.autograd.Function):
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """How the norms' kernels want all their tensors: they trust their callers. A CPU's know channels last, too."""
+    """The memory format that the kernels of the norms need for all their tensors, which they do not check.
+
+    Those of a CPU support channels last as well.
+    """
     last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
@@ -247,13 +257,16 @@ def _by_channel(values: Tensor, x: Tensor) -> Tensor:
     groups, channels = values.shape[-1], x.shape[1]
     wide = values.reshape(-1, groups, 1).expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
     if _layout(x) is torch.channels_last:
-        # For a row of pixels instead of one: long inner loops.
+        # Repeated for a whole row of pixels, so that inner loops are long.
         wide = wide.expand(-1, -1, 1, x.shape[3]).contiguous(memory_format=torch.channels_last)
     return wide
 
 
 def has_double_backward(norm: nn.Module | None, x: Tensor) -> bool:
-    """Whether the functions below know the norm: PyTorch's own in train mode or none, nothing rounded by autocast."""
+    """Whether the functions below support the norm of a block with input x in the present mode.
+
+    They support no norm and PyTorch's batch norm and group norm in train mode with affine parameters, outside autocast.
+    """
     known = norm is None or (type(norm) in (nn.BatchNorm2d, nn.GroupNorm) and norm.training and norm.affine)
     if known and isinstance(norm, nn.BatchNorm2d):
         known = norm.momentum is not None
@@ -265,9 +278,9 @@ def block_with_double_backward(
 ) -> Tensor:
     """norm -> LeakyReLU -> convolution, (B,in,h,w) -> (B,out,h,w), for the gradient penalty.
 
-    A first backward with `create_graph` gives a gradient to `x` alone, though the other inputs take gradients; the
-    second one, and a backward without `create_graph`, give those to everything. The second overwrites or lets go what
-    it has used, so a graph can be walked back once.
+    A first backward pass with `create_graph` gives a gradient to `x` alone, though the other inputs require gradients.
+    The second pass, and a pass without `create_graph`, give gradients to all inputs. The second pass overwrites or
+    frees the tensors that it has used, so it can be made once.
     """
     block = Block(norm, slope, convolution.padding[0])
     x = x.contiguous(memory_format=_layout(x))
@@ -275,5 +288,5 @@ def block_with_double_backward(
 
 
 def convolution_with_double_backward(x: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """The convolution of x, (B,in,h,w) -> (B,out,h,w), for the gradient penalty; differentiated like a block."""
+    """The convolution of x, (B,in,h,w) -> (B,out,h,w), for the gradient penalty; differentiable like a block."""
     return _Convolution.apply(x, convolution.weight, convolution.bias, convolution.padding[0])

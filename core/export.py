@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from core.command_flags import ExportFlags
@@ -35,11 +35,10 @@ from training.precision import resolve_precision, set_convolution_precision
 from utils.devices import cpus_per_device, default_gpus, default_workers, resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write_bytes
-from utils.loaders import batches_in_order, is_loader_death
+from utils.loaders import load_in_order
 from utils.locks import say
 from utils.memory import keep_freed_memory
-from utils.processes import init_loader
-from utils.stopping import STOPPED, Stopped, StopRequests
+from utils.stopping import STOPPED, LoaderDied, Stopped, StopRequests, is_loader_death
 
 GO_ON = "the images translated so far stay, go on with --skip_created_files"
 
@@ -121,24 +120,19 @@ class PngWriter:
 
 
 def _samples(images: SourceImages, num_workers: int, skip_unusable: bool) -> Iterator[tuple[str, list[Tensor]]]:
-    def loader_at(index: int) -> DataLoader:
-        return DataLoader(
-            images, batch_size=None, sampler=range(index, len(images)), num_workers=num_workers,
-            collate_fn=_as_it_is, worker_init_fn=init_loader,
-        )  # fmt: skip
-
-    for sample in batches_in_order(loader_at, GO_ON):
+    samples = load_in_order(
+        images,
+        range(len(images)),
+        num_workers=num_workers,
+        skip_unusable=skip_unusable,
+        or_else=f"; {GO_ON}, or leave such images out with --on_bad_image skip",
+    )
+    for sample in samples:
         if isinstance(sample, UserError):
-            if not skip_unusable:
-                raise UserError(f"{sample}; {GO_ON}, or leave such images out with --on_bad_image skip")
             say(f"skipped: {sample}")
             continue
         name, levels = sample
         yield name, [torch.from_numpy(level) for level in levels]
-
-
-def _as_it_is(sample: object) -> object:
-    return sample
 
 
 def translate_images(
@@ -163,6 +157,7 @@ def translate_images(
 
     Raises:
         UserError: an image cannot be read or written; whatever was translated before is on disk and whole.
+        LoaderDied: a loader process died; likewise.
     """
     set_convolution_precision(flags.precision)
     if device.type == "cpu":
@@ -184,6 +179,10 @@ def translate_images(
                 bar.update(len(batch))
                 if stop():
                     break
+    except (LoaderDied, RuntimeError) as error:
+        if not is_loader_death(error):
+            raise
+        raise LoaderDied(f"{LoaderDied.because(error)}; {GO_ON}") from None
     finally:
         writer.finish()
 
@@ -287,10 +286,10 @@ def _export(flags: ExportFlags, trained: TrainedGenerators, files: FileList, ran
                 title="" if not rank.is_main else "translating" if rank.count == 1 else f"translating 1/{rank.count}",
                 stop=stop,
             )
-    except Exception as error:
-        if not is_loader_death(error):
-            raise
-        print(f"{error}; {GO_ON}", file=sys.stderr)
+    except LoaderDied as error:
+        if rank.count == 1:
+            raise Stopped(str(error)) from None
+        print(error, file=sys.stderr)  # the other processes do not wait for this one
         raise SystemExit(STOPPED) from None
     if rank.all_reduce_max(int(stop())):
         raise Stopped(f"stopped; {GO_ON}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.networks import Generator, NetworkShape, freeze
+from core.config import NetworkShape
+from core.networks import Generator, freeze
 from utils.errors import UserError
 from utils.pickled_modules import Record, read_pickled_modules
 from utils.tensor_files import load_network

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.config import LossConfig
 from utils.dtypes import at_least_float32
 
 # Feature maps (B,C,h,w) by position in VGG16's `features`, holding at least the layers asked for.
@@ -54,6 +55,49 @@ def content_loss(fake: Features, content_target: Features, layers: Sequence[int]
 def style_loss(fake: Features, style_target: Mapping[int, Tensor], layers: Sequence[int]) -> Tensor:
     """Mean over the style layers of the squared difference to the Gram matrices of an image of the other domain."""
     return torch.stack([F.mse_loss(gram_matrix(fake[i]), style_target[i]) for i in layers]).mean()
+
+
+def perceptual_targets(features: Features, loss: LossConfig) -> list[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """What the content and style loss compare with, for source to target and for target to source.
+
+    Args:
+        features: of the source images and then as many target images, as one batch.
+        loss: its content and style layers.
+
+    Returns:
+        Twice (content_target, style_target): features of the images that are translated, and Gram matrices of the
+        images of the other domain.
+    """
+    source, target = ({layer: maps.chunk(2)[half] for layer, maps in features.items()} for half in (0, 1))
+    return [
+        (
+            {layer: own[layer] for layer in loss.content_layers},
+            {layer: gram_matrix(other[layer]) for layer in loss.style_layers},
+        )
+        for own, other in ((source, target), (target, source))
+    ]
+
+
+def style_terms(
+    features: Features,
+    image: Tensor,
+    *,
+    content_target: Features,
+    style_target: Mapping[int, Tensor],
+    loss: LossConfig,
+    weight: float,
+) -> dict[str, Tensor]:
+    """Content, style and total variation loss of a generated image, each times `weight`, and their weighted total.
+
+    Args:
+        features: of `image` (B,3,h,w).
+        content_target, style_target: see `perceptual_targets`.
+    """
+    content = weight * content_loss(features, content_target, loss.content_layers)
+    style = weight * style_loss(features, style_target, loss.style_layers)
+    tv = weight * total_variation(image)
+    total = loss.content_weight * content + loss.style_weight * style + loss.tv_weight * tv
+    return {"ContentLoss": content, "StyleLoss": style, "TVLoss": tv, "TotalStyleLoss": total}
 
 
 def total_variation(x: Tensor) -> Tensor:

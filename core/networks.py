@@ -37,16 +37,16 @@ class ConvBlock(nn.Module):
             self.norm = nn.GroupNorm(groups, in_channels)
         else:
             self.norm = None
-        # In place: no backward needs what the norm or the convolution before it put out.
+        # In place, as no backward needs the output of the norm or convolution before it.
         self.actvn = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
-    def forward(self, x: Tensor, double_backward: bool = False) -> Tensor:
-        """`double_backward`: the gradient to `x` is to be differentiated once more."""
-        double_backward = double_backward and has_double_backward(self.norm, x)
+    def forward(self, x: Tensor, differentiable_twice: bool = False) -> Tensor:
+        """`differentiable_twice`: the gradient to `x` is to be differentiated in its turn."""
+        differentiable_twice = differentiable_twice and has_double_backward(self.norm, x)
         if self.norm is None:
-            return self.actvn(convolution_with_double_backward(x, self.conv) if double_backward else self.conv(x))
-        if double_backward:
+            return self.actvn(convolution_with_double_backward(x, self.conv) if differentiable_twice else self.conv(x))
+        if differentiable_twice:
             return block_with_double_backward(x, self.norm, LEAKY_SLOPE, self.conv)
         return self.conv(self.actvn(_normalised(self.norm, x)))
 
@@ -118,13 +118,13 @@ class Discriminator(nn.Module):
         self.shape = shape
         _build_trunk(self, shape, shape.image_channels, 1, nn.LeakyReLU(LEAKY_SLOPE))
 
-    def forward(self, image: Tensor, double_backward: bool = False) -> Tensor:
-        """`double_backward`, for the gradient penalty: a first backward gives a gradient to the image alone."""
-        features = self.head(image, double_backward)
+    def forward(self, image: Tensor, differentiable_twice: bool = False) -> Tensor:
+        """`differentiable_twice`, for the gradient penalty: a first backward gives a gradient to the image alone."""
+        features = self.head(image, differentiable_twice)
         for block in self.body:
-            features = block(features, double_backward)
+            features = block(features, differentiable_twice)
         last, activation = self.tail
-        return activation(last(features, double_backward))
+        return activation(last(features, differentiable_twice))
 
 
 def init_weights(network: nn.Module, generator: torch.Generator) -> None:

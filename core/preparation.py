@@ -20,7 +20,7 @@ from models.resnet import recompute_blocks
 from models.segmentation import build_segmentation_net, load_backbone, require_classes
 from models.vgg import build_vgg
 from training.distributed import Rank
-from training.precision import channels_last, recomputes_blocks
+from training.precision import recomputes_blocks
 from training.run import Continued, Prepared
 from training.segmentation_files import load_segmentation_net
 from training.validation import Validator, scored_classes
@@ -61,7 +61,6 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
     check_samples(source, labels=use, flag="--src_labels", or_else=OR_SKIP, skip=skip)
     check_samples(target, labels="none", or_else=OR_SKIP, skip=skip)
     perceptual = build_vgg(config.loss.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed)
-    channels_last(perceptual.to(rank.device))
     method = ProCST(
         config=config,
         rank=rank,

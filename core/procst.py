@@ -20,17 +20,15 @@ from core.networks import Discriminator, Generator, freeze, init_weights
 from core.running import micro_batch_size, procst_runner
 from core.step import (
     Batch,
-    PerceptualNet,
     ScaleNetworks,
     ScaleOptimizers,
     SegmentationNets,
     StepResult,
     training_step,
 )
-from data_handlers.domain import Domain
+from data_handlers.domain import Domain, DomainBatch
 from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import array_pyramid
-from data_handlers.stream import DomainBatch
 from models.segmentation import segmentation_optimizer
 from training.distributed import Rank
 from training.local_batch import LocalBatch
@@ -67,7 +65,7 @@ class ProCST(Method):
     """Trains generators and discriminators scale by scale; at the last scale with label losses where nets are given.
 
     Args:
-        perceptual: frozen feature network on the device.
+        perceptual: frozen feature network, a `PerceptualNet`, on the CPU.
         seg_source: P, frozen, on the CPU; None trains without label losses.
         seg_sit: Q, on the CPU; it is trained at the last scale.
     """
@@ -83,7 +81,7 @@ class ProCST(Method):
         rank: Rank,
         source: Domain,
         target: Domain,
-        perceptual: PerceptualNet,
+        perceptual: nn.Module,
         seg_source: nn.Module | None = None,
         seg_sit: nn.Module | None = None,
     ) -> None:
@@ -133,6 +131,7 @@ class ProCST(Method):
     def begin_stage(self, stage: int, resumed: bool) -> None:
         """Add freshly initialised networks of the scale, and make its optimisers."""
         optim, seed = self.config.optim, self.config.run.manual_seed
+        channels_last(self.perceptual.to(self.device, self.dtype))
         self.optimizers = {}
         for index, name in enumerate(NETWORKS):
             kind = Discriminator if name.startswith("D") else Generator

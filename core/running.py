@@ -1,4 +1,7 @@
-"""How a ProCST run calls its networks: precision, memory format and micro-batches (measured in benchmarks/RESULTS.md)."""
+"""How a ProCST training calls its networks: precision, memory format and size of micro-batches.
+
+The choices follow the measurements in benchmarks/RESULTS.md.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from core.networks import Discriminator, Generator, Norm
+from core.config import Norm
+from core.networks import Discriminator, Generator
 from training.precision import Precision, Runner
 
 # Pixels of a micro-batch. One image of the published size keeps a GPU busy; a CPU gains nothing from more pixels.

@@ -1,10 +1,9 @@
 """One training step at one scale, in the three phases of the method (docs/method.md, section 3).
 
 Every loss term has its own `.backward()`, so that its graph is freed before the next term is computed: at full
-resolution the activations of discriminators, perceptual net and segmentation nets are most of the memory. Where a term
-is a function of a generated image, it is computed on a detached leaf of that image; the gradients of all terms add up in
-the leaf's `.grad`, with which the generator's graph is then walked back once. Nothing in here reads a value of the
-device back to the host.
+resolution the activations of discriminators, perceptual net and segmentation nets are most of the memory. A term of a
+generated image is computed on a detached leaf of it; the gradients of all terms add up in the leaf's `.grad`, which one
+backward pass then takes through the generator. Nothing in here reads a value of the device back to the host.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from torch.optim import Optimizer
 
 from core.cascade import cascade, generated_pyramid
 from core.config import LossConfig
-from core.losses import content_loss, gradient_penalty, gram_matrix, mean_score, style_loss, total_variation
+from core.losses import gradient_penalty, mean_score, perceptual_targets, style_terms
 from core.networks import Discriminator, Generator, without_gradients
 from data_handlers.label_maps import IGNORE
 from models.losses import cross_entropy
-from training.local_batch import WHOLE, LocalBatch, all_reduce_and_step, backward_and_step, zero_gradients
+from training.local_batch import WHOLE, LocalBatch, all_reduce_and_step, zero_gradients
 from utils.batch_norms import bn_momentum, frozen_bn_stats
 
 # Image (B,3,h,w) in [-1,1] -> feature maps by position in VGG16's `features`; collects no gradients itself.
@@ -33,8 +32,6 @@ PerceptualNet = Callable[[Tensor], Mapping[int, Tensor]]
 
 # (network, *inputs) -> the network's output
 Run = Callable[..., Any]
-
-BN_MOMENTUM = 0.1  # of every batch norm in a generator, PyTorch's default
 
 
 def run_network(network: nn.Module, *inputs: Any) -> Any:
@@ -104,33 +101,6 @@ class StepResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Direction:
-    """The networks and inputs of one direction of translation.
-
-    Attributes:
-        name: `ST` or `TS`, the prefix of logged losses.
-        image, coarser: inputs of the generator: the finest level, and the output of the cascade below or None.
-        real: image of the domain that is translated to.
-        alpha: interpolation factor of the gradient penalty.
-        back, lower_back: generators of the other direction.
-        momentum, back_momentum: of batch norms in `generator` when it translates and in `back` when it translates back.
-    """
-
-    name: str
-    image: Tensor
-    coarser: Tensor | None
-    real: Tensor
-    alpha: Tensor
-    generator: Generator
-    discriminator: Discriminator
-    discriminator_optimizer: Optimizer
-    back: Generator
-    lower_back: Sequence[Generator]
-    momentum: float
-    back_momentum: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class _How:
     """How a step is computed; see `training_step`."""
 
@@ -138,6 +108,42 @@ class _How:
     recompute: bool
     micro_batch: int | None
     local: LocalBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Direction:
+    """Networks and samples of one direction of translation.
+
+    Attributes:
+        name: `ST` or `TS`, the prefix of logged losses.
+        image, coarser: inputs of `generator`: the finest level, and the output of the cascade below or None.
+        real: images of the domain that is translated to.
+        alpha: interpolation factor of the gradient penalty.
+        weight: of a mean over these samples in the mean over the global batch.
+        back, lower_back: the generators of the other direction.
+        momentum, back_momentum: of the batch norms in `generator` when it translates and in `back` when that translates
+            back, see `reference_momenta`.
+        label: trainIds (B,h,w) of the images, None without segmentation nets; `label_weight` is as `weight`, of a mean
+            over labelled pixels.
+        seg_source: P of the cyclic label loss, None without it.
+    """
+
+    name: str
+    image: Tensor
+    coarser: Tensor | None
+    real: Tensor
+    alpha: Tensor
+    weight: float
+    generator: Generator
+    discriminator: Discriminator
+    optimizer: Optimizer
+    back: Generator
+    lower_back: Sequence[Generator]
+    momentum: float
+    back_momentum: float
+    label: Tensor | None = None
+    label_weight: Tensor | float = 1.0
+    seg_source: nn.Module | None = None
 
 
 def training_step(
@@ -175,76 +181,78 @@ def training_step(
         processes, and images `source`, `sit` (source in target), `sitis` (and back), `target`, `tis`, `tisit`.
     """
     how = _How(run=run, recompute=recompute, micro_batch=micro_batch, local=local)
-    directions = _directions(nets, optimizers, batch, scale_factor, run)
+    st, ts = _directions(nets, optimizers, batch, scale_factor, how)
+    sit, tis = fakes = [_translate(direction, how) for direction in (st, ts)]
     losses: dict[str, Tensor] = {}
-    fakes = []
-    for direction in directions:
-        with torch.set_grad_enabled(not recompute), bn_momentum(direction.generator, direction.momentum):
-            fakes.append(run(direction.generator, direction.image, direction.coarser))
 
     # (1) The discriminators.
-    for direction, fake in zip(directions, fakes, strict=True):
-        losses |= _update_discriminator(direction, fake.detach(), loss, how)
+    for direction, fake in ((st, sit), (ts, tis)):
+        _update_discriminator(direction, fake.detach(), loss, how, losses)
 
     # (2) The generators, against the updated discriminators.
-    labelled = 1.0 if segmentation is None else local.labelled_fraction(batch.label)
-    label_loss = None
-    if segmentation is not None and not warmup:
-        label_loss = _LabelLoss(segmentation.seg_source, batch.label, loss.lambda_labels * labelled)
-    with without_gradients(nets.Dst, nets.Dts):
-        generator_losses, returned = _update_generators(
-            directions, fakes, optimizers, perceptual, loss, scale_factor, label_loss, how
-        )
-    losses |= generator_losses
-
-    # (3) The segmentation net Q on the images of the updated Gst, and Gst again on Q's loss.
     if segmentation is not None:
-        optimizer = None if warmup else optimizers.Gst
-        losses["Semseg/SemsegLoss"] = _update_segmentation(
-            directions[0], segmentation, optimizer, batch.label, labelled, how
-        )
+        seg_source = None if warmup else segmentation.seg_source
+        labelled = local.labelled_fraction(batch.label)
+        st = replace(st, label=batch.label, label_weight=labelled, seg_source=seg_source)
+    with without_gradients(nets.Dst, nets.Dts):
+        sitis, tisit = _update_generators((st, ts), fakes, optimizers, perceptual, loss, scale_factor, how, losses)
 
-    sit, tis = (fake.detach() for fake in fakes)
-    images = {"source": batch.source[-1], "sit": sit, "sitis": returned[0]}
-    images |= {"target": batch.target[-1], "tis": tis, "tisit": returned[1]}
+    # (3) Q on the images of the updated Gst, and Gst once more on the loss of Q.
+    if segmentation is not None:
+        _update_segmentation(st, segmentation, None if warmup else optimizers.Gst, how, losses)
+
+    images = {"source": st.image, "sit": sit.detach(), "sitis": sitis}
+    images |= {"target": ts.image, "tis": tis.detach(), "tisit": tisit}
     return StepResult(losses, images)
 
 
 def _directions(
-    nets: ScaleNetworks, optimizers: ScaleOptimizers, batch: Batch, scale_factor: float, run: Run
+    nets: ScaleNetworks, optimizers: ScaleOptimizers, batch: Batch, scale_factor: float, how: _How
 ) -> tuple[_Direction, _Direction]:
-    momentum_st, back_momentum_ts = reference_momenta(own_before=3, own_after=0)
-    momentum_ts, back_momentum_st = reference_momenta(own_before=2, own_after=1)
-    source_to_target = _Direction(
-        name="ST", image=batch.source[-1], coarser=cascade(nets.lower_Gst, batch.source, scale_factor, run),
-        real=batch.target[-1], alpha=batch.alphas[0], generator=nets.Gst, discriminator=nets.Dst,
-        discriminator_optimizer=optimizers.Dst, back=nets.Gts, lower_back=nets.lower_Gts,
-        momentum=momentum_st, back_momentum=back_momentum_st,
+    momentum_st, back_momentum_st = reference_momenta(nets.Gst, own_before=3, own_after=0)
+    momentum_ts, back_momentum_ts = reference_momenta(nets.Gts, own_before=2, own_after=1)
+    source, target, weight = batch.source[-1], batch.target[-1], how.local.fraction
+    st = _Direction(
+        name="ST", image=source, coarser=cascade(nets.lower_Gst, batch.source, scale_factor, how.run), real=target,
+        alpha=batch.alphas[0], weight=weight, generator=nets.Gst, discriminator=nets.Dst, optimizer=optimizers.Dst,
+        back=nets.Gts, lower_back=nets.lower_Gts, momentum=momentum_st, back_momentum=back_momentum_ts,
     )  # fmt: skip
-    target_to_source = _Direction(
-        name="TS", image=batch.target[-1], coarser=cascade(nets.lower_Gts, batch.target, scale_factor, run),
-        real=batch.source[-1], alpha=batch.alphas[1], generator=nets.Gts, discriminator=nets.Dts,
-        discriminator_optimizer=optimizers.Dts, back=nets.Gst, lower_back=nets.lower_Gst,
-        momentum=momentum_ts, back_momentum=back_momentum_ts,
+    ts = _Direction(
+        name="TS", image=target, coarser=cascade(nets.lower_Gts, batch.target, scale_factor, how.run), real=source,
+        alpha=batch.alphas[1], weight=weight, generator=nets.Gts, discriminator=nets.Dts, optimizer=optimizers.Dts,
+        back=nets.Gst, lower_back=nets.lower_Gst, momentum=momentum_ts, back_momentum=back_momentum_st,
     )  # fmt: skip
-    return source_to_target, target_to_source
+    return st, ts
 
 
-def reference_momenta(own_before: int, own_after: int) -> tuple[float, float]:
-    """Momenta of two updates of running statistics that together equal the reference's four.
+def reference_momenta(generator: Generator, own_before: int, own_after: int) -> tuple[float, float]:
+    """Momenta of two updates of a generator's running statistics that together equal the reference's four.
 
-    In the reference a generator sees the images of its own domain three times a step and the images to be translated
-    back once, `own_before` and `own_after` say in which order. Here it sees both once, its own first. With m the
-    batch norm's momentum, the reference's statistics are
+    In a step of the authors' code, a generator sees images of its own domain `own_before` times, then once images to be
+    translated back, then its own images `own_after` times. Here it sees its own once and then those to be translated
+    back. With m the momentum of its batch norms, n = own_before + 1 + own_after and b = m (1-m)^own_after, both turn
+    the statistics r into
 
-        (1-m)^n r + (1 - (1-m)^n - b) own + b back,  n = own_before + 1 + own_after,  b = m (1-m)^own_after.
+        (1-m)^n r + (1 - (1-m)^n - b) own + b back.
 
     Returns:
-        The momentum of the own images, 1 - (1-m)^own_before where they all come first, and b.
+        The momentum for its own images, which is 1 - (1-m)^own_before if these all come first, and b for the others.
     """
-    keep = 1.0 - BN_MOMENTUM
-    back = BN_MOMENTUM * keep**own_after
+    keep = 1.0 - next((norm.momentum for norm in generator.modules() if isinstance(norm, nn.BatchNorm2d)), 0.1)
+    back = (1.0 - keep) * keep**own_after
     return 1.0 - keep ** (own_before + 1 + own_after) / (1.0 - back), back
+
+
+def _translate(direction: _Direction, how: _How) -> Tensor:
+    """The generated image (B,3,h,w), without its graph where that is to be recomputed."""
+    with torch.set_grad_enabled(not how.recompute), bn_momentum(direction.generator, direction.momentum):
+        return how.run(direction.generator, direction.image, direction.coarser)
+
+
+def _translate_again(direction: _Direction, how: _How) -> Tensor:
+    """The same image with its graph; the running statistics of batch norms have seen the batch before."""
+    with frozen_bn_stats(direction.generator):
+        return how.run(direction.generator, direction.image, direction.coarser)
 
 
 def micro_batches(size: int, micro_batch: int | None) -> list[slice]:
@@ -254,67 +262,50 @@ def micro_batches(size: int, micro_batch: int | None) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-def _log(logged: dict[str, Tensor], prefix: str, **values: Tensor) -> None:
-    """Add the losses of a micro-batch to those of the batch."""
+def _part(direction: _Direction, samples: slice) -> _Direction:
+    """The direction with the samples of a micro-batch."""
+    image, coarser = direction.image[samples], None if direction.coarser is None else direction.coarser[samples]
+    weight = direction.weight * len(image) / len(direction.image)
+    part = replace(direction, image=image, coarser=coarser, real=direction.real[samples], weight=weight)
+    if direction.label is None:
+        return part
+    labelled = direction.label != IGNORE
+    share = labelled[samples].sum().double() / labelled.sum().clamp(min=1)
+    return replace(part, label=direction.label[samples], label_weight=direction.label_weight * share)
+
+
+def _log(losses: dict[str, Tensor], prefix: str, values: Mapping[str, Tensor]) -> None:
+    """Add the losses of a micro-batch to those of the whole batch."""
     for name, value in values.items():
         key = f"{prefix}/{name}"
-        logged[key] = logged[key] + value.detach() if key in logged else value.detach()
+        losses[key] = losses[key] + value.detach() if key in losses else value.detach()
 
 
-# --- phase 1 ---------------------------------------------------------------------------------------------------------
-
-
-def _update_discriminator(direction: _Direction, fake: Tensor, loss: LossConfig, how: _How) -> dict[str, Tensor]:
-    """Step on lambda_adversarial * (-mean D(real) + mean D(fake) + lambda_grad * penalty); returns its terms."""
+def _update_discriminator(
+    direction: _Direction, fake: Tensor, loss: LossConfig, how: _How, losses: dict[str, Tensor]
+) -> None:
+    """Phase 1: step on lambda_adversarial * (-mean D(real) + mean D(fake) + lambda_grad * gradient penalty)."""
     discriminator = direction.discriminator
 
     def differentiable_twice(image: Tensor) -> Tensor:
         return how.run(discriminator, image, True)
 
-    logged: dict[str, Tensor] = {}
-    weights = list(discriminator.parameters())
-    zero_gradients(direction.discriminator_optimizer)
+    zero_gradients(direction.optimizer)
     for samples in micro_batches(len(fake), how.micro_batch):
-        real_part, fake_part = direction.real[samples], fake[samples]
-        weight = how.local.fraction * len(real_part) / len(fake)
-        # The scores of real and fake images are not taken in one pass: the gradients of the score's bias nearly cancel
-        # between them, and are ten times as exact when they are computed apart.
-        real_term = -weight * mean_score(how.run(discriminator, real_part))
+        part = _part(direction, samples)
+        # One pass over real and fake images would be less exact: the gradients of the score's bias nearly cancel
+        # between the two, and have a tenth of the rounding error when they are computed apart.
+        real_term = -part.weight * mean_score(how.run(discriminator, part.real))
         (loss.lambda_adversarial * real_term).backward()
-        fake_term = weight * mean_score(how.run(discriminator, fake_part))
+        fake_term = part.weight * mean_score(how.run(discriminator, fake[samples]))
         (loss.lambda_adversarial * fake_term).backward()
-        penalty = gradient_penalty(differentiable_twice, real_part, fake_part, direction.alpha)
-        penalty_term = weight * loss.lambda_grad * penalty
-        (loss.lambda_adversarial * penalty_term).backward(inputs=weights)
-        total = loss.lambda_adversarial * (real_term + fake_term + penalty_term).detach()
-        _log(
-            logged, f"{direction.name}/Discriminator",
-            RealImagesLoss=real_term, FakeImagesLoss=fake_term, LossGP=penalty_term, LossAdversarial=total,
-        )  # fmt: skip
-        del penalty, real_term, fake_term, penalty_term
-    all_reduce_and_step(how.local, direction.discriminator_optimizer)
-    return logged
-
-
-# --- phase 2 ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _LabelLoss:
-    """The cyclic label loss: cross-entropy of P on the source that came back, against its label (B,h,w).
-
-    `weight` multiplies the mean over the labelled pixels of `label`.
-    """
-
-    seg_source: nn.Module
-    label: Tensor
-    weight: Tensor | float
-
-    def part(self, samples: slice) -> _LabelLoss:
-        """The same for a micro-batch, whose share of the labelled pixels is not that of the samples."""
-        labelled = self.label != IGNORE
-        share = labelled[samples].sum().double() / labelled.sum().clamp(min=1)
-        return _LabelLoss(self.seg_source, self.label[samples], self.weight * share)
+        penalty = gradient_penalty(differentiable_twice, part.real, fake[samples], part.alpha)
+        penalty_term = part.weight * loss.lambda_grad * penalty
+        (loss.lambda_adversarial * penalty_term).backward(inputs=list(discriminator.parameters()))
+        terms = {"RealImagesLoss": real_term, "FakeImagesLoss": fake_term, "LossGP": penalty_term}
+        terms["LossAdversarial"] = loss.lambda_adversarial * (real_term + fake_term + penalty_term)
+        _log(losses, f"{direction.name}/Discriminator", terms)
+    all_reduce_and_step(how.local, direction.optimizer)
 
 
 def _update_generators(
@@ -324,162 +315,96 @@ def _update_generators(
     perceptual: PerceptualNet,
     loss: LossConfig,
     scale_factor: float,
-    label_loss: _LabelLoss | None,
     how: _How,
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Step both generators on the adversarial, style, cycle and label terms.
+    losses: dict[str, Tensor],
+) -> list[Tensor]:
+    """Phase 2: step both generators on the adversarial, style, cycle and label terms.
 
     Returns:
-        The logged terms, and the images (B,3,h,w) that came back in each direction.
+        The images that came back (B,3,h,w), of each direction.
     """
-    logged: dict[str, Tensor] = {}
-    all_returned = []
-    targets = _perceptual_targets(*(direction.image for direction in directions), perceptual, loss, how.run)
+    with torch.no_grad():
+        targets = perceptual_targets(how.run(perceptual, torch.cat([d.image for d in directions])), loss)
+    came_back = []
     zero_gradients(optimizers.Gst, optimizers.Gts)
     for direction, fake, (content_target, style_target) in zip(directions, fakes, targets, strict=True):
-        label_loss_here = label_loss if direction.name == "ST" else None
         gradients, returned = [], []
         for samples in micro_batches(len(fake), how.micro_batch):
-            part = _samples_of(direction, samples)
-            weight = how.local.fraction * len(part.image) / len(fake)
+            part = _part(direction, samples)
             leaf = fake[samples].detach().requires_grad_(True)
 
-            adversarial = -weight * loss.lambda_adversarial * mean_score(how.run(part.discriminator, leaf))
+            adversarial = -part.weight * loss.lambda_adversarial * mean_score(how.run(part.discriminator, leaf))
             adversarial.backward()
-            _log(logged, f"{part.name}/Generator", LossAdversarial=adversarial)
-            del adversarial
+            _log(losses, f"{part.name}/Generator", {"LossAdversarial": adversarial})
 
-            content_part = {layer: features[samples] for layer, features in content_target.items()}
-            style_part = {layer: gram[samples] for layer, gram in style_target.items()}
-            style_terms = _backward_of_style(leaf, perceptual, content_part, style_part, loss, weight, how.run)
-            _log(logged, f"{part.name}/Generator", **style_terms)
+            style = style_terms(
+                how.run(perceptual, leaf),
+                leaf,
+                content_target={layer: features[samples] for layer, features in content_target.items()},
+                style_target={layer: gram[samples] for layer, gram in style_target.items()},
+                loss=loss,
+                weight=part.weight,
+            )
+            (loss.lambda_style * style["TotalStyleLoss"]).backward()
+            _log(losses, f"{part.name}/Generator", style)
 
-            label_part = None if label_loss_here is None else label_loss_here.part(samples)
-            back, cycle_terms = _backward_of_cycle(leaf, part, label_part, loss, scale_factor, weight, how.run)
-            _log(logged, "Cyclic", **cycle_terms)
-            returned.append(back)
-
+            returned.append(_backward_of_cycle(leaf, part, loss, scale_factor, how, losses))
             if how.recompute:
-                _recompute_translation(part, how.run).backward(leaf.grad)
+                _translate_again(part, how).backward(leaf.grad)
             else:
                 gradients.append(leaf.grad)
         if not how.recompute:
             fake.backward(torch.cat(gradients))
-        all_returned.append(torch.cat(returned))
+        came_back.append(torch.cat(returned))
     all_reduce_and_step(how.local, optimizers.Gst, optimizers.Gts)
-    return logged, all_returned
-
-
-def _samples_of(direction: _Direction, samples: slice) -> _Direction:
-    coarser = None if direction.coarser is None else direction.coarser[samples]
-    return replace(direction, image=direction.image[samples], coarser=coarser, real=direction.real[samples])
-
-
-def _recompute_translation(direction: _Direction, run: Run) -> Tensor:
-    """Translate once more, for the graph; batch norms have seen the images before."""
-    with frozen_bn_stats(direction.generator):
-        return run(direction.generator, direction.image, direction.coarser)
-
-
-@torch.no_grad()
-def _perceptual_targets(
-    source: Tensor, target: Tensor, perceptual: PerceptualNet, loss: LossConfig, run: Run
-) -> list[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """(content_target, style_target) of ST and of TS.
-
-    The content target is the features of the image that is translated, the style target the Gram matrices of the image
-    of the other domain.
-    """
-    features = run(perceptual, torch.cat([source, target]))
-    contents = [{i: features[i].chunk(2)[half] for i in loss.content_layers} for half in (0, 1)]
-    styles = [{i: gram_matrix(features[i].chunk(2)[half]) for i in loss.style_layers} for half in (0, 1)]
-    return [(contents[0], styles[1]), (contents[1], styles[0])]
-
-
-def _backward_of_style(
-    leaf: Tensor,
-    perceptual: PerceptualNet,
-    content_target: Mapping[int, Tensor],
-    style_target: Mapping[int, Tensor],
-    loss: LossConfig,
-    weight: float,
-    run: Run,
-) -> dict[str, Tensor]:
-    """Add the gradient of the content, style and total variation terms to `leaf.grad`; returns the terms."""
-    features = run(perceptual, leaf)
-    content = weight * content_loss(features, content_target, loss.content_layers)
-    style = weight * style_loss(features, style_target, loss.style_layers)
-    tv = weight * total_variation(leaf)
-    total = loss.content_weight * content + loss.style_weight * style + loss.tv_weight * tv
-    (loss.lambda_style * total).backward()
-    return {"ContentLoss": content, "StyleLoss": style, "TVLoss": tv, "TotalStyleLoss": total}
+    return came_back
 
 
 def _backward_of_cycle(
-    leaf: Tensor,
-    direction: _Direction,
-    label_loss: _LabelLoss | None,
-    loss: LossConfig,
-    scale_factor: float,
-    weight: float,
-    run: Run,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Translate `leaf` back; add the gradients of cycle and label loss to `leaf.grad` and to `direction.back`.
+    leaf: Tensor, direction: _Direction, loss: LossConfig, scale_factor: float, how: _How, losses: dict[str, Tensor]
+) -> Tensor:
+    """Translate `leaf` back; add the gradients of cycle and label loss to `leaf.grad` and the generator `back`.
 
-    The cascade below `direction.back` sees the pyramid of the generated image and carries no gradient.
+    The cascade below `back` sees the pyramid of the generated image and carries no gradient.
 
     Returns:
-        The image that came back (B,3,h,w), detached, and the terms.
+        The image that came back (B,3,h,w).
     """
     levels = generated_pyramid(leaf.detach(), direction.back.shape.scale, scale_factor)
-    coarser = cascade(direction.lower_back, levels, scale_factor, run)
+    coarser = cascade(direction.lower_back, levels, scale_factor, how.run)
     with bn_momentum(direction.back, direction.back_momentum):
-        returned = run(direction.back, leaf, coarser)
+        returned = how.run(direction.back, leaf, coarser)
     returned_leaf = returned.detach().requires_grad_(True)
-    cycle = weight * loss.lambda_cyclic * F.l1_loss(returned_leaf, direction.image)
+    cycle = direction.weight * loss.lambda_cyclic * F.l1_loss(returned_leaf, direction.image)
     cycle.backward()
-    terms = {f"Loss{direction.name}{direction.name[0]}": cycle}
-    if label_loss is not None:
-        mean = cross_entropy(run(label_loss.seg_source, returned_leaf), label_loss.label)
-        terms["SourceLabelLoss"] = _weighted(label_loss.weight, mean)
-        terms["SourceLabelLoss"].backward()
+    _log(losses, "Cyclic", {f"Loss{direction.name}{direction.name[0]}": cycle})
+    if direction.seg_source is not None:
+        mean = cross_entropy(how.run(direction.seg_source, returned_leaf), direction.label)
+        label_loss = (loss.lambda_labels * direction.label_weight * mean).to(mean.dtype)
+        label_loss.backward()
+        _log(losses, "Cyclic", {"SourceLabelLoss": label_loss})
     returned.backward(returned_leaf.grad)
-    return returned.detach(), terms
-
-
-def _weighted(weight: Tensor | float, mean: Tensor) -> Tensor:
-    """The product in the type of `mean`; weights of labelled pixels are float64."""
-    return (weight.to(mean.dtype) if isinstance(weight, Tensor) else weight) * mean
-
-
-# --- phase 3 ---------------------------------------------------------------------------------------------------------
+    return returned.detach()
 
 
 def _update_segmentation(
     direction: _Direction,
     segmentation: SegmentationNets,
     generator_optimizer: Optimizer | None,
-    label: Tensor,
-    labelled_fraction: Tensor | float,
     how: _How,
-) -> Tensor:
-    """Step Q on the source translated anew; step Gst on the same gradient unless its optimiser is None.
-
-    Returns:
-        Q's cross-entropy, detached.
-    """
+    losses: dict[str, Tensor],
+) -> None:
+    """Phase 3: step Q on the source translated anew, and the generator on the same loss where it has an optimiser."""
     trains_generator = generator_optimizer is not None
     with torch.set_grad_enabled(trains_generator and not how.recompute):
         sit = how.run(direction.generator, direction.image, direction.coarser)
     leaf = sit.detach().requires_grad_(trains_generator)
-    loss = _weighted(labelled_fraction, cross_entropy(how.run(segmentation.seg_sit, leaf), label))
-    if not trains_generator:
-        backward_and_step(loss, how.local, segmentation.optimizer)
-        return loss.detach()
-    zero_gradients(segmentation.optimizer, generator_optimizer)
-    loss.backward()
-    if how.recompute:
-        sit = _recompute_translation(direction, how.run)
-    sit.backward(leaf.grad)
-    all_reduce_and_step(how.local, segmentation.optimizer, generator_optimizer)
-    return loss.detach()
+    mean = cross_entropy(how.run(segmentation.seg_sit, leaf), direction.label)
+    segmentation_loss = (direction.label_weight * mean).to(mean.dtype)
+    optimizers = (segmentation.optimizer, generator_optimizer) if trains_generator else (segmentation.optimizer,)
+    zero_gradients(*optimizers)
+    segmentation_loss.backward()
+    if trains_generator:
+        (_translate_again(direction, how) if how.recompute else sit).backward(leaf.grad)
+    all_reduce_and_step(how.local, *optimizers)
+    losses["Semseg/SemsegLoss"] = segmentation_loss.detach()

@@ -1,46 +1,87 @@
-"""Reading a cache of resized images and labels; `data_handlers.cache_building` builds it.
+"""Images and labels of a list at their training size, from their files or from a cache on the disk.
 
 Decoding and resizing an image takes longer than everything else that a loader does. With a cache, a sample is a crop of
 a memory-mapped array. A cache is one folder for the images and one for the labels, so that runs with and without labels
-share the images. Each folder holds an array and a manifest, and never changes.
+share the images. The folder's name holds a fingerprint of its contents: names, sizes and times of the files, the size
+and the resampling, and how labels are read. Where one of these changes, another cache is built beside the first, so a
+run can go on with its own. A cache is built under a temporary name, renamed when it is complete and on the disk, and
+never changed.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
+from data_handlers.choices import Resample
+from data_handlers.datasets import DataSet
+from data_handlers.images import check_label_header, image_size, read_label, read_resized, resize_label
+from data_handlers.lists import FileList
 from utils.errors import UserError
+from utils.files import atomic_write_json, make_folder
+from utils.loaders import load_in_order
+from utils.locks import say
 
+# To be raised when the code that reads or resizes images and labels changes its results.
+FORMAT = 2
 ARRAY = "array.npy"
 MANIFEST = "cache.json"
-MOST_SKIPPED = 10  # so many unusable images one after the other are a fault of the disk, not of the images
+BUILDING = ".building-"
 OR_SKIP = "; or leave such images out with --on_bad_image skip"
 
 
-def read_unusable(folder: Path) -> dict[int, str]:
-    """What was wrong with the files that a cache was built without, by position in the list.
+@dataclass(frozen=True)
+class ResizedFiles:
+    """The images and labels of a list at a size (W,H), read from their files.
 
-    Raises:
-        OSError, ValueError, ...: the folder holds no manifest, or a damaged one.
+    Every method takes a position of the list and raises a `UserError` for a file that cannot be used.
     """
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    return {int(index): str(reason) for index, reason in manifest["unusable"].items()}
+
+    files: FileList
+    size: tuple[int, int]
+    resample: Resample
+
+    def image(self, index: int) -> np.ndarray:
+        """The resized image, uint8 (H,W,3)."""
+        return read_resized(self.files.root / self.files.images[index], self.size, self.resample)
+
+    def label(self, index: int) -> np.ndarray:
+        """The resized label, trainIds uint8 (H,W)."""
+        return resize_label(read_label(*self._label_of(index)), self.size)
+
+    def check_label(self, index: int) -> None:
+        """Check the header of the label alone."""
+        check_label_header(*self._label_of(index))
+
+    def _label_of(self, index: int) -> tuple[Path, DataSet, tuple[int, int]]:
+        """The label's path, its data set and the size (W,H) of its image."""
+        name = self.files.images[index]
+        return self.files.label_file(name), self.files.data_set, image_size(self.files.root / name)
 
 
 class ImageCache:
-    """A finished cache.
+    """A finished cache, which takes the place of `ResizedFiles`.
 
     Args:
-        images: folder with the images, uint8 (N,H,W,3).
-        labels: folder with the labels, trainIds uint8 (N,H,W); None for a cache without labels.
+        folders: one of `images`, uint8 (N,H,W,3), and where labels are read one of `labels`, trainIds uint8 (N,H,W).
     """
 
-    def __init__(self, images: Path, labels: Path | None = None) -> None:
-        self._folders = {"images": images} | ({"labels": labels} if labels else {})
-        self._unusable = {kind: read_unusable(folder) for kind, folder in self._folders.items()}
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self._folders = folders
+        self._unusable = {kind: _read_unusable(folder) for kind, folder in folders.items()}
         self._arrays: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -71,10 +112,8 @@ class ImageCache:
 
         Raises:
             UserError: the file could not be used when the cache was built.
-            ValueError: the cache was opened without labels.
+            KeyError: the cache was opened without labels.
         """
-        if "labels" not in self._folders:
-            raise ValueError("this cache was opened without labels")
         return self._at("labels", index)
 
     def _at(self, kind: str, index: int) -> np.ndarray:
@@ -87,3 +126,185 @@ class ImageCache:
             except (OSError, ValueError) as error:
                 raise UserError(f"cannot read the cache {path} any more ({error}); start again") from None
         return self._arrays[kind][index]
+
+
+def _read_unusable(folder: Path) -> dict[int, str]:
+    """What was wrong with the files that a cache was built without, by position in the list."""
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    return {int(index): str(reason) for index, reason in manifest["unusable"].items()}
+
+
+@dataclass(frozen=True)
+class _Part(Dataset):
+    """The resized images of a list, or the labels: the contents of one folder."""
+
+    kind: Literal["images", "labels"]
+    resized: ResizedFiles
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the uint8 array: (N,H,W,3) or (N,H,W)."""
+        width, height = self.resized.size
+        return (len(self.resized.files), height, width, *((3,) if self.kind == "images" else ()))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
+
+    def name(self) -> str:
+        """Name of the folder, which ends in the fingerprint of the contents; asks for the state of every file."""
+        files, size = self.resized.files, self.resized.size
+        data_set, root, label_root = files.data_set, files.root.resolve(), (files.label_root or files.root).resolve()
+        reading: list[object] = [FORMAT, self.kind, size]
+        if self.kind == "images":
+            reading.append(self.resized.resample)
+        else:
+            ignored = None if data_set.ignored_values is None else sorted(data_set.ignored_values)
+            reading += [sorted(data_set.value_map.items()), ignored, data_set.storage]
+        digest = hashlib.sha256(json.dumps(reading).encode())
+        for image in files.images:
+            paths = [f"{root}/{image}"]  # text: for a million files, path objects take longer than the disk's answers
+            if self.kind == "labels":  # a label is checked against its image's size, so it depends on both files
+                paths.append(f"{label_root}/{files.label_of(image)}")
+            for path in paths:
+                try:
+                    status = os.stat(path)
+                    state = f"{status.st_size} {status.st_mtime_ns}"
+                except OSError:
+                    state = "unusable"  # reading the file says why
+                digest.update(os.fsencode(f"{path} {state}\n"))
+        return f"{data_set.name}_{size[0]}x{size[1]}_{self.kind}_{digest.hexdigest()[:32]}"
+
+    def __getitem__(self, index: int) -> np.ndarray | UserError:
+        try:
+            return self.resized.image(index) if self.kind == "images" else self.resized.label(index)
+        except UserError as error:
+            return error
+
+
+def open_cache(
+    cache_dir: Path, resized: ResizedFiles, *, with_labels: bool, num_workers: int, skip_unusable: bool = False
+) -> ImageCache:
+    """The cache of a list at a size. What is missing is built first; what is damaged is deleted and built again.
+
+    Processes that start together build it once: one at a time builds in a `cache_dir`, and the others wait.
+
+    Args:
+        skip_unusable: build the cache without the files that cannot be used; they raise when they are asked for.
+
+    Raises:
+        UserError: a file cannot be used or changes during the build, or the disk is too small or cannot be written to.
+    """
+    parts = _parts(cache_dir, resized, with_labels)
+    if _missing(parts):
+        make_folder(cache_dir, "--cache_dir")
+        try:
+            with _only_builder(cache_dir):
+                missing = _missing(parts)  # asked again: another process may have built it meanwhile
+                _make_room(cache_dir, missing)
+                for folder, part in missing.items():
+                    _build(folder, part, num_workers, skip_unusable)
+        except OSError as error:
+            raise UserError(
+                f"--cache_dir {cache_dir}: cannot write the cache ({error.strerror}); check the folder and the free "
+                "space"
+            ) from None
+    cache = ImageCache({part.kind: folder for folder, part in parts.items()})
+    if not skip_unusable:
+        cache.require_all_usable()
+    return cache
+
+
+def bytes_to_build(cache_dir: Path, resized: ResizedFiles, *, with_labels: bool) -> int:
+    """Disk space, in bytes, that `open_cache` would take for what is missing."""
+    return sum(part.nbytes for part in _missing(_parts(cache_dir, resized, with_labels)).values())
+
+
+def _parts(cache_dir: Path, resized: ResizedFiles, with_labels: bool) -> dict[Path, _Part]:
+    # Labels first: they take minutes, and show most of what can be wrong with the files.
+    parts = [_Part(kind, resized) for kind in (("labels", "images") if with_labels else ("images",))]
+    return {cache_dir / part.name(): part for part in parts}
+
+
+def _missing(parts: Mapping[Path, _Part]) -> dict[Path, _Part]:
+    return {folder: part for folder, part in parts.items() if not _is_finished(folder, part)}
+
+
+def _is_finished(folder: Path, part: _Part) -> bool:
+    try:
+        _read_unusable(folder)
+        array = np.load(folder / ARRAY, mmap_mode="r")  # checks that the file is large enough
+        return (array.shape, array.dtype) == (part.shape, np.uint8)
+    except Exception:  # the parsers raise errors of many kinds on arbitrary bytes
+        return False
+
+
+@contextmanager
+def _only_builder(cache_dir: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for this folder; a lock ends with its process."""
+    with open(cache_dir / ".lock", "ab") as file:
+        try:
+            # A lock of `lockf` belongs to this process alone; forked workers would hold one of `flock` as well.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"--cache_dir {cache_dir}: waiting for another process that is building a cache there")
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make_room(cache_dir: Path, missing: Mapping[Path, _Part]) -> None:
+    """Delete unfinished builds of killed processes and damaged caches, and require space for what is missing."""
+    for leftover in cache_dir.glob(f"{BUILDING}*"):
+        shutil.rmtree(leftover)
+    for folder in missing:
+        if os.path.lexists(folder):
+            say(f"{folder}: this cache is damaged; it is deleted and built again")
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder)
+            else:
+                folder.unlink()
+    needed, free = sum(part.nbytes for part in missing.values()), shutil.disk_usage(cache_dir).free
+    if needed > free:
+        raise UserError(
+            f"--cache_dir {cache_dir}: the cache takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; delete "
+            "caches there that no run uses, choose another disk, or leave the flag out"
+        )
+
+
+def _build(folder: Path, part: _Part, num_workers: int, skip_unusable: bool) -> None:
+    """Build a part under a temporary name, and rename it when it is complete and on the disk."""
+    building, files = folder.with_name(BUILDING + folder.name), part.resized.files
+    try:
+        building.mkdir()
+        unusable = _write_array(building / ARRAY, part, num_workers, skip_unusable)
+        if part.name() != folder.name:
+            raise UserError(f"files of {files.root} changed while their cache was built; start again")
+        atomic_write_json(building / MANIFEST, {"of": files.describe(), "unusable": unusable})
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool) -> dict[int, str]:
+    """Write the part as a .npy file and wait until it is on the disk; files that cannot be used become zeros.
+
+    Returns:
+        What was wrong with the files that cannot be used, by position in the list.
+    """
+    unusable: dict[int, str] = {}
+    count, *shape = part.shape
+    loaded = load_in_order(
+        part, range(count), num_workers=num_workers, skip_unusable=skip_unusable, or_else=OR_SKIP
+    )
+    named = f"caching {part.kind} of {part.resized.files.data_set.name}"
+    # Written, not memory-mapped: in a mapped file, a full disk kills the process without a message.
+    with open(path, "xb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": part.shape})
+        for index, sample in enumerate(tqdm(loaded, desc=named, unit="img", total=count)):
+            if isinstance(sample, UserError):
+                unusable[index] = str(sample)
+                sample = bytes(math.prod(shape))
+            file.write(sample)
+        file.flush()
+        os.fsync(file.fileno())
+    return unusable

@@ -1,16 +1,54 @@
-"""A domain of a training: a list of images, how they are read and drawn, and their cache."""
+"""A domain of a training: a list of images, how they are read and drawn, and their cache.
+
+The batch of step k is a function of (seed, domain, stage, k): the order of an epoch comes from a permutation seeded by
+the epoch's number, and the crop from a generator seeded by the sample's position (docs/method.md, section 1). The
+number of worker processes does not change the batches, and a resumed run continues by starting at its step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from data_handlers.cache import ImageCache
-from data_handlers.cache_building import bytes_to_build, open_cache
-from data_handlers.choices import OnBadImage, Resample
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from data_handlers.cache import OR_SKIP, ImageCache, ResizedFiles, bytes_to_build, open_cache
+from data_handlers.choices import LabelUse, OnBadImage, Resample
 from data_handlers.lists import FileList
-from data_handlers.stream import DomainBatch, LabelUse, PyramidOf, StreamConfig, open_stream
+from utils.errors import UserError
+from utils.loaders import MOST_SKIPPED, disk_fault, load_in_order
+
+DOMAINS = ("source", "target")
+
+# Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
+PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class DomainBatch:
+    """The samples of one step.
+
+    Attributes:
+        levels: pyramid levels, coarse to fine, uint8 (B,h_i,w_i,3).
+        label: trainIds uint8 (B,H,W), None where labels are not read.
+        skipped: the messages about images that could not be used and that others replace.
+    """
+
+    levels: list[Tensor]
+    label: Tensor | None
+    skipped: tuple[str, ...] = ()
+
+    def pin_memory(self) -> DomainBatch:
+        """Page-locked copy, for asynchronous transfer to a GPU; the DataLoader calls this."""
+        label = None if self.label is None else self.label.pin_memory()
+        return DomainBatch([level.pin_memory() for level in self.levels], label, self.skipped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +56,12 @@ class Domain:
     """Images of one list as a training reads them.
 
     Attributes:
-        files: the list.
-        name: `source` or `target`; every domain of a run has its own random order.
+        name: `source` or `target`; each has its own random order.
         seed: of the run.
-        resize, crop: (W,H).
-        labels: whether labels are read, checked by their header where nothing is cached, or ignored.
-        flip: mirror every second sample, drawn at random.
+        resize, crop: (W,H) in pixels.
+        labels: whether labels are ignored, checked by their header (not where images are cached), or read.
+        flip: mirror samples left to right with probability 1/2.
+        on_bad_image: `stop` raises for an image that cannot be used; `skip` takes the next one of the epoch instead.
         num_workers: loader processes.
         cache_dir: folder of caches, or ''.
         cache: opened by `with_cache`.
@@ -50,6 +88,11 @@ class Domain:
         """Whether another image takes the place of one that cannot be used."""
         return self.on_bad_image == "skip"
 
+    @property
+    def resized(self) -> ResizedFiles:
+        """The images and labels at their training size."""
+        return ResizedFiles(self.files, self.resize, self.resample)
+
     def with_cache(self) -> Domain:
         """The domain with its cache opened, which is built first where it is missing; itself without `cache_dir`.
 
@@ -58,34 +101,20 @@ class Domain:
         """
         if not self.cache_dir:
             return self
-        return replace(
-            self,
-            cache=open_cache(
-                cache_dir=Path(self.cache_dir),
-                files=self.files,
-                size=self.resize,
-                resample=self.resample,
-                with_labels=self.labels == "read",
-                num_workers=self.num_workers,
-                skip_unusable=self.skips,
-            ),
+        cache = open_cache(
+            Path(self.cache_dir),
+            self.resized,
+            with_labels=self.labels == "read",
+            num_workers=self.num_workers,
+            skip_unusable=self.skips,
         )
+        return replace(self, cache=cache)
 
     def bytes_to_cache(self) -> int:
-        """Disk space that `with_cache` would take for what is missing.
-
-        Raises:
-            UserError: the cache cannot be read.
-        """
+        """Disk space that `with_cache` would take for what is missing."""
         if not self.cache_dir:
             return 0
-        return bytes_to_build(
-            cache_dir=Path(self.cache_dir),
-            files=self.files,
-            size=self.resize,
-            resample=self.resample,
-            with_labels=self.labels == "read",
-        )
+        return bytes_to_build(Path(self.cache_dir), self.resized, with_labels=self.labels == "read")
 
     def stream(
         self,
@@ -100,7 +129,7 @@ class Domain:
         pin_memory: bool,
         labels: LabelUse | None = None,
     ) -> Iterator[DomainBatch]:
-        """The batches of some steps of a stage, in order.
+        """The batches of some steps of a stage, in order. Every stage has its own random order.
 
         Args:
             batch_size: samples in a step over all processes; `part` are the places of those wanted here.
@@ -110,20 +139,108 @@ class Domain:
             labels: use of the labels where it differs from the domain's.
 
         Raises:
-            UserError: a file of a step cannot be used.
+            UserError: in the main process, when a file of a step cannot be used.
+            LoaderDied: a loader process died; see `load_in_order`.
         """
-        drawn = StreamConfig(
-            seed=self.seed,
-            domain=self.name,
-            scale=stage,
-            batch_size=batch_size,
-            steps_per_epoch=steps_per_epoch,
+        samples = Samples(
+            domain=replace(self, labels=labels or self.labels),
+            stage=stage,
+            per_epoch=steps_per_epoch * batch_size,
             epoch_length=epoch_length,
-            resize=self.resize,
-            crop=self.crop,
-            labels=labels or self.labels,
-            flip=self.flip,
-            resample=self.resample,
-            on_bad_image=self.on_bad_image,
+            pyramid=pyramid,
         )
-        return open_stream(self.files, drawn, pyramid, steps, self.num_workers, pin_memory, self.cache, part)
+        return load_in_order(
+            samples,
+            (range(step * batch_size + part.start, step * batch_size + part.stop) for step in steps),
+            num_workers=self.num_workers,
+            collate=_collate,
+            pin_memory=pin_memory,
+            prefetch=4,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples(Dataset):
+    """The sample at each position of a stream; position = step * batch size + place in the batch.
+
+    Attributes:
+        per_epoch: samples before a new random order is drawn.
+        epoch_length, pyramid: as of `Domain.stream`.
+    """
+
+    domain: Domain
+    stage: int
+    per_epoch: int
+    epoch_length: int
+    pyramid: PyramidOf
+
+    def _seed(self, purpose: int, number: int) -> tuple[int, ...]:
+        return (self.domain.seed, DOMAINS.index(self.domain.name), self.stage, purpose, number)
+
+    def image_index(self, position: int, skipped: int = 0) -> int:
+        """Index into the file list of the image at a stream position, or of the n-th after it in the epoch's order."""
+        epoch, place = divmod(position, self.per_epoch)
+        order = _permutation(self._seed(0, epoch), self.epoch_length)
+        return int(order[(place + skipped) % self.epoch_length]) % len(self.domain)
+
+    def crop_offset(self, position: int) -> tuple[int, int]:
+        """(x,y) of the crop in the resized image; every offset that fits is possible, the last one included."""
+        rng = np.random.default_rng(self._seed(1, position))
+        x, y = (int(rng.integers(r - c + 1)) for r, c in zip(self.domain.resize, self.domain.crop, strict=True))
+        return x, y
+
+    def is_flipped(self, position: int) -> bool:
+        """Whether the sample at a stream position is mirrored."""
+        return self.domain.flip and bool(np.random.default_rng(self._seed(2, position)).integers(2))
+
+    def __getitem__(self, position: int) -> tuple[Any, ...] | UserError:
+        """Pyramid levels, uint8 (h_i,w_i,3); label, uint8 (H,W) or None; messages about the images this one replaces.
+
+        An image that cannot be used, with no other to be taken in its place, gives the error.
+        """
+        wrong: list[str] = []
+        while True:
+            try:
+                image, label = self._resized(self.image_index(position, len(wrong)))
+                break
+            except UserError as error:
+                if not self.domain.skips:
+                    return UserError(f"{error}{OR_SKIP}")
+                wrong.append(str(error))
+                if len(wrong) == MOST_SKIPPED:
+                    return disk_fault(error)
+        x, y = self.crop_offset(position)
+        width, height = self.domain.crop
+        window = np.s_[y : y + height, x : x + width]
+        step = -1 if self.is_flipped(position) else 1
+        image = np.array(image[window][:, ::step], order="C")  # a copy: the cache is read-only
+        label = None if label is None else np.array(label[window][:, ::step], order="C")
+        return self.pyramid(image), label, wrong
+
+    def _resized(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The image and, where it is read, the label at their training size."""
+        domain = self.domain
+        stored = domain.cache or domain.resized
+        image = stored.image(index)
+        if domain.labels == "check" and domain.cache is None:
+            domain.resized.check_label(index)
+        return image, stored.label(index) if domain.labels == "read" else None
+
+
+@lru_cache(maxsize=len(DOMAINS))
+def _permutation(seed: tuple[int, ...], length: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(length)
+
+
+def _collate(samples: Sequence[tuple[Any, ...] | UserError]) -> DomainBatch | UserError:
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    images, labels, skipped = zip(*samples, strict=True)
+    levels = [torch.from_numpy(np.stack(level)) for level in zip(*images, strict=True)]
+    label = None if labels[0] is None else torch.from_numpy(np.stack(labels))
+    if get_worker_info() is not None:
+        # Here, where it can be told that there is none: the thread that sends a batch drops it without an error.
+        for tensor in (*levels, *(() if label is None else (label,))):
+            tensor.share_memory_()
+    return DomainBatch(levels, label, tuple(chain(*skipped)))

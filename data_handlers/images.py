@@ -5,6 +5,8 @@ A file that cannot be used raises a `UserError` of one line, which names the fil
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,30 +28,39 @@ from utils.png import GREY, PALETTE, RGB, RGBA, read_png_header
 Image.MAX_IMAGE_PIXELS = None
 
 
+@contextmanager
+def _opened(path: Path, kind: str = "") -> Iterator[Image.Image]:
+    """The file opened by Pillow; whatever goes wrong in the block is a `UserError`."""
+    shown = f"{kind}{path}"
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise UserError(f"{shown} does not exist") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{shown} is not an image file; replace it") from None
+    except MemoryError:
+        raise UserError(f"{shown} is too large for this machine's memory") from None
+    except (OSError, SyntaxError, ValueError, OverflowError, EOFError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{shown} is truncated or damaged ({reason}); replace it") from None
+
+
 def read_image(path: Path) -> Image.Image:
     """Decode an image to 8-bit RGB; palettes are expanded and alpha is dropped.
 
     Raises:
         UserError: missing, truncated, not an image, or of more than 8 bits per channel.
     """
-    try:
-        with Image.open(path) as image:
-            # Pillow would silently drop the low bits of such a PNG.
-            deep_png = image.format == "PNG" and read_png_header(path).bit_depth > 8
-            if deep_png or image.mode.startswith(("I", "F")):
-                raise UserError(f"{path} has more than 8 bits per channel; convert it to 8-bit RGB")
-            if image.mode == "RGB":
-                image.load()  # a conversion would copy it
-                return image
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image file; replace it") from None
-    except MemoryError:
-        raise UserError(f"{path} is too large for this machine's memory") from None
-    except (OSError, SyntaxError, ValueError, OverflowError, EOFError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); replace it") from None
+    with _opened(path) as image:
+        # Pillow would silently drop the low bits of such a PNG.
+        deep_png = image.format == "PNG" and read_png_header(path).bit_depth > 8
+        if deep_png or image.mode.startswith(("I", "F")):
+            raise UserError(f"{path} has more than 8 bits per channel; convert it to 8-bit RGB")
+        if image.mode == "RGB":
+            image.load()  # a conversion would copy it
+            return image
+        return image.convert("RGB")
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -69,18 +80,34 @@ def read_pixels(path: Path) -> np.ndarray:
     return np.array(read_image(path))
 
 
-def read_resized(path: Path, size: tuple[int, int], resample: Resample) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image at (W,H), uint8 (H,W,3), and its own (W,H).
+def read_resized(path: Path, size: tuple[int, int], resample: Resample) -> np.ndarray:
+    """An image resized to (W,H) with the antialiased bicubic filter, uint8 (H,W,3).
+
+    Args:
+        resample: `exact` is Pillow's arithmetic, which the method uses; `fast` is PyTorch's, which is several times as
+            fast and differs by one level of 0..255 in a few of a thousand values.
 
     Raises:
         UserError: as `read_image`.
     """
-    if resample == "exact":
-        image = read_image(path)
-        return resize_image(image, size, resample), image.size
-    pixels = read_pixels(path)
-    own = (pixels.shape[1], pixels.shape[0])
-    return pixels if own == size else resize_pixels(pixels, size), own
+    if resample == "fast":
+        return resize_pixels(read_pixels(path), size)
+    image = read_image(path)
+    return np.array(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The `fast` resampling of uint8 (h,w,3) to (W,H); the same array where it has that size."""
+    if pixels.shape[1::-1] == size:
+        return pixels
+    levels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized = F.interpolate(levels, size=size[::-1], mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize trainIds (h,w) to (W,H) by taking the nearest pixel."""
+    return np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -89,13 +116,8 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: missing, or not an image.
     """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a readable image file ({error}); replace it") from None
+    with _opened(path) as image:
+        return image.size
 
 
 def check_label_header(path: Path, data_set: DataSet, size: tuple[int, int]) -> None:
@@ -143,13 +165,10 @@ def read_label_values(path: Path, data_set: DataSet, size: tuple[int, int]) -> n
         UserError: as `check_label_header`, or truncated.
     """
     check_label_header(path, data_set, size)
-    try:
+    with _opened(path, "label ") as image:
         if data_set.storage == "16-bit channel 0":
             return decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED)[0].numpy()
-        with Image.open(path) as image:
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
-        raise UserError(f"label {path} is truncated or damaged ({str(error).splitlines()[0]}); replace it") from None
+        return np.asarray(image)
 
 
 def label_values_to_train_ids(values: np.ndarray, path: Path, data_set: DataSet) -> np.ndarray:
@@ -180,32 +199,6 @@ def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarr
         UserError: as `read_label_values` and `label_values_to_train_ids`.
     """
     return label_values_to_train_ids(read_label_values(path, data_set, size), path, data_set)
-
-
-def resize_image(image: Image.Image, size: tuple[int, int], resample: Resample) -> np.ndarray:
-    """Resize an RGB image to (W,H) with the antialiased bicubic filter, uint8 (H,W,3).
-
-    Args:
-        resample: `exact` is Pillow's arithmetic, the method's own; `fast` is PyTorch's, several times as fast and at
-            most one level off in some values of a thousand.
-    """
-    if image.size == size:
-        return np.array(image)
-    if resample == "exact":
-        return np.array(image.resize(size, Image.Resampling.BICUBIC))
-    return resize_pixels(np.array(image), size)
-
-
-def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The `fast` resampling of uint8 (h,w,3) to (W,H)."""
-    levels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = F.interpolate(levels, size=size[::-1], mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
-
-
-def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize trainIds (h,w) to (W,H) by taking the nearest pixel."""
-    return np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
 
 
 @dataclass(frozen=True, kw_only=True)

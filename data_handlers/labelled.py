@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from data_handlers.cache import MOST_SKIPPED
 from data_handlers.classes import CITYSCAPES_IDS, IGNORE
 from data_handlers.images import (
     check_label_header,
@@ -21,16 +20,15 @@ from data_handlers.images import (
     read_label_values,
 )
 from data_handlers.lists import FileList
-from data_handlers.stream import LabelUse
+from data_handlers.choices import LabelUse
 from utils.errors import UserError
-from utils.loaders import batches_in_order
+from utils.loaders import load_in_order
 from utils.locks import say
-from utils.processes import init_loader
 from utils.sizes import evenly_spaced
 from utils.transfer import to_device
 
 CHECKED_IMAGES = 5
-CHECKED_LABELS = 20
+CHECKED_LABELS = 20  # a multiple of the number of images, so that these are among them
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,7 @@ class _Files(Dataset):
                 label = read_label(self.files.label_file(name), self.files.data_set, image.size)
             return name, np.array(image), label
         except UserError as error:
-            # Returned, not raised: the exception of a worker process would reach the main process with a traceback
-            # around its message.
             return error
-
-
-def _as_it_is(sample: object) -> object:
-    return sample
 
 
 def check_samples(
@@ -80,7 +72,7 @@ def check_samples(
     """Decode a few images and labels of a list, and check that the labels are encoded as they are read.
 
     A wrong kind of file or of label is a mistake about the whole data set. This check finds it in seconds, before
-    anything is written. It reads the labels of up to 21 images and decodes 6 of these images.
+    anything is written. It decodes up to 6 images, and where labels are read up to 21 labels.
 
     Args:
         labels: whether labels are ignored, checked by their header, or read.
@@ -95,7 +87,7 @@ def check_samples(
         labels = "none"
     images = _samples(files, CHECKED_IMAGES)
     values = np.zeros(2**16, dtype=bool)
-    for name in _samples(files, CHECKED_IMAGES if labels == "none" else CHECKED_LABELS) | images:
+    for name in _samples(files, CHECKED_LABELS if labels == "read" else CHECKED_IMAGES):
         try:
             _check_sample(files, name, labels, name in images, values)
         except UserError as error:
@@ -168,31 +160,20 @@ def open_labelled(
         skipped: images that cannot be used are skipped, and the reason is appended to this list. None raises instead.
 
     Raises:
-        UserError: in the main process, when a file cannot be used, or, with `skipped`, `MOST_SKIPPED` in a row.
+        UserError: in the main process, when a file cannot be used, or, with `skipped`, too many one after the other.
+        LoaderDied: a loader process died; see `load_in_order`.
     """
-
-    def loader_at(index: int) -> DataLoader:
-        return DataLoader(
-            _Files(files, with_labels),
-            batch_size=None,
-            sampler=range(index, len(files)),
-            num_workers=num_workers,
-            worker_init_fn=init_loader,
-            collate_fn=_as_it_is,
-            prefetch_factor=2 if num_workers else None,
-        )
-
-    in_a_row = 0
-    for sample in batches_in_order(loader_at, "then run the command again"):
+    samples = load_in_order(
+        _Files(files, with_labels),
+        range(len(files)),
+        num_workers=num_workers,
+        skip_unusable=skipped is not None,
+        or_else=or_else,
+    )
+    for sample in samples:
         if isinstance(sample, UserError):
-            if skipped is None:
-                raise UserError(f"{sample}{or_else}")
             skipped.append(str(sample))
-            in_a_row += 1
-            if in_a_row == MOST_SKIPPED:
-                raise UserError(f"{sample}; and so are the {MOST_SKIPPED - 1} images before it: is the disk there?")
             continue
-        in_a_row = 0
         name, pixels, label = sample
         on_device = to_device(torch.from_numpy(pixels), device)
         yield LabelledImage(name, on_device, None if label is None else to_device(torch.from_numpy(label), device))

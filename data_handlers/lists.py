@@ -1,4 +1,4 @@
-"""From a data set's declaration and root folder to the list of its files."""
+"""Lists of a data set's files, from its declaration and root folder or from a text file."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def require_labels(files: FileList, flag: str) -> None:
 
 
 def missing_labels(files: FileList) -> list[tuple[str, str]]:
-    """(image, label) relative paths where the label file is missing; none for a data set that declares no labels."""
+    """Relative paths (image, label) of every image whose label file is missing; none for a data set without labels."""
     if not files.data_set.label_path:
         return []
     labels = Listing(files.label_root or files.root)

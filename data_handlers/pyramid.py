@@ -1,30 +1,24 @@
 """Pyramids of file images: every level is resized from the base image (docs/method.md, section 1).
 
-Files go through Pillow's antialiased bicubic filter; generated tensors are resized otherwise, see `core.cascade`.
+Images of files are resized with an antialiased bicubic filter. Generated images are tensors and are resized without
+antialiasing, see `core.cascade`.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from data_handlers.choices import Resample
 from data_handlers.images import resize_pixels
-
-
-def level_size(size: Sequence[int], steps_down: int, scale_factor: float) -> tuple[int, ...]:
-    """ceil(f^steps * size) of each side; sides in pixels, in whatever order they come."""
-    return tuple(math.ceil(math.pow(scale_factor, steps_down) * side) for side in size)
+from utils.sizes import level_size
 
 
 def image_pyramid(image: Image.Image, num_scales: int, scale_factor: float, up_to: int) -> list[np.ndarray]:
-    """Levels 0..`up_to` of a file image, each resized from the base image with Pillow's bicubic filter.
+    """Levels 0..`up_to` of an image, each resized from the base image with Pillow's bicubic filter.
 
     Args:
-        image: RGB base image (after the training resize and crop, or a whole native image for export).
+        image: RGB base image, in training a resized and cropped one, in export a whole image at native size.
         num_scales: N; level N has the base size.
         up_to: finest level wanted (training at scale s needs 0..s only).
 
@@ -42,9 +36,8 @@ def image_pyramid(image: Image.Image, num_scales: int, scale_factor: float, up_t
 def array_pyramid(
     pixels: np.ndarray, num_scales: int, scale_factor: float, up_to: int, resample: Resample
 ) -> list[np.ndarray]:
-    """`image_pyramid` of uint8 (h,w,3), `exact` or within one level of it (`fast`)."""
+    """`image_pyramid` of uint8 (h,w,3); the values are equal with `exact`, and at most one off with `fast`."""
     if resample == "exact":
         return image_pyramid(Image.fromarray(pixels), num_scales, scale_factor, up_to)
-    base = (pixels.shape[1], pixels.shape[0])
-    sizes = [level_size(base, num_scales - scale, scale_factor) for scale in range(up_to + 1)]
-    return [pixels if size == base else resize_pixels(pixels, size) for size in sizes]
+    base = pixels.shape[1::-1]
+    return [resize_pixels(pixels, level_size(base, num_scales - scale, scale_factor)) for scale in range(up_to + 1)]

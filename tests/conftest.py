@@ -1,4 +1,4 @@
-"""Shared by all tests: the reference numbers, running a script in this process, a tiny world and what is trained on it."""
+"""Shared by all tests: reference numbers, running a script in this process, a tiny world and what is trained on it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A shell that starts the tests in its background has them ignore these, and programs leave ignored signals ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+pytest.register_assert_rewrite("steps")
 GOLDEN_DIR = Path(os.environ.get("PROCST_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 

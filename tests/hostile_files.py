@@ -40,6 +40,11 @@ def write_archive(path, content, compression=zipfile.ZIP_STORED):
             archive.writestr(name, data)
 
 
+def write_pickle(path, payload):
+    """Write a file of `torch.save` with this pickle and no tensors."""
+    write_archive(path, [("archive/data.pkl", payload), ("archive/version", "3")])
+
+
 def flip_a_bit(path):
     """In the middle of the largest record, where only a checksum can tell."""
     data = bytearray(path.read_bytes())
@@ -62,7 +67,7 @@ def text(path):
 
 
 def execute(path):
-    write_archive(path, [("archive/data.pkl", pickle.dumps({"w": Command()}, protocol=2)), ("archive/version", "3")])
+    write_pickle(path, pickle.dumps({"w": Command()}, protocol=2))
 
 
 def execute_without_archive(path):
@@ -157,10 +162,3 @@ def not_utf8(path):
 
 IMAGES = {empty: "", text: "not an image", truncate: "truncated", loop: "", folder: "folder", deep: "8 bits"}
 LABELS = {empty: "not a PNG", text: "not a PNG", loop: "", jpeg: "not a PNG", grow: "61x44", colours: "8-bit grey"}
-
-
-def write_pickle(path, payload):
-    """A file as `torch.save` writes it whose pickle is `payload`."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("hostile/data.pkl", payload)
-        archive.writestr("hostile/version", "3")

@@ -6,21 +6,31 @@ import json
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from conftest import GOLDEN_DIR
-from core.config import LossConfig
-from core.networks import Discriminator, Generator, NetworkShape, freeze, init_weights, layers_at_scale, published_norm
+from core.cascade import to_unit_range
+from core.config import LossConfig, NetworkShape, layers_at_scale, published_norm
+from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets, training_step
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import image_pyramid
 from models.segmentation import HEAD_RATE, parameter_groups
 from models.vgg import VGG16_CONVS, VGGFeatures, vgg_from_state_dict
 from worlds import noise_image
 
 GOLDEN_FILES = sorted(GOLDEN_DIR.glob("step_*.npz"))
+IMAGE_NAMES = {
+    "source": "source",
+    "source_in_traget": "sit",
+    "source_in_traget_in_source": "sitis",
+    "target": "target",
+    "target_in_source": "tis",
+    "target_in_source_in_target": "tisit",
+}
 KINDS = {"Dst": Discriminator, "Gst": Generator, "Dts": Discriminator, "Gts": Generator}
 
 
@@ -172,7 +182,7 @@ class GoldenStep(RecordedStep):
             image = Image.fromarray(self.data[f"{self.prefix}{domain}_rgb_{b}"])
             levels.append(image_pyramid(image, meta["num_scales"], meta["scale_factor"], self.scale))
         stacked = [torch.from_numpy(np.stack(level)) for level in zip(*levels, strict=True)]
-        return [normalise(level).permute(0, 3, 1, 2).contiguous() for level in stacked]
+        return [PROCST_INPUT(level) for level in stacked]
 
     def segmentation_nets(self):
         meta = self.meta
@@ -200,6 +210,69 @@ class GoldenStep(RecordedStep):
                 counts[name] = counts.get(name, 0) + 1
                 names.append((f"{name}#{counts[name]}", step))
         return names
+
+    # Checks against the reference, with the tolerances of golden/README.md for any CPU, thread count and layout.
+
+    def check_order(self):
+        assert self.order == [ours for ours, _ in self.expected_steps()]
+
+    def check_losses(self):
+        expected, losses = self.tensors("loss"), self.result.losses
+        ours = {name if name.startswith("Semseg/") else f"Scale{self.scale}/{name}": losses[name] for name in losses}
+        assert ours.keys() == expected.keys()
+        for name, value in expected.items():
+            assert ours[name].dtype == torch.float64, name
+            assert float(ours[name]) == pytest.approx(float(value), rel=1e-10), name
+
+    def check_gradients(self):
+        for ours, theirs in self.expected_steps():
+            expected = self.tensors(f"grad/{theirs}")
+            assert expected
+            assert self.gradients[ours].keys() == expected.keys()
+            net = self.nets.get(ours.split("#")[0])
+            noise = zero_gradient_biases(net) if net else set()
+            whole = float(torch.cat([gradient.flatten() for gradient in expected.values()]).norm())
+            for name, value in expected.items():
+                gradient = self.gradients[ours][name]
+                if name in noise:
+                    assert float(gradient.norm()) < 1e-12 * whole, f"{theirs} {name}"
+                else:
+                    assert relative_l2(gradient, value) < 1e-10, f"{theirs} {name}"
+
+    def check_weights(self):
+        trained = dict(self.nets)
+        if self.segmentation:
+            trained["semseg_cs"] = self.segmentation.seg_sit
+        for net_name, net in trained.items():
+            expected, before = self.tensors(f"after/{net_name}"), self.tensors(f"init/{net_name}")
+            noise = zero_gradient_biases(net) if net_name in self.nets else set()
+            for name, parameter in net.named_parameters():
+                after = parameter.detach()
+                torch.testing.assert_close(after, expected[name], rtol=0, atol=1e-8, msg=f"{net_name} {name}")
+                if name not in noise:
+                    assert relative_l2(after - before[name], expected[name] - before[name]) < 1e-8, f"{net_name} {name}"
+
+    def check_images(self):
+        for theirs, ours in IMAGE_NAMES.items():
+            image = to_unit_range(self.result.images[ours][0])
+            expected = torch.from_numpy(self.data[f"{self.prefix}image/{theirs}"])
+            torch.testing.assert_close(image, expected, rtol=0, atol=1e-11)
+
+
+def check_same(ours, theirs):
+    """Same losses, images and gradients of two steps in float64."""
+    assert ours.order == theirs.order
+    assert ours.result.losses.keys() == theirs.result.losses.keys()
+    for name, value in theirs.result.losses.items():
+        assert ours.result.losses[name].dtype == torch.float64, name
+        assert float(ours.result.losses[name]) == pytest.approx(float(value), rel=1e-11), name
+    for name, image in theirs.result.images.items():
+        torch.testing.assert_close(ours.result.images[name], image, rtol=0, atol=1e-11)
+    for step, gradients in theirs.gradients.items():
+        net = ours.nets.get(step.split("#")[0])
+        assert ours.gradients[step].keys() == gradients.keys()
+        for name in gradients.keys() - (zero_gradient_biases(net) if net else set()):
+            assert relative_l2(ours.gradients[step][name], gradients[name]) < 1e-9, f"{step} {name}"
 
 
 LOSSES = LossConfig(content_layers=(6,), style_layers=(3, 6))
@@ -241,7 +314,7 @@ class RandomStep(RecordedStep):
                 *(image_pyramid(noise_image(size, seed + 10 * b), num_scales, 0.5, scale) for b in range(2)),
                 strict=True,
             )
-            pyramids.append([normalise(torch.from_numpy(np.stack(level))).permute(0, 3, 1, 2) for level in levels])
+            pyramids.append([PROCST_INPUT(torch.from_numpy(np.stack(level))) for level in levels])
         height, width = pyramids[0][-1].shape[-2:]
         label = torch.from_numpy(np.random.default_rng(3).integers(0, CLASSES, (2, height, width), dtype=np.uint8))
         self.batch = Batch(pyramids[0], pyramids[1], torch.tensor([0.3, 0.6]), label if labels else None)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from core.segmentation_files import SegmentationFile
 from PIL import Image
+from test_bad_input import check_refusal, tree
 
 import train_procst
 import train_semseg_on_source
 from data_handlers.datasets import DataSet
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
-from test_bad_input import check_refusal, tree
 from test_label_training import label_flags, source_flags
 from test_train_cli import only_run, training_flags
 from utils.errors import run_cli

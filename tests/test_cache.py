@@ -1,32 +1,36 @@
-"""The cache of resized images and the fast resampling: the same samples, whatever happens to the files."""
+"""The cache of resized images and the fast resampling: the same samples, whatever happens to files and builders."""
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import sys
+import threading
+import time
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from core.checkpoint import load_checkpoint
-from PIL import Image
+from tqdm import tqdm
 
 import train_procst
+from commands import assert_same_tensors, only_run, procst_flags
 from conftest import GOLDEN_DIR
-from data_handlers import cache_building as cache_module
-from data_handlers.cache_building import bytes_to_build, open_cache
-from data_handlers.datasets import DATA_SETS
-from data_handlers.label_maps import CITYSCAPES_IDS
+from data_handlers import cache as cache_module
+from data_handlers.cache import BUILDING, ResizedFiles, bytes_to_build, open_cache
+from data_handlers.classes import CITYSCAPES_IDS
+from data_handlers.datasets import DATA_SETS, with_labels
+from data_handlers.domain import Domain
 from data_handlers.lists import list_images
 from data_handlers.pyramid import array_pyramid
-from data_handlers.stream import StreamConfig, open_stream
-from test_bad_input import check_refusal
-from test_train_cli import all_tensors, only_run, training_flags
 from utils.errors import UserError
 from worlds import noise_image, write_cityscapes, write_gta5
 
@@ -36,12 +40,18 @@ SIZE = (52, 40)
 @pytest.fixture
 def world(tmp_path):
     write_gta5(tmp_path / "gta", count=5, size=(60, 44))
-    write_cityscapes(tmp_path / "cityscapes", count=3, size=(64, 40), labels=False)
     return tmp_path
 
 
 def gta(world):
     return list_images(DATA_SETS["gta5"], world / "gta", "--src_data_dir")
+
+
+def cache_of(world, **changes):
+    values = {"cache_dir": world / "cache", "with_labels": True, "num_workers": 0}
+    resized = {"files": gta(world), "size": SIZE, "resample": "exact"}
+    resized = {name: changes.pop(name, value) for name, value in resized.items()}
+    return open_cache(resized=ResizedFiles(**resized), **{**values, **changes})
 
 
 @pytest.fixture
@@ -59,7 +69,11 @@ def built(monkeypatch):
 
 
 def folders(cache_dir):
-    return sorted(path for path in cache_dir.iterdir() if not path.name.endswith(".lock"))
+    return sorted(path for path in cache_dir.iterdir() if path.name != ".lock")
+
+
+def content(cache_dir):
+    return {str(path.relative_to(cache_dir)): path.read_bytes() for path in cache_dir.rglob("*") if path.is_file()}
 
 
 def change_image(world):
@@ -67,26 +81,31 @@ def change_image(world):
     os.utime(world / "gta/images/00002.png", ns=(1, 1))
 
 
+# --- samples --------------------------------------------------------------------------------------------
+
+
 def batches(files, resample, cache, labels="read", workers=0):
-    config = StreamConfig(
-        seed=1, domain="source", scale=2, batch_size=2, steps_per_epoch=2, epoch_length=5, resize=SIZE, crop=(48, 36),
-        labels=labels, flip=True, resample=resample,
+    domain = Domain(
+        files=files, name="source", seed=1, resize=SIZE, crop=(48, 36), labels=labels, flip=True, resample=resample,
+        num_workers=workers, cache=cache,
     )  # fmt: skip
     pyramid = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample=resample)
-    return list(open_stream(files, config, pyramid, range(6), workers, cache=cache))
+    return list(domain.stream(
+        stage=2, steps=range(6), batch_size=2, part=range(2), steps_per_epoch=2, epoch_length=5, pyramid=pyramid,
+        pin_memory=False,
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("resample", ["exact", "fast"])
 def test_samples_from_the_cache_are_the_same(world, resample):
     files = gta(world)
-    cache = open_cache(world / "cache", files, SIZE, resample, with_labels=True, num_workers=1)
+    cache = cache_of(world, resample=resample, num_workers=1)
     for workers in (0, 1):
         plain = batches(files, resample, None, workers=workers)
         cached = batches(files, resample, cache, workers=workers)
         for ours, theirs in zip(cached, plain, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours.levels, theirs.levels, strict=True))
             assert torch.equal(ours.label, theirs.label)
-    assert len(folders(world / "cache")) == 2
 
 
 def test_fast_resampling_is_at_most_one_level_off(world):
@@ -110,185 +129,270 @@ def test_fast_pyramids_against_the_reference(path):
             assert np.abs(level - expected).max() <= 1
 
 
-def test_a_cache_is_built_once_and_again_when_a_file_changes(world, built):
+def test_training_from_a_cache(world, run_script):
+    write_cityscapes(world / "cityscapes", count=3, size=(64, 40), labels=False)
+    runs = {}
+    for name, changes in (("plain", {}), ("cached", {"cache_dir": world / "cache"})):
+        result = run_script(train_procst, *procst_flags(world, world / name, **changes))
+        assert result.code == 0, result.err
+        runs[name] = only_run(world / name) / "latest.pth"
+    assert_same_tensors(runs["cached"], runs["plain"])
+
+
+# --- what a cache is made for ---------------------------------------------------------------------------
+
+
+def test_a_cache_is_built_once_and_anew_when_a_file_changes(world, built):
     for _ in range(2):
-        cache = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+        cache = cache_of(world)
     assert built == ["labels", "images"]
-    before = cache.image(1).copy()
+    for_a_worker, before = pickle.dumps(cache), cache.image(1).copy()
     change_image(world)
-    cache = open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
+    assert not np.array_equal(cache_of(world).image(1), before)
     assert built == ["labels", "images"] * 2
-    assert not np.array_equal(cache.image(1), before)
+    # The old one stays, and the run that uses it goes on.
+    assert len(folders(world / "cache")) == 4
+    assert np.array_equal(pickle.loads(for_a_worker).image(1), before)
     os.utime(world / "gta/labels/00002.png", ns=(1, 1))
-    open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    assert built == [*["labels", "images"] * 2, "labels"]
-    open_cache(world / "cache", gta(world), (26, 20), "exact", True, 0)
-    assert built == [*["labels", "images"] * 2, "labels", "labels", "images"]
-
-
-def test_a_kill_in_the_exchange_of_two_caches_loses_none(world, built):
-    open_cache(*(arguments := (world / "cache", gta(world), SIZE, "fast", False, 0)))
-    (folder,) = folders(world / "cache")
-    key = folder.name.split("_")[-2]
-    folder.rename(folder.with_name(f".building-{key}-0123abcd-replaced"))
-    (world / "cache" / f".building-{key}-0123abcd").mkdir()
-    assert open_cache(*arguments).image(0).any()
-    assert built == ["images"]
-    assert folders(world / "cache") == [folder]
-
-
-def test_the_bytes_to_build_are_those_that_are_built(world):
-    arguments = (world / "cache", gta(world), (20, 12), "exact", True)
-    found = [bytes_to_build(*arguments)]
-    open_cache(*arguments[:4], False, 0)
-    found.append(bytes_to_build(*arguments))
-    open_cache(*arguments, 0)
-    found.append(bytes_to_build(*arguments))
-    count = len(gta(world)) * 20 * 12
-    assert found == [4 * count, count, 0]
+    cache_of(world)
+    assert built[4:] == ["labels"]
+    cache_of(world, size=(26, 20))
+    assert built[5:] == ["labels", "images"]
+    cache_of(world, resample="fast")
+    assert built[7:] == ["images"]
+    shutil.rmtree(world / "cache")
+    with pytest.raises(UserError, match=r"cannot read .*array\.npy any more"):
+        pickle.loads(for_a_worker).image(1)
 
 
 def test_runs_with_and_without_labels_share_the_images(world, built):
-    open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    open_cache(world / "cache", gta(world), SIZE, "exact", False, 0)
-    assert built == ["labels", "images"]
-    open_cache(world / "other", gta(world), SIZE, "exact", False, 0)
-    with pytest.raises(ValueError, match="without labels"):
-        open_cache(world / "other", gta(world), SIZE, "exact", False, 0).label(0)
-    open_cache(world / "other", gta(world), SIZE, "exact", True, 0)
-    assert built == ["labels", "images", "images", "labels"]
-
-
-def test_a_cache_in_use_stays_when_a_file_changes(world, capsys):
-    old = open_cache(world / "cache", gta(world), SIZE, "exact", False, 0)
-    (folder,) = folders(world / "cache")
-    for_a_worker = pickle.dumps(old)  # opens the files anew
-    before = old.image(1).copy()
-    change_image(world)
-    capsys.readouterr()
-    open_cache(world / "cache", gta(world), SIZE, "exact", False, 0)
-    assert f"{folder} is a cache of another state" in capsys.readouterr().err
-    assert np.array_equal(pickle.loads(for_a_worker).image(1), before)
-    shutil.rmtree(folder)
-    open_cache(world / "cache", gta(world), SIZE, "exact", False, 0)
-    assert not capsys.readouterr().err
-    with pytest.raises(UserError, match=r"cannot read .*images\.npy"):
-        pickle.loads(for_a_worker).image(1)
+    sizes = {"cache_dir": world / "cache", "resized": ResizedFiles(gta(world), SIZE, "exact")}
+    count = len(gta(world)) * SIZE[0] * SIZE[1]
+    assert bytes_to_build(**sizes, with_labels=True) == 4 * count
+    with pytest.raises(KeyError, match="labels"):
+        cache_of(world, with_labels=False).label(0)
+    assert bytes_to_build(**sizes, with_labels=True) == count
+    cache_of(world)
+    assert bytes_to_build(**sizes, with_labels=True) == 0
+    assert built == ["images", "labels"]
 
 
 @pytest.mark.parametrize("change", [{"id_map": {**CITYSCAPES_IDS, 7: 5}}, {"void_ids": None}])
 def test_labels_read_in_another_way_are_cached_anew(world, built, change):
     files = gta(world)
-    open_cache(world / "cache", files, SIZE, "exact", True, 0)
+    cache_of(world)
     other = replace(files, data_set=replace(files.data_set, **change))
-    label = open_cache(world / "cache", other, SIZE, "exact", True, 0).label(0)
-    assert np.array_equal(label, open_cache(world / "fresh", other, SIZE, "exact", True, 0).label(0))
+    label = cache_of(world, files=other).label(0)
+    assert np.array_equal(label, cache_of(world, cache_dir=world / "fresh", files=other).label(0))
     assert built == ["labels", "images", "labels", "labels", "images"]
-    other = replace(files, data_set=replace(files.data_set, label_encoding="16-bit channel 0"))
-    with pytest.raises(UserError, match="16-bit"):
-        open_cache(world / "cache", other, SIZE, "exact", True, 0)
+    for data_set in (
+        replace(files.data_set, label_encoding="16-bit channel 0"),
+        with_labels(files.data_set, "trainids", "--src_labels"),
+    ):
+        with pytest.raises(UserError, match=r"16-bit|--src_labels trainids"):
+            cache_of(world, files=replace(files, data_set=data_set))
 
 
-def test_a_new_format_means_new_caches(world, built, monkeypatch):
-    open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
-    open_cache(world / "cache", gta(world), SIZE, "exact", True, 0)
-    assert built == ["labels", "images"] * 2
+@pytest.mark.parametrize("damage", ["cut short", "a link that leads nowhere"])
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_a_cache_without_what_cannot_be_read(world, kind, damage):
+    bad = world / "gta" / kind / "00003.png"
+    start = bad.read_bytes()[:200]
+    bad.unlink()
+    bad.symlink_to("nowhere") if damage != "cut short" else bad.write_bytes(start)
+    with pytest.raises(UserError, match=r"00003\.png.*--on_bad_image skip"):
+        cache_of(world, num_workers=1)
+    assert not any(path.name.startswith(BUILDING) for path in folders(world / "cache"))
+    cache = cache_of(world, skip_unusable=True)
+    for used in (cache, pickle.loads(pickle.dumps(cache))):
+        assert used.image(0).any()
+        with pytest.raises(UserError, match=r"00003\.png"):
+            (used.image if kind == "images" else used.label)(2)
+    # The finished cache is refused to a run that does not skip, and says what to do.
+    with pytest.raises(UserError, match=r"00003\.png.*--on_bad_image skip; if the file is sound by now, delete "):
+        cache_of(world)
 
 
-def test_training_from_a_cache(world, run_script):
-    runs = {}
-    for name, changes in (("plain", {}), ("cached", {"cache_dir": world / "cache"})):
-        result = run_script(train_procst, *training_flags(world, world / name, **changes))
-        assert result.code == 0, result.err
-        runs[name] = load_checkpoint(only_run(world / name) / "latest.pth")
-    for (name, value), (_, expected) in zip(all_tensors(runs["cached"]), all_tensors(runs["plain"]), strict=True):
-        assert torch.equal(value, expected), name
-    check_refusal(
-        run_script(train_procst, *training_flags(world, world / "bad", resample="best")), "--resample", "best"
-    )
-    assert Image.open(world / "gta/images/00001.png").size == (60, 44)
+# --- disturbed builds -----------------------------------------------------------------------------------
 
 
-def test_a_cache_without_what_cannot_be_read(world, monkeypatch):
-    files = gta(world)
-    bad = world / "gta/images/00003.png"
-    bad.write_bytes(bad.read_bytes()[:200])
-    label = world / "gta/labels/00001.png"
-    label.write_bytes(label.read_bytes()[:200])
-    arguments = (world / "cache", files, SIZE, "fast", True, 1)
-    with pytest.raises(UserError, match="skip"):
-        open_cache(*arguments)
-    cache = open_cache(*arguments, skip_unusable=True)
-    assert cache.image(1).shape == (SIZE[1], SIZE[0], 3)
-    with pytest.raises(UserError, match="00003"):
-        cache.image(2)
-    with pytest.raises(UserError, match="labels/00001"):
-        pickle.loads(pickle.dumps(cache)).label(0)
-    # The finished cache is refused to a run that does not skip.
-    with pytest.raises(UserError, match="--on_bad_image skip"):
-        open_cache(*arguments)
-    # As good as new, and of the same size and time: a disk that did not answer for a while.
-    monkeypatch.setattr(cache_module, "read_label", lambda path, data_set, size: np.zeros(size[::-1], np.uint8))
-    real = cache_module.read_resized
-    monkeypatch.setattr(cache_module, "read_resized", lambda path, *how: real(bad.with_name("00001.png"), *how))
-    assert open_cache(*arguments).image(2).any()
+def rewrite(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
 
 
-def test_a_cache_that_lacks_files_stays_until_a_better_one_is_there(world, monkeypatch):
-    """Another run may be at work with it, and a disk may fail again."""
-    files, real = gta(world), cache_module.read_resized
-    gone = {"00002.png", "00004.png"}
+def save(array):
+    return lambda folder: np.save(folder / "array.npy", array, allow_pickle=True)
 
-    def read(path, *how):
-        if path.name in gone:
-            raise UserError(f"{path}: not there for a while")
-        return real(path, *how)
+
+DAMAGES = {
+    "truncated array": lambda folder: os.truncate(folder / "array.npy", (folder / "array.npy").stat().st_size - 1),
+    "empty array": rewrite("array.npy", b""),
+    "broken header": rewrite("array.npy", b"\x93NUMPY\x01\x00v\x00{'(" + bytes(10_000)),
+    "other shape": save(np.zeros((5, 52, 40, 3), np.uint8)),
+    "pickle": save(np.array([None])),
+    "manifest of something else": rewrite("cache.json", b"[]"),
+    "deep manifest": rewrite("cache.json", b"[" * 100_000),
+    "no manifest": lambda folder: (folder / "cache.json").unlink(),
+    "file in its place": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+    "link in its place": lambda folder: (shutil.rmtree(folder), folder.symlink_to("elsewhere")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_deleted_and_built_again(world, damage, capsys):
+    cache_of(world, with_labels=False)
+    (folder,) = folders(world / "cache")
+    before = content(world / "cache")
+    damage(folder)
+    for lines in (1, 0):
+        capsys.readouterr()
+        cache_of(world, with_labels=False).image(4)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+        assert said == [f"{folder}: this cache is damaged; it is deleted and built again"] * lines
+    assert content(world / "cache") == before
+
+
+def during_the_build(monkeypatch, happens):
+    """Let something happen before the third image is read."""
+    real, calls = cache_module.read_resized, []
+
+    def read(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            happens()
+        return real(*arguments)
 
     monkeypatch.setattr(cache_module, "read_resized", read)
-    arguments = (world / "cache", files, SIZE, "fast", False, 0)
-    used = open_cache(*arguments, skip_unusable=True)
-    before = [used.image(0).copy(), used.image(4).copy()]
-    gone.remove("00002.png")
-    with pytest.raises(UserError, match=r"0000\d\.png: not there for a while"):
-        open_cache(*arguments)  # of no use while another one is gone
-    assert np.array_equal(used.image(0), before[0])
-    # With skip, a build that fails in the end leaves the old one, too.
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def disk_full():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_stops_changed_files_and_full_disks(world, monkeypatch):
+    for happens, error, message in (
+        (interrupt, KeyboardInterrupt, None),
+        (lambda: change_image(world), UserError, "changed while their cache was built"),
+        (disk_full, UserError, r"--cache_dir .*No space left"),
+    ):
+        with monkeypatch.context() as patch:
+            during_the_build(patch, happens)
+            with pytest.raises(error, match=message):
+                cache_of(world, with_labels=False)
+        assert not folders(world / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-        cache = open_cache(*arguments, skip_unusable=True)
-        assert np.array_equal(cache.image(4), before[1])
-        with pytest.raises(UserError, match="00002"):
-            cache.image(1)
-    cache = open_cache(*arguments, skip_unusable=True)
-    assert cache.image(1).any()
-    with pytest.raises(UserError, match="00004"):
-        cache.image(3)
-    # Another file than before does not answer: those who use the cache would not know.
-    gone.clear()
-    gone.add("00001.png")
-    stays = open_cache(*arguments, skip_unusable=True)
-    assert np.array_equal(stays.image(0), before[0])
-    with pytest.raises(UserError, match="00004"):
-        stays.image(3)
-    # The run that has the old one open goes on as it was.
-    for fresh in (used, pickle.loads(pickle.dumps(used))):
-        assert np.array_equal(fresh.image(4), before[1])
-        with pytest.raises(UserError, match="00002"):
-            fresh.image(1)
-    assert [path.name for path in (world / "cache").iterdir() if "building" in path.name] == []
+        patch.setattr(cache_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 4 * 5 * 52 * 40 - 1))
+        patch.setattr(cache_module, "_write_array", None)
+        with pytest.raises(UserError, match=r"--cache_dir .*cache takes .* GB.*delete caches"):
+            cache_of(world)  # labels and images together do not fit, which is said before the labels are built
+    (world / "file").write_text("")
+    with pytest.raises(UserError, match="--cache_dir"):
+        cache_of(world, cache_dir=world / "file")
 
 
-@pytest.mark.parametrize("labels", [False, True])
-def test_links_that_lead_nowhere_are_unusable_files(world, labels):
-    files = gta(world)
-    bad = world / "gta" / ("labels" if labels else "images") / "00003.png"
-    bad.unlink()
-    bad.symlink_to("nowhere")
-    arguments = (world / "cache", files, SIZE, "fast", labels, 0)
-    with pytest.raises(UserError, match=r"00003\.png.*--on_bad_image skip"):
-        open_cache(*arguments)
-    cache = open_cache(*arguments, skip_unusable=True)
-    assert cache.image(0).any()
-    with pytest.raises(UserError, match="00003"):
-        cache.label(2) if labels else cache.image(2)
+def test_the_array_is_on_the_disk_before_it_counts(world, monkeypatch):
+    events = []
+    sync, rename = os.fsync, Path.rename
+
+    def fsync(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        events.append((path.name.strip(".").partition(".")[0], path.read_bytes()))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", lambda *paths: (events.append(("rename", b"")), rename(*paths)))
+    cache_of(world, with_labels=False, size=(26, 20))  # images that fit into the file's buffer
+    (folder,) = folders(world / "cache")
+    assert [name for name, _ in events] == ["array", "cache", "rename"]
+    assert events[0][1] == (folder / "array.npy").read_bytes()
+
+
+# --- several processes ----------------------------------------------------------------------------------
+
+
+def wait_for(condition, process):
+    """Poll until a condition holds, for a minute at most; `process` must go on until then."""
+    for _ in range(6000):
+        if condition():
+            return
+        assert process.is_alive()
+        time.sleep(0.01)
+    raise AssertionError("nothing came in a minute")
+
+
+@pytest.fixture
+def forked(world):
+    """Start a process that builds the cache, after `prepare()`; forked, since importing PyTorch takes seconds."""
+    processes = []
+
+    def main(log, prepare):
+        tqdm.set_lock(threading.RLock())  # its own: what a killed process locks stays locked
+        with open(log, "w", buffering=1) as sys.stderr:
+            prepare()
+            cache_of(world, with_labels=False)
+
+    def start(prepare=lambda: None):
+        log = world / f"log{len(processes)}"
+        processes.append(multiprocessing.get_context("fork").Process(target=main, args=(log, prepare)))
+        processes[-1].start()
+        return processes[-1], log
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def wait_in_the_build(world):
+    def wait():
+        (world / "stopped").touch()
+        while not (world / "gate").exists():
+            time.sleep(0.01)
+
+    during_the_build(pytest.MonkeyPatch(), wait)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["finishes", "is killed"])
+def test_processes_started_together_build_once(world, forked, killed):
+    builder, _ = forked(lambda: wait_in_the_build(world))
+    wait_for((world / "stopped").exists, builder)
+    other, log = forked(lambda: None if killed else setattr(cache_module, "_write_array", None))
+    wait_for(lambda: log.exists() and "waiting for another process" in log.read_text(), other)
+    builder.kill() if killed else (world / "gate").touch()
+    for process in (builder, other):
+        process.join(60)
+    assert (builder.exitcode, other.exitcode) == (-signal.SIGKILL if killed else 0, 0), log.read_text()
+    check_like_undisturbed(world)
+
+
+def check_like_undisturbed(world):
+    """The next run finds or makes the same cache as one without disturbance, and nothing else is there."""
+    cache_of(world, with_labels=False)
+    cache_of(world, with_labels=False, cache_dir=world / "undisturbed")
+    assert content(world / "cache") == content(world / "undisturbed")
+    assert len(folders(world / "cache")) == 1
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("moment", ["_make_room", "_write_array", "read_resized", "atomic_write_json", "Path.rename"])
+def test_a_killed_build_is_done_again(world, forked, moment, after):
+    def prepare():
+        home = Path if moment == "Path.rename" else cache_module
+        name = moment.removeprefix("Path.")
+        real = getattr(home, name)
+
+        def call(*arguments):
+            if after:
+                real(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(home, name, call)
+
+    killed, log = forked(prepare)
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL, log.read_text()
+    check_like_undisturbed(world)

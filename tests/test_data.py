@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +14,29 @@ from PIL import Image
 
 from data_handlers.classes import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16
 from data_handlers.datasets import DATA_SETS, DataSet
-from data_handlers.images import read_label
+from data_handlers.domain import Domain, Samples
+from data_handlers.images import PROCST_INPUT, NetworkInput, read_label
 from data_handlers.label_maps import to_train_ids
 from data_handlers.lists import label_path, list_images, require_labels
 from data_handlers.pyramid import array_pyramid
-from data_handlers.stream import StreamConfig, StreamSamples, open_stream
 from utils.errors import UserError
 from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_png16, write_synthia
 
 WHOLE = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample="exact")
 
 
-def stream_config(**changes):
-    values = {
-        "seed": 7, "domain": "source", "scale": 1, "batch_size": 2, "steps_per_epoch": 3, "epoch_length": 6,
-        "resize": (40, 30), "crop": (32, 24), "labels": "read",
-    }  # fmt: skip
-    return StreamConfig(**{**values, **changes})
+def domain_of(files, **changes):
+    values = {"name": "source", "seed": 7, "resize": (40, 30), "crop": (32, 24), "labels": "read"}
+    return Domain(files=files, **{**values, **changes})
+
+
+def stream(domain, steps, **changes):
+    values = {"stage": 1, "batch_size": 2, "part": range(2), "steps_per_epoch": 3, "epoch_length": 6,
+              "pyramid": WHOLE, "pin_memory": False}  # fmt: skip
+    return domain.stream(steps=steps, **{**values, **changes})
+
+
+SINGLE = {"batch_size": 1, "part": range(1), "steps_per_epoch": 1, "epoch_length": 1}
 
 
 def test_label_maps_cover_the_19_classes():
@@ -37,6 +46,31 @@ def test_label_maps_cover_the_19_classes():
     assert set(SYNTHIA_16) - set(SYNTHIA_13) == {3, 4, 5}
     assert set(range(19)) - set(SYNTHIA_16) == {9, 14, 16}
     assert to_train_ids(np.array([7, 33, 0, 34]), CITYSCAPES_IDS).tolist() == [0, 18, 255, 255]
+
+
+def test_declarations_are_read_without_anything_heavy():
+    """The command lines read the names of the data sets before they import PyTorch."""
+    code = "import sys, data_handlers.datasets, data_handlers.choices; print(*sys.modules)"
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "PIL", "tqdm"} & set(result.stdout.split())
+
+
+def test_network_input_is_what_the_network_was_trained_on():
+    pixels = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = ((pixels.float() - 128.0) / 128.0).permute(0, 3, 1, 2)
+    assert torch.equal(PROCST_INPUT(pixels), expected)
+    assert torch.equal(PROCST_INPUT(pixels[0]), expected[0])
+    assert PROCST_INPUT(pixels).is_contiguous()
+    kept = pixels.clone()
+    mean, std = (104.0, 117.0, 123.0), (1.0, 2.0, 3.0)
+    found = NetworkInput(mean=mean, std=std, bgr=True)(pixels, torch.float64)
+    for channel, k in enumerate((2, 1, 0)):
+        assert torch.equal(found[:, channel], (pixels[..., k].double() - mean[k]) / std[k])
+    assert torch.equal(pixels, kept)
+    floats = pixels.float()
+    PROCST_INPUT(floats)
+    assert torch.equal(floats, kept.float())  # not changed in place
 
 
 def test_label_paths():
@@ -114,35 +148,33 @@ def test_a_new_data_set_is_one_declaration(tmp_path):
     Image.fromarray(index_label((48, 32), 0, ids=(1, 2, 3))).save(tmp_path / "mask/a/x_mask.png")
     files = list_images(mine, tmp_path, "--src_data_dir")
     require_labels(files, "--src_data_dir")
-    config = stream_config(steps_per_epoch=1, epoch_length=1, batch_size=1, resize=mine.resize, crop=mine.crop)
-    batch = next(iter(open_stream(files, config, WHOLE, range(1), num_workers=0)))
+    batch = next(stream(domain_of(files, resize=mine.resize, crop=mine.crop), range(1), **SINGLE))
     assert [tuple(level.shape) for level in batch.levels] == [(1, 8, 10, 3), (1, 15, 20, 3), (1, 30, 40, 3)]
     assert set(batch.label.unique().tolist()) == {0, 13, 255}
 
 
-def collect(files, config, steps, num_workers):
-    stream = open_stream(files, config, WHOLE, steps, num_workers)
-    return [[*batch.levels, batch.label] for batch in stream]
+def collect(domain, steps, **changes):
+    return [[*batch.levels, batch.label] for batch in stream(domain, steps, **changes)]
 
 
 def test_a_step_depends_on_seed_and_number_alone(tmp_path):
     write_gta5(tmp_path)
     files = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir")
-    alone = collect(files, stream_config(), range(8), num_workers=0)
+    alone = collect(domain_of(files), range(8))
     for workers, first in ((0, 5), (1, 0), (3, 0), (3, 5)):
-        other = collect(files, stream_config(), range(first, 8), workers)
+        other = collect(domain_of(files, num_workers=workers), range(first, 8))
         for ours, theirs in zip(alone[first:], other, strict=True):
             for a, b in zip(ours, theirs, strict=True):
                 assert torch.equal(a, b)
-    for changes in ({"seed": 8}, {"domain": "target"}, {"scale": 2}):
-        other = collect(files, stream_config(**changes), range(8), num_workers=0)
+    for changes, stage in (({"seed": 8}, 1), ({"name": "target"}, 1), ({}, 2)):
+        other = collect(domain_of(files, **changes), range(8), stage=stage)
         assert not all(torch.equal(a[-2], b[-2]) for a, b in zip(alone, other, strict=True))
 
 
 def test_an_epoch_shows_every_image_and_the_shorter_list_is_repeated(tmp_path):
     write_gta5(tmp_path, count=3)
     files = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir")
-    samples = StreamSamples(files, stream_config(epoch_length=7, steps_per_epoch=7, batch_size=1), WHOLE)
+    samples = Samples(domain=domain_of(files), stage=1, per_epoch=7, epoch_length=7, pyramid=WHOLE)
     first = [samples.image_index(position) for position in range(7)]
     second = [samples.image_index(position) for position in range(7, 14)]
     assert sorted(first) == sorted(second) == [0, 0, 0, 1, 1, 2, 2]
@@ -152,11 +184,14 @@ def test_an_epoch_shows_every_image_and_the_shorter_list_is_repeated(tmp_path):
 def test_every_crop_offset_is_reachable_and_the_whole_image_is_a_crop(tmp_path):
     write_gta5(tmp_path, count=1)
     files = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir")
-    samples = StreamSamples(files, stream_config(resize=(34, 27), crop=(32, 24)), WHOLE)
-    offsets = {samples.crop_offset(position) for position in range(400)}
-    assert offsets == {(x, y) for x in range(3) for y in range(4)}
-    whole = StreamSamples(files, stream_config(resize=(32, 24), crop=(32, 24)), WHOLE)
-    assert {whole.crop_offset(position) for position in range(20)} == {(0, 0)}
+    for resize, positions, expected in (
+        ((34, 27), 400, {(x, y) for x in range(3) for y in range(4)}),
+        ((32, 24), 20, {(0, 0)}),
+    ):
+        samples = Samples(
+            domain=domain_of(files, resize=resize), stage=1, per_epoch=6, epoch_length=6, pyramid=WHOLE
+        )
+        assert {samples.crop_offset(position) for position in range(positions)} == expected
 
 
 def test_image_and_label_share_the_crop(tmp_path):
@@ -166,8 +201,7 @@ def test_image_and_label_share_the_crop(tmp_path):
     Image.fromarray(ids).save(tmp_path / "labels/1.png")
     Image.fromarray(np.repeat(ids[..., None], 3, axis=2)).save(tmp_path / "images/1.png")
     files = list_images(DATA_SETS["gta5"], tmp_path, "--src_data_dir")
-    config = stream_config(resize=(48, 32), crop=(20, 16), epoch_length=1, steps_per_epoch=1, batch_size=1)
-    for batch in open_stream(files, config, WHOLE, range(12), num_workers=0):
+    for batch in stream(domain_of(files, resize=(48, 32), crop=(20, 16)), range(12), **SINGLE):
         pixels = batch.levels[-1][0, ..., 0].numpy()
         np.testing.assert_array_equal(batch.label[0].numpy(), to_train_ids(pixels, CITYSCAPES_IDS))
 
@@ -176,7 +210,6 @@ def test_sixteen_bit_labels_resize_without_new_values(tmp_path):
     write_synthia(tmp_path, count=2)
     write_png16(tmp_path / "GT/LABELS/0000001.png", np.full((32, 48, 3), 3, dtype=np.uint16))
     files = list_images(DATA_SETS["synthia"], tmp_path, "--src_data_dir")
-    config = stream_config(epoch_length=2, steps_per_epoch=1)
-    batch = next(iter(open_stream(files, config, WHOLE, range(1), num_workers=0)))
+    batch = next(stream(domain_of(files), range(1), epoch_length=2, steps_per_epoch=1))
     assert set(batch.label.unique().tolist()) <= {0, 2, 10, 13, 255}
     assert any(set(label.unique().tolist()) == {0} for label in batch.label)

@@ -8,23 +8,21 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from core.checkpoint import load_checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import train_procst
 from data_handlers import stream as stream_module
 from faults import at_step, one_line, run_flags, same_as, undisturbed, world  # noqa: F401
 from utils import loaders as loaders_module
-from utils import processes as processes_module
 from utils.errors import UserError
-from utils.loaders import RESTARTS, batches_in_order
-from utils.processes import init_loader
+from utils.loaders import MOST_SKIPPED, load_in_order
+from utils.stopping import LoaderDied, is_loader_death
 
 # --- images ---------------------------------------------------------------------------------------------------------
 
@@ -85,210 +83,168 @@ def test_a_disk_that_is_gone_is_no_bad_image(spoilt, tmp_path, run_script, monke
 # --- loaders --------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_loader_is_replaced(world, undisturbed, tmp_path, run_script, monkeypatch):  # noqa: F811
+def test_a_killed_loader_ends_the_run_and_the_same_command_goes_on(
+    world, undisturbed, tmp_path, run_script, monkeypatch  # noqa: F811
+):
     real = stream_module.StreamSamples.__getitem__
-    once = tmp_path / "killed"
 
-    def die_once(self, position):
-        if self.config.scale == 1 and position >= 3 and not once.exists():
-            once.touch()
+    def die(self, position):
+        if self.config.scale == 1 and position == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, position)
 
-    monkeypatch.setattr(stream_module.StreamSamples, "__getitem__", die_once)
-    result = run_script(train_procst, *run_flags(world, tmp_path, num_workers=1))
-    assert result.code == 0, result.err
-    assert once.exists()
-    assert "loading starts again" in result.err
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_module.StreamSamples, "__getitem__", die)
+        line = one_line(run_script(train_procst, *run_flags(world, tmp_path, num_workers=1)), code=75)
+    assert "Killed" in line or "exited unexpectedly" in line
+    assert "run the same command again" in line
+    assert run_script(train_procst, *run_flags(world, tmp_path, num_workers=1)).code == 0
     assert same_as(undisturbed, tmp_path / "run")
 
 
-class _Deadly(Dataset):
-    def __len__(self):
-        return 4
+class Samples(Dataset):
+    """Numbers, and what happens in the worker in place of some of them."""
+
+    def __init__(self, **happens):
+        self.happens = {int(name[1:]): action for name, action in happens.items()}
 
     def __getitem__(self, index):
-        if index == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+        return self.happens[index](index) if index in self.happens else index
+
+
+def bad(index):
+    return UserError(f"file {index} is bad")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_that_cannot_be_used(workers):
+    samples = Samples(_1=bad)
+    with pytest.raises(UserError, match=r"^file 1 is bad; do something$"):
+        list(load_in_order(samples, range(3), num_workers=workers, or_else="; do something"))
+    loaded = list(load_in_order(samples, range(3), num_workers=workers, skip_unusable=True))
+    assert [str(sample) for sample in loaded] == ["0", "file 1 is bad", "2"]
+    gone = Samples(**{f"_{k}": bad for k in range(3, 3 + MOST_SKIPPED)})
+    loaded = []
+    with pytest.raises(UserError, match="is the disk there"):
+        loaded.extend(load_in_order(gone, range(20), num_workers=workers, skip_unusable=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_and_errors_of_a_data_set_as_they_are(workers):
+    def slow(index):
+        time.sleep(0.2)
         return index
 
+    batches = load_in_order(Samples(_0=slow), [(0, 1), (2,), (4, 3)], num_workers=workers, collate=list)
+    assert list(batches) == [[0, 1], [2], [4, 3]]
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "gone")])
-def test_a_loader_that_dies_while_its_tensors_are_fetched(error):
-    def loader_at(index):
-        return _Raising(iter(range(index, 4)), error if index == 0 else None)
+    def wrong(index):
+        raise KeyError("a mistake")
 
-    assert list(batches_in_order(loader_at, "")) == [0, 1, 2, 3]
-
-
-class _Raising:
-    """Gives two batches, and then an error."""
-
-    def __init__(self, batches, error):
-        self.batches, self.error = batches, error
-
-    def __iter__(self):
-        for count, batch in enumerate(self.batches):
-            if self.error is not None and count == 2:
-                raise self.error
-            yield batch
+    with pytest.raises(KeyError, match="a mistake"):
+        list(load_in_order(Samples(_1=wrong), range(3), num_workers=workers))
 
 
-def test_an_error_of_a_dataset_is_no_death():
-    text = "Caught FileNotFoundError in DataLoader worker process 0."
-    with pytest.raises(FileNotFoundError):
-        list(batches_in_order(lambda index: _Raising(iter(range(4)), FileNotFoundError(text)), ""))
+def kill(index):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_loaders_that_keep_dying():
-    starts = []
-
-    def loader_at(index):
-        starts.append(index)
-        # Ends quickly: PyTorch looks after its workers every 5 seconds.
-        return DataLoader(
-            _Deadly(), batch_size=None, sampler=range(index, 4), num_workers=1, worker_init_fn=init_loader, timeout=1
-        )
-
-    got = []
-    samples = batches_in_order(loader_at, "start again")
-    with pytest.raises(UserError, match="--num_workers; start again"):
-        got.extend(int(sample) for sample in samples)
-    assert got[:1] == [0]
-    assert got in ([0], [0, 1])  # what a dying worker had ready may be lost with it, and is then made again
-    assert len(starts) > RESTARTS
+def no_shared_memory(index):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
 
-class _Large(Dataset):
-    """Batches that do not fit into a pipe, so that a worker has to wait in the middle of sending one."""
+class Unsendable:
+    """As a batch for which no file can be opened: multiprocessing drops it in another thread of the worker."""
 
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return np.full(1_000_000, index, np.uint8)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_loader_that_dies_in_the_middle_of_a_batch(monkeypatch, number):
-    def loader_at(index):
-        return DataLoader(
-            _Large(), batch_size=None, sampler=range(index, 4), num_workers=2, worker_init_fn=init_loader,
-            collate_fn=lambda sample: sample,
-        )  # fmt: skip
-
-    monkeypatch.setattr(processes_module, "GRACE", 0.2)
-    got = []
-    for sample in batches_in_order(loader_at, ""):
-        if not got:
-            time.sleep(0.5)  # until both write
-            workers = multiprocessing.active_children()
-            for worker in workers:
-                os.kill(worker.pid, number)
-            time.sleep(0.5)
-        got.append(int(sample[0]))
-        assert len(sample) == 1_000_000
-    assert len(workers) == 2
-    assert got == [0, 1, 2, 3]
-    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-
-
-class _Unsendable(Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return _Unpicklable() if index == 2 else index
-
-
-class _Unpicklable:
     def __reduce__(self):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.EMFILE, "Too many open files")
 
 
-def test_a_batch_that_cannot_be_sent():
-    """As where shared memory is full: multiprocessing would drop it, and it would be waited for without end."""
-
-    def loader_at(index):
-        return DataLoader(
-            _Unsendable(), batch_size=None, sampler=range(index, 4), num_workers=1, worker_init_fn=init_loader,
-            collate_fn=lambda sample: sample,
-        )  # fmt: skip
-
+@pytest.mark.parametrize(
+    ("happens", "part"),
+    [
+        (kill, "killed by signal|exited unexpectedly"),
+        (no_shared_memory, "no shared memory"),
+        (lambda index: Unsendable(), "timed out after 3 seconds"),
+    ],
+    ids=["killed", "out of shared memory", "stuck"],
+)
+def test_a_worker_that_dies_or_is_stuck(monkeypatch, happens, part):
+    monkeypatch.setattr(loaders_module, "TIMEOUT", 3)
     got = []
-    with pytest.raises(UserError, match="shared memory"):
-        got.extend(batches_in_order(loader_at, "start again"))
-    assert got == [0, 1]
-
-
-def test_loaders_that_cannot_be_started(monkeypatch):
-    def refuse(*_, **__):
-        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
-        with pytest.raises(UserError, match=r"cannot be started .*--num_workers; start again"):
-            next(batches_in_order(lambda index: DataLoader(_Large(), num_workers=1), "start again"))
-    # A limit on processes counts threads, too.
-    real = threading.Thread.start
-
-    def refuse_thread(self):
-        if self.name.startswith("QueueFeederThread"):
-            raise RuntimeError("can't start new thread")
-        real(self)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse_thread)
-    with pytest.raises(UserError, match=r"cannot be started .*number of processes.*start again"):
-        next(batches_in_order(lambda index: DataLoader(_Large(), num_workers=1), "start again"))
+    with pytest.raises(LoaderDied, match=rf"({part}).*--num_workers") as death:
+        got.extend(load_in_order(Samples(_2=happens), range(4), num_workers=1))
+    assert got in ([0, 1], [0], [])  # what a killed worker had ready may be lost with it
+    assert "\n" not in str(death.value)
+    assert is_loader_death(death.value)
     assert not multiprocessing.active_children()
 
 
-def test_a_second_death_while_the_first_is_handled():
-    process = multiprocessing.get_context("fork").Process(target=os._exit, args=(1,))
-    process.start()
-    process.join()
-    with pytest.raises(RuntimeError, match="DataLoader worker"), loaders_module._interrupted_by_death_of([process]):
-        signal.raise_signal(signal.SIGCHLD)
-    signal.raise_signal(signal.SIGCHLD)
-    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-    waiting = loaders_module._interrupted_by_death_of([process])
-    waiting.__enter__()
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        signal.getsignal(signal.SIGCHLD)(signal.SIGCHLD, None)
-    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+def test_workers_killed_in_the_middle_of_sending():
+    """The batches do not fit into a pipe, so that both workers wait with half of one sent."""
+    large = Samples(**{f"_{k}": lambda index: np.zeros(1_000_000) for k in range(4)})
+    samples = load_in_order(large, range(4), num_workers=2)
+    next(samples)
+
+    def kill_and_go_on():
+        time.sleep(0.5)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        list(samples)
+
+    with pytest.raises((LoaderDied, RuntimeError)) as death:
+        kill_and_go_on()
+    assert is_loader_death(death.value)
 
 
-def test_killed_loaders_leave_nothing_in_the_temporary_folder(tmp_path):
+def test_workers_that_cannot_be_started(monkeypatch):
+    real, started = multiprocessing.process.BaseProcess.start, []
+
+    def start(self):
+        if started:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(self)
+        real(self)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    with pytest.raises(LoaderDied, match=r"cannot be started \(Resource temporarily unavailable\).*--num_workers"):
+        next(load_in_order(Samples(), range(4), num_workers=2))
+    assert started
+    assert not printed
+    assert not multiprocessing.active_children()
+
+
+def test_a_loader_that_is_no_longer_needed_ends_its_workers():
+    samples = load_in_order(Samples(), range(100), num_workers=2)
+    assert next(samples) == 0
+    assert len(multiprocessing.active_children()) == 2
+    samples.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_ignore_what_a_scheduler_sends_to_the_group():
+    def send(index):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            # From another process than the parent, as a scheduler's.
+            subprocess.run(["kill", f"-{number}", str(os.getpid())], check=True)
+        return index
+
+    assert list(load_in_order(Samples(_1=send), range(3), num_workers=1)) == [0, 1, 2]
+
+
+def test_workers_of_a_killed_process_end():
+    """Also where they wait for room in a pipe."""
     code = (
-        "import multiprocessing, os, sys; from torch.utils.data import DataLoader\n"
-        "from utils.processes import init_loader\n"
-        "import torch; batches = iter(DataLoader(torch.zeros(9, 9), num_workers=2, worker_init_fn=init_loader))\n"
-        "next(batches); next(batches); print(len(os.listdir(os.environ['TMPDIR'])), flush=True)\n"
+        "import multiprocessing, os, numpy, torch\n"
+        "from utils.loaders import load_in_order\n"
+        "data = [(torch.zeros(9), numpy.zeros(1_000_000)) for _ in range(9)]\n"
+        "batches = load_in_order(data, range(9), num_workers=2)\n"
+        "next(batches); next(batches); print(len(multiprocessing.active_children()), flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(train_procst.__file__).parent)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert int(result.stdout) > 0, result.stderr
-    for _ in range(100):
-        if not list(tmp_path.iterdir()):
-            break
-        time.sleep(0.1)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_loader_that_is_told_to_end_does_so_later():
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-
-    def load():
-        processes_module.GRACE = 0.2
-        init_loader(0)
-        ready.set()
-        threading.Event().wait(60)
-
-    process = context.Process(target=load)
-    process.start()
-    assert ready.wait(30)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(30)
-    assert process.exitcode == 1
+    environment = {**os.environ, "PYTHONPATH": str(Path(train_procst.__file__).parent)}
+    # Comes back when the last process that could write to the output is gone.
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "2", result.stderr

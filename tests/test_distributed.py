@@ -3,166 +3,86 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import pickle
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
-import core.execution
 import pytest
 import torch
-import torch.distributed as dist
-from core.checkpoint import load_checkpoint
-from core.shares import BatchShare
 
-import test_golden_steps as golden_tests
 import train_procst
+import train_semseg_on_source
+import training.precision
 from conftest import ScriptResult
-from core.preparation import agreed_precision
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import list_images
+from methods import command_line, write_world
 from models.resnet import RESNETS, ResNet, recompute_blocks
-from test_exact_step import DoubleStep
-from test_golden_steps import FILES, GoldenStep, relative_l2, zero_gradient_biases
-from test_train_cli import only_run, training_flags
+from processes import in_processes
+from steps import GOLDEN_FILES, GoldenStep, meta_of, relative_l2, zero_gradient_biases
+from training.checkpoint import LATEST, load_checkpoint
 from training.distributed import Rank
+from training.local_batch import LocalBatch
+from training.run import agreed_precision
 from training.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from training.validation import Validator
 from utils.errors import UserError
-from worlds import write_cityscapes, write_gta5
+from utils.stopping import SAME_REQUEST, STOPPED
+from worlds import write_cityscapes
 
-WORLD = 2
-
-
-def _in_process(index, folder, results, work, arguments):
-    """Main function of a forked process: `work(rank, *arguments)` with the others connected."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # asking for this machine's address by its name may take long
-    try:
-        store = dist.FileStore(str(Path(folder) / "store"), WORLD)
-        dist.init_process_group("gloo", store=store, rank=index, world_size=WORLD)
-        outcome = work(Rank(index, WORLD), *pickle.loads(arguments))
-        dist.destroy_process_group()
-    except Exception:
-        outcome = traceback.format_exc()
-    results.put(pickle.dumps((index, outcome)))
+pytestmark = pytest.mark.processes
+TWO = ("cpu", "cpu")
+LONGEST = 240.0  # seconds after which a run that should have ended fails its test
 
 
-def in_processes(work, *arguments):
-    """What `work(rank, *arguments)` returns in each of two processes, in order.
-
-    Both travel as bytes: tensors would be shared between the processes, and end with them.
-    """
-    # Processes forked from one that has imported everything, but never computed: threads do not survive a fork.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_distributed"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    results = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(
-                target=_in_process, args=(index, folder, results, work, pickle.dumps(arguments)), daemon=True
-            )
-            for index in range(WORLD)
-        ]
-        for process in processes:
-            process.start()
-        outcomes = dict(pickle.loads(results.get()) for _ in processes)
-        for process in processes:
-            process.join()
-    for outcome in outcomes.values():
-        assert not isinstance(outcome, str), outcome
-    return [outcomes[index] for index in range(WORLD)]
+# --- the arithmetic --------------------------------------------------------------------------------------------------
 
 
-def shared(kind, rank):
-    """A golden step, plain or in float64, of which a process computes its share."""
-
-    class SharedStep(kind):
-        def take_step(self, step, networks, optimizers, perceptual, batch, config, scale_factor, labels):
-            mine = rank.share(len(batch.source[0]))
-            samples = slice(mine.start, mine.stop)
-            for net in (*self.nets.values(), *([labels.target_net] if labels else [])):
-                synchronise_batch_norms(net)
-            part = replace(
-                batch,
-                source=[level[samples] for level in batch.source],
-                target=[level[samples] for level in batch.target],
-                label=None if batch.label is None else batch.label[samples],
-            )
-            share = BatchShare(len(mine) / len(batch.source[0]), rank.add_up)
-            result = step(networks, optimizers, perceptual, part, config, scale_factor, labels, share=share)
-            rank.add_up(list(result.losses.values()))
-            return result
-
-    return SharedStep
-
-
-# The batch of the batch norm file is 3, which gives shares of 2 and 1.
-EXACT = [
-    (path, scale, mode)
-    for path in FILES
-    for scale, mode in ((1, "plain"), (2, "recompute"))
-]
-
-
-def _meets_the_reference(rank, path, scale, mode):
-    step = shared(GoldenStep, rank)(path, scale, mode)
-    golden_tests.test_optimizer_order(step)
-    golden_tests.test_losses(step)
-    golden_tests.test_gradients(step)
-    golden_tests.test_weights_after_the_step(step)
-    if step.labels:
-        golden_tests.test_segmentation_weights_after_the_step(step)
-    if rank.is_first:
-        golden_tests.test_images(step)
-
-
-@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
-def test_two_processes_meet_the_reference_numbers(path):
-    """At scale 0: at the finer ones single LeakyReLUs change side, in one process of one thread, too."""
-    in_processes(_meets_the_reference, path, 0, "plain")
-
-
-def _double_step(rank, path, scale, mode):
-    torch.Tensor.float = lambda self: self
-    step = shared(DoubleStep, rank)(path, scale, mode)
-    buffers = {f"{name} {key}": value for name, net in step.nets.items() for key, value in net.named_buffers()}
+def _shared_golden_step(rank, path, scale, recompute):
+    """Losses, gradients and weights of the reference's step, of which every process computes a part."""
+    step = GoldenStep(path, scale)
+    size = len(step.batch.source[0])
+    part = rank.part(size)
+    samples = slice(part.start, part.stop)
+    for net in (*step.nets.values(), *([step.segmentation.seg_sit] if step.segmentation else [])):
+        synchronise_batch_norms(net)
+    batch = replace(
+        step.batch,
+        source=[level[samples] for level in step.batch.source],
+        target=[level[samples] for level in step.batch.target],
+        label=None if step.batch.label is None else step.batch.label[samples],
+    )
+    step.take(batch=batch, local=LocalBatch.of(rank, size), recompute=recompute)
+    rank.all_reduce(list(step.result.losses.values()))
     weights = {f"{name} {key}": value for name, net in step.nets.items() for key, value in net.state_dict().items()}
-    if step.labels:
-        weights |= {f"Q {key}": value for key, value in step.labels.target_net.state_dict().items()}
-    return step.order, step.result.losses, step.gradients, buffers, weights
+    return step.order, step.result.losses, step.gradients, weights
 
 
-@pytest.mark.parametrize(("path", "scale", "mode"), EXACT, ids=[f"{p.stem}-scale{s}-{m}" for p, s, m in EXACT])
-def test_the_step_of_two_processes_is_that_of_one(path, scale, mode, monkeypatch):
-    one, two = in_processes(_double_step, path, scale, mode)
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
-    alone = DoubleStep(path, scale, mode)
-    order, losses, gradients, buffers, weights = one
-    assert order == alone.order
-    for name, value in alone.result.losses.items():
-        assert float(losses[name]) == pytest.approx(float(value), rel=1e-11), name
-    for step, expected in alone.gradients.items():
-        net = alone.nets.get(step.split("#")[0])
+# The batch of the batch norm file is 3, which gives parts of 2 and 1.
+@pytest.mark.parametrize(("scale", "recompute"), [(0, False), (2, True)])
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=[path.stem for path in GOLDEN_FILES])
+def test_two_processes_meet_the_reference_numbers(path, scale, recompute):
+    assert scale in meta_of(path)["scales"]
+    (order, losses, gradients, weights), (*_, other_weights) = in_processes(_shared_golden_step, path, scale, recompute)
+    golden = GoldenStep(path, scale)
+    assert order == [ours for ours, _ in golden.expected_steps()]
+    for name, value in golden.tensors("loss").items():
+        ours = name if name.startswith("Semseg/") else name.removeprefix(f"Scale{scale}/")
+        assert float(losses[ours]) == pytest.approx(float(value), rel=1e-10), name
+    for ours, theirs in golden.expected_steps():
+        net = golden.nets.get(ours.split("#")[0])
         noise = zero_gradient_biases(net) if net else set()
-        assert expected.keys() == gradients[step].keys()
-        for name in expected.keys() - noise:
-            assert relative_l2(gradients[step][name], expected[name]) < 1e-9, f"{step} {name}"
-    for name, value in buffers.items():
-        net, key = name.split()
-        torch.testing.assert_close(value, dict(alone.nets[net].named_buffers())[key], rtol=1e-9, atol=1e-9)
+        for name, value in golden.tensors(f"grad/{theirs}").items():
+            if name not in noise:
+                assert relative_l2(gradients[ours][name], value) < 1e-9, f"{theirs} {name}"
     for name, value in weights.items():
-        assert torch.equal(value, two[4][name]), name
+        assert torch.equal(value, other_weights[name]), name
 
 
 def _twice_differentiated(norm, x):
@@ -176,26 +96,26 @@ def _twice_differentiated(norm, x):
 def _normalised(rank, norm, x):
     norm = synchronise_batch_norms(torch.nn.Sequential(norm))[0]
     assert isinstance(norm, SynchronisedBatchNorm2d)
-    mine = rank.share(len(x))
-    y, (to_x, *to_weights) = _twice_differentiated(norm, x[mine.start : mine.stop])
-    rank.add_up(to_weights)
+    part = rank.part(len(x))
+    y, (to_x, *to_weights) = _twice_differentiated(norm, x[part.start : part.stop])
+    rank.all_reduce(to_weights)
     with torch.no_grad():
         norm.eval()
-        if rank.is_first:
-            norm(x)  # alone: in eval mode nobody is waited for
+        if rank.is_main:
+            norm(x)  # alone: in eval mode no process waits for another
     return y.detach(), to_x, to_weights, norm.state_dict()
 
 
 def test_synchronised_batch_norm_is_batch_norm_of_all_samples():
     x = 1e3 + torch.randn(5, 4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     norm = torch.nn.BatchNorm2d(4, dtype=torch.float64)
-    shares = in_processes(_normalised, norm, x)
+    parts = in_processes(_normalised, norm, x)
     y, (to_x, *to_weights) = _twice_differentiated(norm, x)
-    torch.testing.assert_close(torch.cat([share[0] for share in shares]), y.detach())
-    torch.testing.assert_close(torch.cat([share[1] for share in shares]), to_x)
-    for share in shares:
-        torch.testing.assert_close(share[2], to_weights)
-        torch.testing.assert_close(dict(share[3]), dict(norm.state_dict()))
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), y.detach())
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), to_x)
+    for part in parts:
+        torch.testing.assert_close(part[2], to_weights)
+        torch.testing.assert_close(dict(part[3]), dict(norm.state_dict()))
 
 
 def _backbone_gradients(rank, recompute, images):
@@ -203,29 +123,11 @@ def _backbone_gradients(rank, recompute, images):
     net = synchronise_batch_norms(ResNet(RESNETS["resnet18"])).double().train()
     if recompute:
         recompute_blocks(net)
-    mine = rank.share(len(images))
-    (net(images[mine.start : mine.stop]) ** 2).sum().backward()
+    part = rank.part(len(images))
+    (net(images[part.start : part.stop]) ** 2).sum().backward()
     gradients = [parameter.grad for parameter in net.parameters()]
-    rank.add_up(gradients)
+    rank.all_reduce(gradients)
     return gradients, dict(net.named_buffers())
-
-
-def _precision(rank, wishes):
-    core.execution.computes_in_bf16 = lambda device: True
-    core.execution.bf16_pays = lambda device: rank.is_first
-    try:
-        return [agreed_precision(wishes[rank.index], rank)]
-    except UserError as error:
-        rank.from_first(None)  # for the other process, which waits
-        return [str(error)]
-
-
-def test_processes_agree_on_a_precision():
-    assert in_processes(_precision, ("auto", "auto")) == [["bf16"], ["bf16"]]
-    assert in_processes(_precision, ("fp32", "fp32")) == [["fp32"], ["fp32"]]
-    (one,), (other,) = in_processes(_precision, ("fp32", "bf16"))
-    assert one == "fp32"
-    assert other.startswith("the --precision of process 1")
 
 
 def test_recomputed_blocks_of_two_processes():
@@ -235,11 +137,29 @@ def test_recomputed_blocks_of_two_processes():
     assert all(int(n) == 1 for name, n in recomputed[1].items() if name.endswith("num_batches_tracked"))
 
 
-@pytest.mark.parametrize(("batch", "shares"), [(3, [2, 1]), (4, [2, 2]), (2, [1, 1])])
-def test_shares_cover_the_batch(batch, shares):
-    ranges = [Rank(index, WORLD).share(batch) for index in range(WORLD)]
-    assert [k for share in ranges for k in share] == list(range(batch))
-    assert [len(share) for share in ranges] == shares
+def _precision(rank, wishes):
+    training.precision.computes_in_bf16 = lambda device: True
+    training.precision.bf16_pays = lambda device: rank.is_main
+    try:
+        return agreed_precision(wishes[rank.index], rank)
+    except UserError as error:
+        rank.broadcast(None)  # for the other process, which waits
+        return str(error)
+
+
+def test_processes_agree_on_a_precision():
+    assert in_processes(_precision, ("auto", "auto")) == ["bf16", "bf16"]
+    assert in_processes(_precision, ("fp32", "fp32")) == ["fp32", "fp32"]
+    one, other = in_processes(_precision, ("fp32", "bf16"))
+    assert one == "fp32"
+    assert other.startswith("the --precision of process 1")
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(3, [2, 1]), (4, [2, 2]), (2, [1, 1])])
+def test_parts_cover_the_batch(batch, parts):
+    ranges = [Rank(index, len(parts)).part(batch) for index in range(len(parts))]
+    assert [k for part in ranges for k in part] == list(range(batch))
+    assert [len(part) for part in ranges] == parts
 
 
 def _validated(rank, root):
@@ -247,35 +167,28 @@ def _validated(rank, root):
     torch.manual_seed(1)
     net = torch.nn.Conv2d(3, 19, 3, padding=1)
     net.network_input = PROCST_INPUT
-    return Validator(files, True, range(19), 19, torch.device("cpu"), 0, rank)(net)
+    return Validator(
+        files=files, with_labels=True, select_by="miou", classes=range(19), num_classes=19, num_workers=0, rank=rank
+    )(net)
 
 
 def test_a_shared_validation_finds_the_same(tmp_path):
     write_cityscapes(tmp_path, count=3, split="val")
     first, second = in_processes(_validated, tmp_path)
     alone = _validated(Rank(), tmp_path)
-    for shared_one in (first, second):
-        assert shared_one.scores == alone.scores
-        assert shared_one.label_free == pytest.approx(alone.label_free, rel=1e-12)
-        assert shared_one.mean_confidence == pytest.approx(alone.mean_confidence, rel=1e-12)
-        assert shared_one.confidence_histogram.tolist() == alone.confidence_histogram.tolist()
+    for shared in (first, second):
+        assert shared.scores == alone.scores
+        assert shared.label_free == pytest.approx(alone.label_free, rel=1e-12)
+        assert shared.mean_confidence == pytest.approx(alone.mean_confidence, rel=1e-12)
+        assert shared.confidence_histogram.tolist() == alone.confidence_histogram.tolist()
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def train(world, out, **changes):
-    """Flags of a run of one scale, three steps of 3 = 2 + 1 images."""
-    flags = {"num_scales": 0, "batch_size_list": 3, "crop_size": (24, 20), **changes}
-    return training_flags(world, out, **flags)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    write_gta5(root / "gta", count=5, size=(60, 44))
-    write_cityscapes(root / "cityscapes", count=4, size=(64, 40), labels=False)
-    return root
+    return write_world(tmp_path_factory.mktemp("world with spaces"))
 
 
 @pytest.fixture(autouse=True)
@@ -285,108 +198,189 @@ def one_thread_each(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", None)
 
 
-def run_apart(*arguments, disturb=None):
-    """train_procst.py in processes of its own, whose output pytest's `capsys` would not see."""
-    command = [sys.executable, train_procst.__file__, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if disturb is not None:
-        disturb(process)
-    out, err = process.communicate()
+def procst_flags(world, run, **changes):
+    """A run of one scale that saves after every step."""
+    flags = {
+        "gpus": TWO, "num_scales": 0, "batch_size_list": 3, "steps_per_scale": 12, "run_dir": run,
+        "tb_logs_dir": run.parent / "logs", "save_checkpoint_rate": 1, "lr_g": 1e-4, "lr_d": 1e-4, **changes,
+    }  # fmt: skip
+    return command_line("procst-group", world, **flags)
+
+
+def run_apart(script, flags, disturb=None):
+    """A script in processes of its own, whose output pytest's `capsys` would not see."""
+    command = [sys.executable, script.__file__, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            if disturb is not None:
+                disturb(process)
+            out, err = process.communicate(timeout=LONGEST)
+        except BaseException:
+            for started in (process.pid, *living(ranks())):
+                os.kill(started, signal.SIGKILL)
+            raise
     return ScriptResult(process.returncode, out, err)
 
 
-def only_error_line(result):
+def ranks():
+    """Process ids of all that were started."""
+    return [int(path.stem) for path in Path(tempfile.gettempdir()).glob("procst_ranks_*/*.rank")]
+
+
+def living(processes):
+    return [process for process in processes if Path(f"/proc/{process}").exists()]
+
+
+def wait_for_step(run, process):
+    """Wait until the run has saved a step that it has not saved when this is called."""
+    path = run / LATEST
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while not path.exists() or path.stat().st_mtime_ns <= before or not ranks():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def assert_last_line_is_all(result):
     """Check that one line, after the progress bar, says what is wrong."""
-    *before, last = result.err.splitlines()
+    *before, last = result.err.replace("\r", "\n").strip().splitlines()
     assert last.startswith("error: ")
     assert not [line for line in before if line.strip() and "steps [" not in line]
 
 
-def ranks():
-    return [int(path.stem) for path in Path(tempfile.gettempdir()).glob("procst_ranks_*/*.rank")]
-
-
-def test_stopped_and_killed_processes_go_on_and_others_in_their_place(world, tmp_path, run_script, monkeypatch):
-    run, others = tmp_path / "run", []
-    small = {"steps_per_scale": 5, "lr_g": 1e-4, "lr_d": 1e-4}
-
-    def command(*gpus):
-        changes = {"checkpoints_dir": None, "run_dir": run, "save_checkpoint_rate": 1, **small}
-        return train(world, tmp_path, gpus=gpus, **changes)
-
-    def wait_for_checkpoint(newer_than=0):
-        while not (run / "latest.pth").exists() or (run / "latest.pth").stat().st_mtime_ns <= newer_than:
-            time.sleep(0.02)
-
-    def stop(launcher):
-        wait_for_checkpoint()
-        launcher.send_signal(signal.SIGUSR1)
-
-    def stop_after_step(self, *arguments):
-        signal.raise_signal(signal.SIGTERM)
-        return real_step(self, *arguments)
-
-    def kill(launcher):
-        wait_for_checkpoint(newer_than=written)
-        first, *rest = ranks()
-        others.extend(rest)
-        os.kill(first, signal.SIGKILL)
-
-    result = run_apart(*command("cpu", "cpu"), disturb=stop)
-    assert result.code == 75, result.err
-    assert result.err.count("finishing this step") == 1
-    assert result.err.strip().splitlines()[-1].startswith("stopped at step 1 of scale 0")
-
-    real_step = train_procst.Trainer.one_step
-    with monkeypatch.context() as patch:
-        patch.setattr(train_procst.Trainer, "one_step", stop_after_step)
-        assert run_script(train_procst, *command("cpu")).code == 75
-    assert load_checkpoint(run / "latest.pth").step == 2
-
-    written = (run / "latest.pth").stat().st_mtime_ns
-    result = run_apart(*command("cpu", "cpu"), disturb=kill)
-    assert result.code == 2
-    only_error_line(result)
-    assert "(cpu) was ended by signal 9 (SIGKILL" in result.err
-    assert "--continue_train_from_path" in result.err
-    assert others
-    assert not any(Path(f"/proc/{process}").exists() for process in others)
-
-    result = run_apart(*command("cpu", "cpu"))
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    """The run folder of a ProCST training in two processes."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        result = run_apart(train_procst, procst_flags(world, run))
     assert result.code == 0, result.err
     assert "finished; export with" in result.out
     assert result.out.count("run folder") == 1
+    return run
+
+
+def tensors_of(run):
+    return {
+        f"{name} {key}": value
+        for name, state in load_checkpoint(run / LATEST).modules.items() for key, value in state.items()
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_launched_training_is_that_of_one_process(world, undisturbed, tmp_path, run_script):
+    assert run_script(train_procst, *procst_flags(world, tmp_path / "run", gpus="cpu")).code == 0
+    alone, together = tensors_of(tmp_path / "run"), tensors_of(undisturbed)
+    # Twelve steps of Adam move a weight by up to 1.2e-3. Biases before a norm are moved as far by rounding alone.
+    for name in (name for name in alone if name.endswith("weight")):
+        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_a_launched_training_on_source_is_that_of_one_process(world, tmp_path, run_script):
+    flags = {"tb_logs_dir": tmp_path / "logs", "validation_rate": 3}
+    line = command_line("source-unet", world, gpus=TWO, run_dir=tmp_path / "two", **flags)
+    result = run_apart(train_semseg_on_source, line)
+    assert result.code == 0, result.err
+    line = command_line("source-unet", world, run_dir=tmp_path / "one", **flags)
+    assert run_script(train_semseg_on_source, *line).code == 0
+    alone, together = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    one, two = (json.loads((tmp_path / name / "validations.json").read_text()) for name in ("one", "two"))
+    assert [found["step"] for found in two] == [found["step"] for found in one] == [3, 6]
+
+
+@pytest.mark.slow
+def test_a_run_whose_launcher_and_ranks_are_killed_ends_with_the_same_bits(world, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    flags = procst_flags(world, run)
+
+    def kill_launcher(launcher):
+        wait_for_step(run, launcher)
+        launcher.kill()
+
+    def stop(launcher):
+        wait_for_step(run, launcher)
+        launcher.send_signal(signal.SIGUSR1)
+
+    def kill_rank(launcher):
+        before = set(ranks())
+        wait_for_step(run, launcher)
+        first, *_ = living(set(ranks()) - before)
+        os.kill(first, signal.SIGKILL)
+
+    result = run_apart(train_procst, flags, kill_launcher)
+    assert result.code == -signal.SIGKILL
+    deadline = time.monotonic() + LONGEST
+    while living(ranks()):  # they notice, save and end
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert load_checkpoint(run / LATEST).step < 12
+
+    result = run_apart(train_procst, flags, stop)
+    assert result.code == STOPPED, result.err
+    assert result.err.count("finishing this step") == 1
+    step = load_checkpoint(run / LATEST).step
+    assert step < 12
+    assert result.err.strip().splitlines()[-1].startswith(f"stopped at step {step} of scale 0")
+
+    result = run_apart(train_procst, flags, kill_rank)
+    assert result.code == 0, result.err
+    assert "finished; export with" in result.out
     starts = json.loads((run / "config.json").read_text())["starts"]
-    assert [start["processes"] for start in starts] == [2, 1, 2, 2]
-    assert run_script(train_procst, *train(world, tmp_path / "alone", **small)).code == 0
-    alone, together = (load_checkpoint(f / "latest.pth") for f in (only_run(tmp_path / "alone"), run))
-    assert (together.step, together.scale_finished) == (5, True)
-    # Five steps of Adam move a weight by up to 5e-4. Biases before a norm are moved as far by rounding alone.
-    for name, (expected,) in alone.networks.items():
-        for key in (key for key in expected if key.endswith("weight")):
-            other = together.networks[name][0][key]
-            torch.testing.assert_close(other, expected[key], rtol=0, atol=1e-4, msg=f"{name} {key}")
+    assert [start["processes"] for start in starts] == [2, 2, 2, 2]  # the last is the restart
+    expected, found = tensors_of(undisturbed), tensors_of(run)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
-def test_an_error_of_one_process_is_one_line(world, tmp_path):
-    shutil.copytree(world / "gta", tmp_path / "gta")
-    for path in (tmp_path / "gta" / "images").iterdir():
-        path.write_bytes(path.read_bytes()[:200])
-    result = run_apart(*train(world, tmp_path, gpus=("cpu", "cpu"), src_data_dir=tmp_path / "gta"))
+@pytest.mark.slow
+def test_a_second_signal_kills_processes_that_do_not_stop(world, tmp_path):
+    run = tmp_path / "run"
+
+    def stop_twice(launcher):
+        wait_for_step(run, launcher)
+        os.kill(ranks()[0], signal.SIGSTOP)
+        launcher.send_signal(signal.SIGTERM)
+        time.sleep(SAME_REQUEST + 0.3)
+        launcher.send_signal(signal.SIGTERM)
+
+    result = run_apart(train_procst, procst_flags(world, run), stop_twice)
+    assert result.code == 128 + signal.SIGTERM, result.err
+    assert not living(ranks())
+    assert load_checkpoint(run / LATEST).step < 12
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line_and_no_restart(world, tmp_path):
+    """The launcher does not look at images: the processes find that they are damaged, all at once."""
+    for kind in ("images", "labels"):
+        (tmp_path / "gta" / kind).mkdir(parents=True)
+        for path in (world / "gta" / kind).iterdir():
+            data = path.read_bytes()
+            (tmp_path / "gta" / kind / path.name).write_bytes(data[:200] if kind == "images" else data)
+    seen = set()
+
+    def watch(launcher):
+        while launcher.poll() is None:
+            seen.update(ranks())
+            time.sleep(0.01)
+
+    result = run_apart(train_procst, procst_flags(world, tmp_path / "run", src_data_dir=tmp_path / "gta"), watch)
     assert result.code == 2
-    only_error_line(result)
+    assert_last_line_is_all(result)
+    assert len(seen) == 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
-        ({"batch_size_list": 1}, "a batch of 1 cannot be shared by 2 processes"),
-        ({"gpus": ("cpu", "0")}, "--gpus"),
-        ({"gpus": ("0", "0")}, "names a device twice"),
-    ],
+    [({"gpus": ("cpu", "0")}, "--gpus"), ({"gpus": ("0", "0")}, "names a device twice")],
 )
 def test_devices_that_cannot_share_are_refused(world, tmp_path, run_script, changes, message):
-    result = run_script(train_procst, *train(world, tmp_path, **{"gpus": ("cpu", "cpu"), **changes}))
+    result = run_script(train_procst, *procst_flags(world, tmp_path / "run", **changes))
     assert result.code == 2
     assert message in result.err
-    assert not (tmp_path / "models").exists()
+    assert not (tmp_path / "run").exists()

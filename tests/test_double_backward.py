@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
-from core.command_line import build_parser, config_from_flags
-from core.execution import Execution
-from core.objectives import at_once, at_once_before_graph
 from torch import nn
 
 from benchmarks.meters import Meter
 from benchmarks.training_step import Variant, count_step
+from core.config import ProCSTConfig
 from core.double_backward import RECOMPUTES, has_double_backward
 from core.losses import gradient_penalty
 from core.networks import Discriminator
-from test_step import build
+from steps import build
 from training.synchronised_norm import synchronise_batch_norms
-from utils.flags import parse_flags
 
 NORMS = ("group", "batch")
 
@@ -34,11 +30,10 @@ def strong_discriminator(norm, channels=16):
     return net
 
 
-def penalty_and_gradients(net, twice, size=(3, 20, 24)):
+def penalty_and_gradients(net, differentiable_twice, size=(3, 20, 24)):
     generator = torch.Generator().manual_seed(1)
     real, fake = (torch.rand(size[0], 3, *size[1:], generator=generator).double() * 2 - 1 for _ in range(2))
-    score = partial(Execution(), net)
-    penalty = gradient_penalty(lambda x: score(x, twice), real, fake, torch.tensor(0.4))
+    penalty = gradient_penalty(lambda x: net(x, differentiable_twice), real, fake, torch.tensor(0.4))
     weights = dict(net.named_parameters())
     gradients = torch.autograd.grad(penalty, weights.values(), allow_unused=True)
     return {"penalty": penalty.detach()} | dict(zip(weights, gradients, strict=True))
@@ -49,25 +44,25 @@ def penalty_and_gradients(net, twice, size=(3, 20, 24)):
 def test_gradients_are_those_of_autograd(norm, recompute, monkeypatch):
     monkeypatch.setitem(RECOMPUTES, "cpu", recompute)
     net = strong_discriminator(norm)
-    plain, twice = (penalty_and_gradients(copy.deepcopy(net), flag) for flag in (False, True))
+    plain, ours = (penalty_and_gradients(copy.deepcopy(net), flag) for flag in (False, True))
     assert plain["penalty"] > 0.01
     for name, value in plain.items():
         if value is None or not value.any():  # the bias of the score
-            assert twice[name] is None or not twice[name].any(), name
+            assert ours[name] is None or not ours[name].any(), name
         elif norm == "batch" and name.endswith("conv.bias"):  # the next block's batch norm takes it away again
-            assert float(twice[name].abs().max()) < 1e-12
+            assert float(ours[name].abs().max()) < 1e-12
         else:
-            torch.testing.assert_close(twice[name], value, rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_running_statistics_see_the_batch_once():
-    plain, twice = (strong_discriminator("batch") for _ in range(2))
+    plain, ours = (strong_discriminator("batch") for _ in range(2))
     penalty_and_gradients(plain, False)
-    penalty_and_gradients(twice, True)
+    penalty_and_gradients(ours, True)
     before = dict(strong_discriminator("batch").named_buffers())
     for name, value in plain.named_buffers():
         assert not torch.equal(value, before[name]), name
-        assert torch.equal(dict(twice.named_buffers())[name], value), name
+        assert torch.equal(dict(ours.named_buffers())[name], value), name
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -173,36 +168,8 @@ def test_the_penalty_takes_less_memory(norm, monkeypatch):
 
 
 def test_a_step_takes_half_of_the_literal_steps_memory():
-    """At the published setting's scale 1, whose batch norm needs the whole batch at once, as a GPU computes it."""
-    parser = build_parser("")
-    parser.set_defaults(vgg_weights="random", no_semseg=True, batch_size_list=[32, 16, 3])
-    config = config_from_flags(*parse_flags(parser, ["--gpus", "cpu"]))
-    assert config.network.shape(1).norm == "batch"
-    literal, ours = (count_step(config, 1, Variant(name, "fp32")).peak for name in ("literal", "fp32"))
+    """At the published setting's scale 0, whose batch norm needs the whole batch at once, as a GPU computes it."""
+    config = ProCSTConfig.from_flags({"vgg_weights": "random", "no_semseg": True})
+    assert config.network.shape(0).norm == "batch"
+    literal, ours = (count_step(config, 0, Variant(name, "fp32")).peak for name in ("literal", "fp32"))
     assert ours < 0.5 * literal
-
-
-def test_the_graph_of_an_image_is_made_after_what_is_computed_from_it():
-    torch.manual_seed(0)
-    first, second, image, happened = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), torch.rand(1, 3, 9, 9), []
-    own, others = list(first.parameters()), list(second.parameters())
-
-    def again():
-        happened.append("image")
-        return first(image)
-
-    def term(value):
-        happened.append("term")
-        return at_once(lambda x: second(x).square().sum(), value) + 0.5 * at_once(
-            lambda x, *_: second(x).abs().sum(), value, *others
-        )
-
-    loss = 3.0 * at_once_before_graph(term, first(image).detach(), again, own, others)
-    assert happened == ["term", "image"]
-    plain = 3.0 * (second(first(image)).square().sum() + 0.5 * second(first(image).detach()).abs().sum())
-    torch.testing.assert_close(loss, plain)
-    found = torch.autograd.grad(loss, [*own, *others])
-    whole = 3.0 * (second(first(image)).square().sum() + 0.5 * second(first(image)).abs().sum())
-    wanted = [*torch.autograd.grad(whole, own, retain_graph=True)]
-    wanted += torch.autograd.grad(1.5 * second(first(image)).abs().sum(), others)
-    torch.testing.assert_close(found, tuple(wanted))

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def test_loaders_outlive_what_a_scheduler_sends_to_all_processes(world, undistur
     def to_all(trainer):
         for number in (signal.SIGTERM, signal.SIGUSR1):
             for child in multiprocessing.active_children():
-                os.kill(child.pid, number)
+                # From another process: a worker ends where its parent sends it SIGTERM.
+                subprocess.run(["kill", f"-{number}", str(child.pid)], check=True)
                 sent.append(child.pid)
         signal.raise_signal(signal.SIGUSR1)
 
@@ -276,6 +278,8 @@ def test_a_log_that_cannot_be_written_gives_one_line(tmp_path, capsys, monkeypat
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    # pytest's own hook would keep the traceback of a thread from being printed.
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     if fault == "a file in its place":
         (tmp_path / "log").write_text("")
     if fault == "disk full from the start":

@@ -14,19 +14,10 @@ import torch
 
 from benchmarks.literal_step import collect_gradients, literal_step
 from conftest import GOLDEN_DIR
-from core.cascade import to_unit_range, translate_pyramid
+from core.cascade import translate_pyramid
 from core.step import training_step
-from steps import GOLDEN_FILES, GoldenStep, is_batch_norm, meta_of, relative_l2, zero_gradient_biases
+from steps import GOLDEN_FILES, GoldenStep, is_batch_norm, meta_of
 from training.precision import Runner, channels_last
-
-IMAGE_NAMES = {
-    "source": "source",
-    "source_in_traget": "sit",
-    "source_in_traget_in_source": "sitis",
-    "target": "target",
-    "target_in_source": "tis",
-    "target_in_source_in_target": "tisit",
-}
 
 
 def test_golden_folder_holds_step_files():
@@ -84,53 +75,23 @@ def test_pyramids_are_exact(path):
 
 
 def test_optimizer_order(golden):
-    assert golden.order == [ours for ours, _ in golden.expected_steps()]
+    golden.check_order()
 
 
 def test_losses(golden):
-    expected, losses = golden.tensors("loss"), golden.result.losses
-    ours = {name if name.startswith("Semseg/") else f"Scale{golden.scale}/{name}": losses[name] for name in losses}
-    assert ours.keys() == expected.keys()
-    for name, value in expected.items():
-        assert ours[name].dtype == torch.float64, name
-        assert float(ours[name]) == pytest.approx(float(value), rel=1e-10), name
+    golden.check_losses()
 
 
 def test_gradients(golden):
-    for ours, theirs in golden.expected_steps():
-        expected = golden.tensors(f"grad/{theirs}")
-        assert expected
-        assert golden.gradients[ours].keys() == expected.keys()
-        net = golden.nets.get(ours.split("#")[0])
-        noise = zero_gradient_biases(net) if net else set()
-        whole = float(torch.cat([gradient.flatten() for gradient in expected.values()]).norm())
-        for name, value in expected.items():
-            gradient = golden.gradients[ours][name]
-            if name in noise:
-                assert float(gradient.norm()) < 1e-12 * whole, f"{theirs} {name}"
-            else:
-                assert relative_l2(gradient, value) < 1e-10, f"{theirs} {name}"
+    golden.check_gradients()
 
 
 def test_weights_after_the_step(golden):
-    trained = dict(golden.nets)
-    if golden.segmentation:
-        trained["semseg_cs"] = golden.segmentation.seg_sit
-    for net_name, net in trained.items():
-        expected, before = golden.tensors(f"after/{net_name}"), golden.tensors(f"init/{net_name}")
-        noise = zero_gradient_biases(net) if net_name in golden.nets else set()
-        for name, parameter in net.named_parameters():
-            torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=1e-8, msg=f"{net_name} {name}")
-            if name not in noise:
-                moved, should = parameter.detach() - before[name], expected[name] - before[name]
-                assert relative_l2(moved, should) < 1e-8, f"{net_name} {name}"
+    golden.check_weights()
 
 
 def test_images(golden):
-    for theirs, ours in IMAGE_NAMES.items():
-        image = to_unit_range(golden.result.images[ours][0])
-        expected = torch.from_numpy(golden.data[f"{golden.prefix}image/{theirs}"])
-        torch.testing.assert_close(image, expected, rtol=0, atol=1e-11)
+    golden.check_images()
 
 
 def test_translation_in_eval_mode(golden):
@@ -151,14 +112,13 @@ def test_frozen_networks_take_no_gradients_and_do_not_change(golden):
     for net_name, net in golden.all_networks().items():
         if net_name in trained:
             continue
-        initial = golden.tensors("vgg" if net_name == "perceptual" else f"init/{net_name}")
         assert len(list(net.parameters())) > 0
         for name, parameter in net.named_parameters():
             assert parameter.grad is None, f"{net_name} {name}"
             assert not parameter.requires_grad
         if net_name != "perceptual":
-            for name, value in initial.items():
-                torch.testing.assert_close(net.state_dict()[name], value.to(net.state_dict()[name].dtype), rtol=0, atol=0)
+            for name, value in golden.tensors(f"init/{net_name}").items():
+                assert torch.equal(net.state_dict()[name], value.to(net.state_dict()[name].dtype)), f"{net_name} {name}"
 
 
 BATCH_NORM = [(path, scale) for path in GOLDEN_FILES if is_batch_norm(path) for scale in meta_of(path)["scales"]]

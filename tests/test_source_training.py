@@ -1,119 +1,162 @@
-"""Source training of a segmentation net on a tiny world: what is kept, gone on with and published."""
+"""Training of a segmentation net on source: what is kept, continued and published, with the flags of every training."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
-from core.segmentation_files import read_segmentation_file
-from core.source_training import SourceTrainer, poly_rate
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from PIL import Image
 
 import train_semseg_on_source
-from data_handlers.datasets import DATA_SETS
-from data_handlers.lists import list_images
-from data_handlers.stream import StreamConfig, StreamSamples
-from test_label_training import source_flags, world  # noqa: F401
-from test_train_cli import only_run
+from commands import assert_same_tensors, at_step, logged, metrics_of, only_run, source_flags, stop_at, tensors_of
+from refusals import check_refusal, tree
+from training.checkpoint import load_checkpoint
+from training.precision import computes_in_bf16
+from training.segmentation_files import load_segmentation_net
 from training.validation import Validator
+from uda.source import SourceTraining, poly_rate
 
 
-def test_source_training_keeps_the_best_and_the_latest(world, tmp_path, run_script):  # noqa: F811
-    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
-    assert result.code == 0, result.err
-    run = only_run(tmp_path)
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json", "latest.pth", "previous.pth", "best.pth"}
-    latest, best = read_segmentation_file(run / "latest.pth"), read_segmentation_file(run / "best.pth")
-    assert latest.training["step"] == 8
-    assert best.info["miou"] == latest.training["best_miou"] > 0
-    assert (tmp_path / "source.pth").read_bytes() == (run / "best.pth").read_bytes()
-    assert f"--semseg_weights {tmp_path / 'source.pth'}" in result.out
-    (log,) = (tmp_path / "runs").iterdir()
-    events = EventAccumulator(str(log))
-    events.Reload()
+@pytest.fixture(scope="module")
+def whole(source_net):
+    """The folder of the finished run that made `source_net`."""
+    return only_run(source_net.parent)
+
+
+def best_of(run):
+    return max(json.loads((run / "validations.json").read_text()), key=lambda found: found["miou"])
+
+
+def test_what_a_run_leaves(source_net, whole):
+    assert {path.name for path in whole.iterdir()} == {
+        ".lock", "config.json", "metrics.jsonl", "validations.json", "latest.pth", "previous.pth", "best.pth",
+    }  # fmt: skip
+    latest, best = load_checkpoint(whole / "latest.pth"), load_checkpoint(whole / "best.pth")
+    assert (latest.step, latest.stage_finished) == (8, True)
+    assert (best.step, best.info["miou"]) == (best_of(whole)["step"], best_of(whole)["miou"])
+    assert best.info["miou"] > 0
+    assert latest.optimizers
+    assert not best.optimizers
+    assert_same_tensors(source_net, whole / "best.pth")
+    assert load_checkpoint(source_net).info == best.info
+    shape, net = load_segmentation_net(whole, "--weights")
+    assert str(shape) == "UNet with 19 classes"
+    assert all(torch.equal(value, best.modules["net"][name]) for name, value in net.state_dict().items())
+
+
+def test_log(source_net, whole):
+    events = logged(source_net.parent)
     # 4 images to train on in batches of 2: an epoch is 2 steps, and each ends with a validation.
     assert [event.step for event in events.Scalars("Validation/mIoU")] == [2, 4, 6, 8]
-    assert max(event.value for event in events.Scalars("Validation/mIoU")) == pytest.approx(best.info["miou"])
+    assert max(event.value for event in events.Scalars("Validation/mIoU")) == pytest.approx(best_of(whole)["miou"])
     assert "Validation/IoU/road" in events.Tags()["scalars"]
-    rates = [event.value for event in events.Scalars("Semseg/LearningRate")]
-    assert rates == pytest.approx([1e-2 * poly_rate(step, 8, 0.9) for step in (1, 3, 5, 7)])
+    lines = metrics_of(whole)
+    assert [line["validation"]["miou"] for line in lines if "validation" in line] == [
+        found["miou"] for found in json.loads((whole / "validations.json").read_text())
+    ]
+    steps = [line for line in lines if "losses" in line]
+    assert [line["step"] for line in steps] == [1, 2, 4, 6, 8]
+    expected = [1e-2 * poly_rate(line["step"] - 1, 8, 0.9) for line in steps]
+    assert [line["learning_rates"]["net"] for line in steps] == pytest.approx(expected)
 
 
-def test_a_continued_source_training_equals_an_uninterrupted_one(world, tmp_path, run_script, monkeypatch):  # noqa: F811
-    flags = source_flags(world, tmp_path / "cut", save_checkpoint_rate=1, validation_rate=4)
-    whole_flags = source_flags(world, tmp_path / "whole2", validation_rate=4)
-    assert run_script(train_semseg_on_source, *whole_flags).code == 0
-    real_step = SourceTrainer._one_step
-
-    def stop(self, batch):
-        if self.step == 5:
-            raise KeyboardInterrupt
-        return real_step(self, batch)
-
-    monkeypatch.setattr(SourceTrainer, "_one_step", stop)
-    assert run_script(train_semseg_on_source, *flags).code == 130
-    monkeypatch.setattr(SourceTrainer, "_one_step", real_step)
-    run = only_run(tmp_path / "cut")
-    assert run_script(train_semseg_on_source, "--continue_train_from_path", run).code == 0
-    ours = read_segmentation_file(run / "latest.pth")
-    whole = read_segmentation_file(only_run(tmp_path / "whole2") / "latest.pth")
-    assert ours.training["best_miou"] == whole.training["best_miou"]
-    for name, value in whole.weights.items():
-        assert torch.equal(value, ours.weights[name]), name
-    refused = run_script(train_semseg_on_source, "--continue_train_from_path", run, "--lr_semseg", "0.5")
-    assert refused.code == 2
-    assert "--lr_semseg" in refused.err
-
-
-def test_a_source_training_stopped_in_its_validation(world, tmp_path, run_script, monkeypatch):  # noqa: F811
-    """What was learnt is kept, the validation is made up for, and the curves go on where they stopped."""
-    assert run_script(train_semseg_on_source, *source_flags(world, tmp_path / "whole")).code == 0
-    real_call = Validator.__call__
-    calls = []
+def test_a_run_stopped_in_a_step_and_in_a_validation_equals_an_uninterrupted_one(
+    world, whole, tmp_path, run_script, monkeypatch
+):
+    flags = source_flags(world, tmp_path, checkpoints_dir=None, run_dir=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, SourceTraining, 0, 2)
+        stopped = run_script(train_semseg_on_source, *flags)
+    assert stopped.code == 75
+    assert "stopped at step 3 of training, and saved" in stopped.err
+    real = Validator.__call__
 
     def stop(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGUSR1)
-        return real_call(self, *arguments)
-
-    monkeypatch.setattr(Validator, "__call__", stop)
-    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path / "cut"))
-    assert result.code == 75, result.err
-    assert "stopped at step 4, and saved" in result.err
-    run = only_run(tmp_path / "cut")
-    assert read_segmentation_file(run / "latest.pth").training["step"] == 4
-    (tmp_path / "cut/source.pth").unlink()
-    monkeypatch.chdir(run)
-    result = run_script(train_semseg_on_source, "--continue_train_from_path", ".")
-    assert result.code == 0, result.err
-    ours, whole = (read_segmentation_file(path / "latest.pth") for path in (run, only_run(tmp_path / "whole")))
-    assert ours.training["best_miou"] == whole.training["best_miou"]
-    assert all(torch.equal(value, ours.weights[name]) for name, value in whole.weights.items())
-    assert (tmp_path / "cut/source.pth").read_bytes() == (run / "best.pth").read_bytes()
-    logged = []
-    for out in ("whole", "cut"):
-        (log,) = (tmp_path / out / "runs").iterdir()
-        events = EventAccumulator(str(log))
-        events.Reload()
-        tags = ("Validation/mIoU", "Semseg/SemsegLoss")
-        logged.append([[(event.step, event.value) for event in events.Scalars(tag)] for tag in tags])
-    assert logged[0] == logged[1]
-
-
-def test_a_damaged_best_net_does_not_end_the_training(world, tmp_path, run_script, monkeypatch):  # noqa: F811
-    real_step = SourceTrainer._one_step
-
-    def stop(self, batch):
-        if self.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-        return real_step(self, batch)
+        signal.raise_signal(signal.SIGUSR1)
+        return real(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SourceTrainer, "_one_step", stop)
+        patch.setattr(Validator, "__call__", stop)
+        stopped = run_script(train_semseg_on_source, *flags)
+    assert stopped.code == 75
+    assert load_checkpoint(tmp_path / "run/latest.pth").step == 4
+    (tmp_path / "source.pth").unlink()  # it is published again
+    assert run_script(train_semseg_on_source, *flags).code == 0
+    assert_same_tensors(tmp_path / "run/latest.pth", whole / "latest.pth")
+    assert (tmp_path / "run/validations.json").read_text() == (whole / "validations.json").read_text()
+    assert_same_tensors(tmp_path / "source.pth", whole / "best.pth")
+    curves = [
+        [(event.step, event.value) for event in logged(out).Scalars("Validation/mIoU")]
+        for out in (tmp_path, whole.parent.parent)
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_a_dry_run_writes_nothing(world, tmp_path, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path), tree(world)
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path), "--dry_run")
+    assert result.code == 0, result.err
+    assert (tree(tmp_path), tree(world)) == before
+    assert "training: 8 steps of " in result.out
+    assert "nothing was written" in result.out
+
+
+def test_the_cache_gives_the_same(world, whole, tmp_path, run_script):
+    flags = source_flags(world, tmp_path, cache_dir=tmp_path / "cache")
+    assert run_script(train_semseg_on_source, *flags).code == 0
+    assert list((tmp_path / "cache").iterdir())
+    assert_same_tensors(only_run(tmp_path) / "latest.pth", whole / "latest.pth")
+
+
+def test_deterministic(world, whole, tmp_path, run_script):
+    try:
+        assert run_script(train_semseg_on_source, *source_flags(world, tmp_path, deterministic=())).code == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert json.loads((only_run(tmp_path) / "config.json").read_text())["config"]["run"]["deterministic"] is True
+    assert_same_tensors(only_run(tmp_path) / "latest.pth", whole / "latest.pth")
+
+
+@pytest.mark.skipif(not computes_in_bf16(torch.device("cpu")), reason="no bfloat16 arithmetic")
+def test_precision(world, whole, tmp_path, run_script):
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path, precision="bf16", num_steps=2))
+    assert result.code == 0, result.err
+    assert "precision bf16" in result.out
+    weights = tensors_of(only_run(tmp_path) / "latest.pth")
+    assert {value.dtype for name, value in weights.items() if name.endswith("weight")} == {torch.float32}
+
+
+def test_selection_without_labels(world, tmp_path, run_script):
+    flags = source_flags(world, tmp_path, select_by="label_free", num_steps=4)
+    result = run_script(train_semseg_on_source, *flags)
+    assert result.code == 0, result.err
+    run = only_run(tmp_path)
+    found = json.loads((run / "validations.json").read_text())
+    assert [validation["score"] for validation in found] == [validation["label_free"] for validation in found]
+    best = max(found, key=lambda validation: validation["label_free"])
+    assert load_checkpoint(run / "best.pth").step == best["step"]
+    assert f"best state by label_free: {run / 'best.pth'}, of step {best['step']}" in result.out
+
+
+def test_no_validation_publishes_the_last_state(world, tmp_path, run_script):
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path, select_by="none", num_steps=3))
+    assert result.code == 0, result.err
+    run = only_run(tmp_path)
+    assert not (run / "validations.json").exists()
+    assert not (run / "best.pth").exists()
+    published = load_checkpoint(tmp_path / "source.pth")
+    assert published.step == 3
+    assert not published.optimizers
+
+
+def test_a_damaged_best_net_does_not_end_the_training(world, tmp_path, run_script, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, SourceTraining, 0, 4)
         assert run_script(train_semseg_on_source, *source_flags(world, tmp_path)).code == 75
     run = only_run(tmp_path)
     (run / "best.pth").write_bytes((run / "best.pth").read_bytes()[:500])
@@ -122,89 +165,59 @@ def test_a_damaged_best_net_does_not_end_the_training(world, tmp_path, run_scrip
     assert "best.pth is damaged" in result.err
 
 
-def test_output_that_another_run_takes_meanwhile(world, tmp_path, run_script, monkeypatch):  # noqa: F811
-    real_step = SourceTrainer._one_step
-
-    def take(self, batch):
-        if self.step == 2:
-            (tmp_path / "source.pth").write_text("another run's net")
-        return real_step(self, batch)
-
-    monkeypatch.setattr(SourceTrainer, "_one_step", take)
+def test_an_output_that_another_run_takes_meanwhile_stays(world, tmp_path, run_script, monkeypatch):
+    output = tmp_path / "source.pth"
+    at_step(monkeypatch, SourceTraining, 0, 2, lambda: output.write_text("another run's net"))
     result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
     assert result.code == 0, result.err
-    assert (tmp_path / "source.pth").read_text() == "another run's net"
-    run = only_run(tmp_path)
-    assert f"--semseg_weights {run / 'best.pth'}" in result.out
-    read_segmentation_file(run / "best.pth")
+    assert output.read_text() == "another run's net"
+    assert f"now a file of another run and stays; the best net is {only_run(tmp_path) / 'best.pth'}" in result.err
+    assert f"--semseg_weights {only_run(tmp_path)}\n" in result.out
 
 
-def test_a_run_of_the_same_name_is_another_run(world, tmp_path, run_script, monkeypatch):  # noqa: F811
-    def flags(parent, **changes):
-        return source_flags(world, tmp_path, checkpoints_dir=None, run_dir=tmp_path / parent / "run", **changes)
-
-    real_step = SourceTrainer._one_step
-
-    def other_is_published(self, batch):
-        if self.step == 2:
-            (tmp_path / "other.pth").rename(tmp_path / "source.pth")
-        return real_step(self, batch)
-
-    assert run_script(train_semseg_on_source, *flags("a", output=tmp_path / "other.pth")).code == 0
-    published = (tmp_path / "other.pth").read_bytes()
-    monkeypatch.setattr(SourceTrainer, "_one_step", other_is_published)
-    result = run_script(train_semseg_on_source, *flags("b"))
-    assert result.code == 0, result.err
-    assert f"--semseg_weights {tmp_path / 'b/run/best.pth'}" in result.out
-    assert (tmp_path / "source.pth").read_bytes() == published
-    # A continued run knows its own file, and a copy of its folder does not.
-    monkeypatch.undo()
-    (tmp_path / "source.pth").rename(tmp_path / "other.pth")
-    again = flags("a", output=tmp_path / "other.pth")
-    assert run_script(train_semseg_on_source, *again).code == 0
+def test_a_copy_of_a_run_does_not_own_its_output(world, tmp_path, run_script):
+    """A run of the same name is another run, too; a continued one knows its own file."""
+    flags = source_flags(world, tmp_path, checkpoints_dir=None, num_steps=2)
+    assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/run").code == 0
+    assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/run").code == 0
     shutil.copytree(tmp_path / "a/run", tmp_path / "a/copy")
-    refused = run_script(train_semseg_on_source, *again, "--run_dir", tmp_path / "a/copy")
-    assert refused.code == 2
-    assert "is not of this run" in refused.err
+    for other in ("a/copy", "b/run"):
+        refused = run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / other)
+        check_refusal(refused, f"--output {tmp_path / 'source.pth'}", "is not of this run")
 
 
-def test_the_output_of_another_run_is_not_overwritten(world, tmp_path, run_script):  # noqa: F811
-    (tmp_path / "source.pth").write_text("the authors' file")
-    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
-    assert result.code == 2
-    assert "--output" in result.err
-    assert (tmp_path / "source.pth").read_text() == "the authors' file"
-    assert not (tmp_path / "models").exists()
-
-
-def test_labels_from_another_folder(world, tmp_path, run_script):  # noqa: F811
+def test_labels_from_another_folder(world, whole, tmp_path, run_script):
     """SiT images have the labels of their source."""
     shutil.copytree(world / "gta/images", tmp_path / "sit/images")
-    flags = source_flags(world, tmp_path, src_data_dir=tmp_path / "sit", num_steps=4)
-    refused = run_script(train_semseg_on_source, *flags)
-    assert refused.code == 2
-    assert "have no label" in refused.err
+    flags = source_flags(world, tmp_path, src_data_dir=tmp_path / "sit")
+    check_refusal(run_script(train_semseg_on_source, *flags), "have no label")
     assert run_script(train_semseg_on_source, *flags, "--src_label_dir", world / "gta").code == 0
-    same = source_flags(world, tmp_path / "same", num_steps=4)
-    assert run_script(train_semseg_on_source, *same).code == 0
-    ours, theirs = (read_segmentation_file(only_run(out) / "latest.pth") for out in (tmp_path, tmp_path / "same"))
-    assert all(torch.equal(value, theirs.weights[name]) for name, value in ours.weights.items())
+    assert_same_tensors(only_run(tmp_path) / "latest.pth", whole / "latest.pth")
 
 
-def test_flipped_samples_mirror_image_and_label(world):  # noqa: F811
-    files = list_images(DATA_SETS["gta5"], world / "gta", "--src_data_dir")
-    shared = {
-        "seed": 1, "domain": "source", "scale": 0, "batch_size": 1, "steps_per_epoch": 6, "epoch_length": 6,
-        "resize": (52, 40), "crop": (48, 36), "labels": "read",
-    }  # fmt: skip
-    plain, mirrored = (
-        StreamSamples(files, StreamConfig(**shared, flip=flip), lambda image: [np.array(image)])
-        for flip in (False, True)
-    )
-    flips = [mirrored.is_flipped(position) for position in range(40)]
-    assert 10 < sum(flips) < 30
-    for position in range(6):
-        sample, other = plain[position], mirrored[position]
-        step = -1 if flips[position] else 1
-        np.testing.assert_array_equal(sample.levels[0][:, ::step], other.levels[0])
-        np.testing.assert_array_equal(sample.label[:, ::step], other.label)
+def test_validation_labels_without_a_scored_class_give_no_best_state(world, tmp_path, run_script):
+    root = shutil.copytree(world / "gta", tmp_path / "gta")
+    for k in (5, 6):
+        Image.new("L", (60, 44)).save(root / f"labels/{k:05d}.png")
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path, src_data_dir=root, num_steps=2))
+    assert result.code == 0, result.err
+    assert "hold no pixel of a scored class: no best state" in result.err
+    assert not (only_run(tmp_path) / "best.pth").exists()
+
+
+def test_divergence(world, tmp_path, run_script):
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path, lr_semseg=1e14, num_steps=20))
+    assert result.code == 2
+    assert "training diverged" in result.err
+    assert not (tmp_path / "source.pth").exists()
+    assert all(value.isfinite().all() for value in tensors_of(only_run(tmp_path) / "latest.pth").values())
+
+
+def test_running_out_of_memory_names_the_batch(world, tmp_path, run_script, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(SourceTraining, "step", fail)
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
+    assert result.code == 2
+    assert "memory does not suffice for batch 2 of training; lower --batch_size or --crop_size" in result.err

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from core.cascade import to_pixels
-from core.networks import Generator, NetworkShape, freeze, init_weights
+from core.config import NetworkShape
+from core.networks import Generator, freeze, init_weights
 from core.translate import SUMMED_PIXELS, Translator, forward_tiled, forward_whole, tiles
 from data_handlers.images import PROCST_INPUT
 from utils.errors import UserError

@@ -135,7 +135,16 @@ def group_size() -> int:
 
 def is_restarted() -> bool:
     """Whether torchrun has started this process again after one of the group died."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return _restarts() != "0"
+
+
+def _restarts() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _has_torchrun() -> bool:
+    """Whether torchrun, or `training.launching`, has started this process and watches it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _number(variable: str) -> int:
@@ -145,25 +154,20 @@ def _number(variable: str) -> int:
     return int(value)
 
 
-class LostConnection(Exception):
-    """Another process of the group is gone, and whoever started the group will notice: nothing is to be said here."""
-
-
-class AlreadyReported(UserError):
-    """Bad input that another process of the group reports."""
-
-
 @contextmanager
-def joined() -> Iterator[Rank]:
+def joined(if_lost: str = "") -> Iterator[Rank]:
     """Connect with the other processes, if there are any, for the time of the block; device not yet chosen.
 
     At the end of the block, and at a `Stopped`, on which all agree, processes wait for each other, so that none is
     ended while it writes. Bad input that all of them meet is reported by the one that meets it first.
 
+    Args:
+        if_lost: what to do where the connection to the others is lost, as the end of a message.
+
     Raises:
-        UserError: the variables are incomplete, or the other processes cannot be reached.
-        AlreadyReported: another process reports bad input.
-        LostConnection: another process is gone.
+        UserError: the variables are wrong, or the others cannot be reached or are gone and are not restarted.
+        SystemExit: code 2 where another process reports bad input; code 1 where another process is gone, after which
+            torchrun starts all again.
     """
     if group_size() == 1:
         yield Rank()
@@ -178,14 +182,19 @@ def joined() -> Iterator[Rank]:
         except Stopped:
             rank.barrier()
             raise
-        except UserError as error:
+        except UserError:
             if _is_first(store):
                 raise
-            raise AlreadyReported(str(error)) from None
+            raise SystemExit(2) from None
         except Exception as error:
-            if _is_lost_connection(error):
-                raise LostConnection(str(error)) from None
-            raise
+            if not _is_lost_connection(error):
+                raise
+            if _has_torchrun():
+                raise SystemExit(1) from None
+            raise UserError(
+                "the connection to the other processes was lost: one of them was ended, or its machine cannot be "
+                f"reached; {if_lost}"
+            ) from None
 
 
 @contextmanager
@@ -207,6 +216,8 @@ def _connect(rank: Rank) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank.index, rank.count, timeout=timedelta(minutes=10)))
+        # torchrun's store outlives a restart; gloo would look for those that were connected before it.
+        store = dist.PrefixStore(f"start_{_restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.count, timeout=TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:150]
@@ -233,7 +244,7 @@ def _is_lost_connection(error: Exception) -> bool:
 
 def _end_with_launcher() -> None:
     """Ask this process to stop when torchrun, which started it, has been killed."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _has_torchrun():
         return
     launcher = os.getppid()
 

@@ -249,7 +249,13 @@ class Config:
             UserError: a given flag would change what is computed.
         """
         started = self.flags()
-        wanted = type(self).from_flags({**started, **given})
+        try:
+            wanted = type(self).from_flags({**started, **given})
+        except UserError as error:
+            names = [flag_of(n) for n, value in given.items() if value != started[n] and not self.may_change(n)]
+            raise UserError(
+                f"{', '.join(names)} changes the run's configuration: {error}" if names else error
+            ) from None
         for name, value in wanted.flags().items():
             if value != started[name] and not self.may_change(name):
                 cause = name if name in given else next(iter(sorted(given)))

@@ -1,4 +1,4 @@
-"""The part of a batch that one of several processes computes, so that together they take the step of the whole batch."""
+"""The part of a global batch that one of several processes computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from training.distributed import Rank
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """Samples of a global batch whose other samples other processes compute at the same time.
+    """Some samples of a global batch, whose other samples other processes compute at the same time.
+
+    Together the processes take the step of the global batch, and all of them end with the same weights.
 
     Losses are multiplied by the fraction before the backward pass, so that gradients are summed over the processes, not
     averaged: a synchronised batch norm passes gradients from one process to another, and each must have the weight of

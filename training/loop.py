@@ -16,10 +16,9 @@ from training.progress import Diverged, Progress
 from training.validation import VALIDATIONS, Validator, report
 from utils.errors import UserError
 from utils.files import atomic_write_json
-from utils.loaders import LoaderDied, is_loader_death
 from utils.locks import say
 from utils.seeds import seed_for
-from utils.stopping import Stopped
+from utils.stopping import LoaderDied, Stopped, is_loader_death
 from utils.tensor_files import load_network, weights_fingerprint
 
 CONTINUE, SAVE, STOP = range(3)
@@ -125,6 +124,7 @@ class Loop:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{origin}: the state of the method is incomplete ({error})") from None
         self.step, self.stage_finished = checkpoint.step, checkpoint.stage_finished
+        self.info = {**checkpoint.info, **self.info}
         self.validations, self.skipped = list(checkpoint.validations), list(checkpoint.skipped)
         self.saved = (self.stage, self.step)
 

@@ -31,9 +31,8 @@ from training.validation import Validator
 from utils.devices import default_gpus, training_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder, remove_leftovers
-from utils.loaders import LoaderDied, is_loader_death
 from utils.memory import keep_freed_memory
-from utils.stopping import Stopped, StopRequests
+from utils.stopping import LoaderDied, Stopped, StopRequests, is_loader_death
 
 # Environment variable: the folder of a new run, for the processes that train it together and are started again.
 RUN_DIR = "PROCST_RUN_DIR"
@@ -125,9 +124,11 @@ class _Run:
         self.stack.enter_context(stop)
         with self._naming_stored_flags(continued):
             set_determinism(config.run.deterministic)
-            config = self._with_precision(config)
+            precision = agreed_precision(config.run.precision, self.rank)
+            set_convolution_precision(precision)
+            config = replace(config, run=replace(config.run, precision=precision))
             prepared = self.prepare(config, self.rank, continued)
-            for name in ("checkpoints_dir", "tb_logs_dir"):
+            for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
                 check_folder(Path(getattr(config.run, name)), f"--{name}")
         self._require_one_run(prepared)
         if flags.dry_run:
@@ -149,14 +150,6 @@ class _Run:
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.method_class.task(config)}"
         environment = {} if known else {RUN_DIR: str(parent.absolute() / name)}
         launch(self.script, devices, environment=environment)
-
-    def _with_precision(self, config: Any) -> Any:
-        """The configuration with the precision that `auto` stands for, the same in every process."""
-        self.rank.require_equal({"--precision": config.run.precision})
-        wanted = self.rank.broadcast(resolve_precision(config.run.precision, self.rank.device))
-        precision: Precision = resolve_precision(wanted, self.rank.device)
-        set_convolution_precision(precision)
-        return replace(config, run=replace(config.run, precision=precision))
 
     @contextmanager
     def _naming_stored_flags(self, continued: Continued | None) -> Iterator[None]:
@@ -186,7 +179,7 @@ class _Run:
         folder = continued.origin.parent if continued else folder
         loop = Loop(method=prepared.method, run=prepared.method.config.run, folder=folder)
         if self.rank.is_main:
-            print("\n".join([*prepared.method.describe(), prepared.validation_line]))
+            print("\n".join(filter(None, [*prepared.method.describe(), prepared.validation_line])))
         with out_of_memory_means(lambda: _less_memory(loop)):
             dry_run(loop, continued=continued is not None, with_best=prepared.validator is not None)
 
@@ -213,17 +206,17 @@ class _Run:
             remove_leftovers(folder)
         folder = rank.broadcast(folder)
         run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
-        info = {**(continued.checkpoint.info if continued else {}), "run": folder.name, "run_id": run_id}
+        info = {"run": folder.name, "run_id": run_id}
         loop = Loop(method=method, run=config.run, folder=folder, validator=prepared.validator, info=info, stop=stop)
         if continued:
             loop.restore(continued.checkpoint, continued.origin)
-            if resume_to_epoch:
+            if resume_to_epoch and not is_restarted():
                 loop.move_to_epoch(resume_to_epoch)
         if rank.is_main:
             content = {"method": method.name, "config": config.to_json(), "inputs": method.inputs()}
             where = {"stage": loop.stage, "step": loop.step}
             write_record(folder, content, {**where, **environment(rank.device, rank.count)})
-            print("\n".join([*method.describe(), prepared.validation_line]))
+            print("\n".join(filter(None, [*method.describe(), prepared.validation_line])))
             print(f"run folder: {folder}", flush=True)
         progress = Progress(
             method=method,
@@ -248,6 +241,16 @@ class _Run:
             if best := loop.best():
                 print(f"best state by {prepared.validator.select_by}: {folder / 'best.pth'}, of step {best['step']}")
             print(f"finished; {method.conclusion(folder)}")
+
+
+def agreed_precision(wanted: str, rank: Rank) -> Precision:
+    """What `--precision` stands for: the same in every process, and supported by its device.
+
+    Raises:
+        UserError: the processes were asked for different ones, or this one's device does not support it.
+    """
+    rank.require_equal({"--precision": wanted})
+    return resolve_precision(rank.broadcast(resolve_precision(wanted, rank.device)), rank.device)
 
 
 def _continued(folder: Path | None, method: str) -> Continued | None:

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from data_handlers.domain import Domain
-from data_handlers.stream import DomainBatch
+from data_handlers.domain import Domain, DomainBatch
 from models.losses import cross_entropy
 from models.segmentation import HEAD_RATE, segmentation_optimizer
 from training.checkpoint import load_checkpoint

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from utils.stopping import STOPPED, Stopped
+from utils.stopping import STOPPED, LoaderDied, Stopped, is_loader_death
 from utils.streams import safe_streams
 
 
@@ -38,33 +38,35 @@ def out_of_memory_means(what_to_do: Callable[[], str]) -> Iterator[None]:
 def run_cli(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    `Stopped`, of a run that saved its state when it was asked to stop, becomes one line and exit code 75. A file or
-    folder that the system refuses, where nobody has put it into better words, is a `UserError`, too.
+    `Stopped`, of a run that saved its state when it was asked to stop, and the death of a loader process become one
+    line and exit code 75. A file or folder that the system refuses, where nobody has put it into better words, is a
+    `UserError`, too.
     """
     with safe_streams():
-        _run(main)
-    sys.exit(0)
+        code, line = _run(main)
+        if line:
+            print(line, file=sys.stderr)
+    sys.exit(code)
 
 
-def _run(main: Callable[[], None]) -> None:
+def _run(main: Callable[[], None]) -> tuple[int, str]:
+    """Exit code and last line. The error is gone on return, and with it what `main` held open, as loader processes."""
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        return 2, f"error: {' '.join(str(error).split())}"
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; check the path and its permissions", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
+        return 2, f"error: {error.filename}: {error.strerror}; check the path and its permissions"
+    except (MemoryError, RuntimeError, LoaderDied) as error:
+        if is_loader_death(error):
+            return STOPPED, f"{LoaderDied.because(error)}; run the same command again"
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory; lower the sizes or the batch size", file=sys.stderr)
-        sys.exit(2)
+        return 2, "error: out of memory; lower the sizes or the batch size"
     except Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(STOPPED)
+        return STOPPED, str(stop)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130, "interrupted"
+    return 0, ""

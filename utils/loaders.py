@@ -1,156 +1,152 @@
-"""DataLoaders whose worker processes may die."""
+"""Loading samples in worker processes, in order, such that a worker that dies ends the run in good order.
+
+Exact resume makes a dead worker cheap: the run saves, exits with code 75, and the same command goes on.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
-from types import FrameType
-from typing import TypeVar
+from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
-from utils.locks import say
-from utils.processes import end_loaders
+from utils.stopping import LoaderDied, is_loader_death
 
-RESTARTS = 3
-
-
-class LoaderDied(Exception):
-    """placeholder"""
-
-
-def is_loader_death(error: BaseException) -> bool:
-    return isinstance(error, LoaderDied)
+MOST_SKIPPED = 10  # so many unusable samples one after the other are a fault of the disk, not of the files
+# A batch that a worker could not send is dropped, which only shows in its absence. Five minutes are far longer than a
+# batch takes on a slow, shared disk, and a network disk that stalls is usually back by then.
+TIMEOUT = 300  # seconds
+GRACE = 5.0  # seconds in which workers end by themselves
 
 
-REMINDER = 1.0  # seconds
-Batch = TypeVar("Batch")
+def load_in_order(
+    dataset: Dataset,
+    order: Iterable[Any],
+    *,
+    num_workers: int,
+    collate: Callable[[Sequence[Any]], Any] | None = None,
+    skip_unusable: bool = False,
+    or_else: str = "",
+    pin_memory: bool = False,
+    prefetch: int = 2,
+) -> Iterator[Any]:
+    """Yield the samples of a data set, or batches of them, in the given order. To be used in the main thread.
 
-
-def batches_in_order(loader_at: Callable[[int], DataLoader], what_to_do: str) -> Iterator[Batch]:
-    """The batches of a loader; where a worker process dies, a new loader goes on with the batch that is missing.
+    A data set returns a `UserError` for a sample that cannot be used; raised in a worker, its message would come
+    wrapped in a traceback.
 
     Args:
-        loader_at: makes the loader whose first batch is the k-th of all.
-        what_to_do: end of the message when workers keep dying.
+        order: index of every sample; with `collate`, the indices of every batch.
+        collate: makes a batch of samples, in the worker. It returns a `UserError` where one of them is one.
+        skip_unusable: yield the `UserError`s among the samples, for the caller to note, instead of raising them.
+        or_else: what else there is to do about a sample that cannot be used, as the end of the message.
+        pin_memory: copy tensors to page-locked memory, for asynchronous transfer to a GPU.
+        prefetch: samples or batches that each worker makes ahead.
 
     Raises:
-        UserError: workers cannot be started, or died more than `RESTARTS` times without a batch in between.
+        UserError: a sample cannot be used; with `skip_unusable`, too many one after the other cannot.
+        LoaderDied: a worker died, cannot be started, or has sent nothing for `TIMEOUT` seconds.
     """
-    position, deaths = 0, 0
-    while True:
-        try:
-            for batch in _iterate(loader_at(position), what_to_do):
-                deaths = 0
-                yield batch
-                position += 1
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            if not _means_death(error):
-                raise
-            reason = " ".join(str(error).split()).rstrip(".")
-        deaths += 1
-        if deaths > RESTARTS:
-            raise UserError(
-                f"loader processes keep dying ({reason}); memory or shared memory (/dev/shm) may be short: lower "
-                f"--num_workers; {what_to_do}"
-            )
-        say(f"WARNING: a loader process is gone ({reason}): loading starts again where it was")
+    loader = DataLoader(
+        dataset,
+        **({"sampler": order, "batch_size": None} if collate is None else {"batch_sampler": order}),
+        collate_fn=collate or _as_it_is,
+        num_workers=num_workers,
+        worker_init_fn=_init_worker,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch if num_workers else None,
+        timeout=TIMEOUT if num_workers else 0,
+    )
+    in_a_row = 0
+    for sample in _from_workers(loader) if num_workers else loader:
+        in_a_row = in_a_row + 1 if isinstance(sample, UserError) else 0
+        if in_a_row and not skip_unusable:
+            raise UserError(f"{sample}{or_else}")
+        if in_a_row == MOST_SKIPPED:
+            raise disk_fault(sample)
+        yield sample
 
 
-def _means_death(error: Exception) -> bool:
-    """Whether an error of a loader means that a worker process is gone, in any of the ways that this shows."""
-    text = str(error)
-    if "in DataLoader worker process" in text:
-        return False  # the worker's own error
-    # Tensors are fetched from the worker that made them. On a GPU, the thread that does so may notice first.
-    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
-    return lost or text.startswith("DataLoader worker") or "pin memory thread" in text.lower()
+def disk_fault(error: UserError) -> UserError:
+    """The error of the last of `MOST_SKIPPED` samples one after the other that cannot be used."""
+    return UserError(f"{error}; and so are the {MOST_SKIPPED - 1} files before it: is the disk there?")
 
 
-def _iterate(loader: DataLoader, what_to_do: str) -> Iterator[Batch]:
-    others, ended = set(multiprocessing.active_children()), threading.Event()
+def _as_it_is(sample: Any) -> Any:
+    return sample
+
+
+def _from_workers(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader with worker processes.
+
+    PyTorch's handler of SIGCHLD raises in the main thread when a worker has died, also while it waits for the rest of a
+    batch that the worker was writing.
+    """
+    before = set(multiprocessing.active_children())
     try:
-        iterator = iter(loader)
-        workers = [process for process in multiprocessing.active_children() if process not in others]
-        can_be_interrupted = workers and threading.current_thread() is threading.main_thread()
-        if can_be_interrupted:
-            threading.Thread(target=_remind, args=(workers, ended), daemon=True).start()
+        batches = iter(loader)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "new thread" not in str(error):
-            raise
-        with _silent_deletion():
-            traceback.clear_frames(error.__traceback__)  # what PyTorch half made
-        end_loaders(set(multiprocessing.active_children()) - others)
-        raise UserError(
-            f"loader processes cannot be started ({getattr(error, 'strerror', None) or error}); memory, shared memory "
-            f"(/dev/shm) or the number of processes may be short: lower --num_workers; {what_to_do}"
-        ) from None
-    if not can_be_interrupted:
-        yield from iterator
-        return
-    if getattr(signal.getsignal(signal.SIGCHLD), "__module__", "").startswith("torch.utils.data"):
-        # PyTorch's handler raises wherever this process happens to be, as in the middle of a training step.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    end = object()
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        traceback.clear_frames(error.__traceback__)  # deletes a half-made loader, which fails to end its workers
+        sys.unraisablehook = hook
+        _end(set(multiprocessing.active_children()) - before)
+        reason = getattr(error, "strerror", None) or error
+        raise LoaderDied.because(f"loader processes cannot be started ({reason})") from None
+    workers = set(multiprocessing.active_children()) - before
     try:
-        while True:
-            with _interrupted_by_death_of(workers):
-                batch = next(iterator, end)
-            if batch is end:
-                return
-            yield batch
-    except Exception:
-        end_loaders(workers)  # one that writes what nobody will read would be waited for
+        yield from batches
+    except Exception as error:
+        if reason := _death(error):
+            raise LoaderDied.because(reason) from None
         raise
     finally:
-        ended.set()
+        _end(workers)
 
 
-@contextmanager
-def _silent_deletion() -> Iterator[None]:
-    """Inside the block errors in the deletion of objects are not printed: a half-made loader cannot end itself."""
-    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
+def _death(error: Exception) -> str:
+    """How a worker died or why it is stuck, if that is what an error of the loader means, else ''."""
+    text = str(error)
+    if "in DataLoader worker process" in text:  # the error was raised in the worker, which lives
+        return "a loader process found no shared memory" if "shared memory" in text else ""
+    # Tensors are fetched from the worker that made them: the lost connection may be noticed before its death is.
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "pin memory thread" in text.lower()
+    return text or "a loader process is gone" if lost or is_loader_death(error) else ""
 
 
-def _dead(workers: Sequence[BaseProcess]) -> list[BaseProcess]:
-    return [process for process in workers if process.exitcode not in (None, 0)]
+def _end(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        worker.terminate()  # see `_follow_parent`
+    for worker in workers:
+        worker.join(GRACE)
 
 
-@contextmanager
-def _interrupted_by_death_of(workers: Sequence[BaseProcess]) -> Iterator[None]:
-    """Inside the block, in which batches are waited for, the death of a worker is an error.
+def _init_worker(worker_id: int) -> None:
+    """Make a worker ignore what a scheduler or a terminal sends to the whole process group, and end with its parent.
 
-    A worker that dies while it writes a large batch into its pipe leaves a reader that would wait for the rest forever.
+    The parent needs its workers to finish the step that it is in when it is told to stop.
     """
-
-    def look(number: int, frame: FrameType | None) -> None:
-        for process in _dead(workers):
-            # Here, too: the signal of a second death, in the `finally` below, would leave this handler in place.
-            signal.signal(signal.SIGCHLD, before)
-            raise RuntimeError(f"DataLoader worker {process.pid} ended with exit code {process.exitcode}")
-
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        signal.signal(signal.SIGCHLD, look)
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = multiprocessing.parent_process().pid
+    threading.Thread(target=_follow_parent, args=(parent,), daemon=True).start()
 
 
-def _remind(workers: Sequence[BaseProcess], ended: threading.Event) -> None:
-    """Send the signal of a death again and again: it may have come just before the reader began to wait."""
-    while not ended.wait(REMINDER):
-        if _dead(workers):
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGCHLD)
+def _follow_parent(parent: int) -> None:
+    """End this process, whatever its main thread is at, when the parent sends SIGTERM or is gone.
+
+    PyTorch's own check misses the end of the parent where the worker waits for room in its pipe.
+    """
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and received.si_pid == parent:
+            os._exit(0)  # PyTorch takes any other exit code for an accident
+    os._exit(1)

@@ -24,6 +24,32 @@ class Stopped(BaseException):
     """
 
 
+class LoaderDied(Exception):
+    """A process that loads images died or is stuck, by no fault of the input: exit code `STOPPED`.
+
+    A training saves its state first; the same command goes on. The message is one line without that advice.
+    """
+
+    @classmethod
+    def because(cls, reason: str | Exception) -> LoaderDied:
+        """In words of ours, with what to do about it."""
+        if isinstance(reason, cls):
+            return reason
+        first_sentence = " ".join(str(reason).split()).partition(". ")[0].rstrip(".")
+        return cls(f"{first_sentence}: memory or shared memory (/dev/shm) may be short, lower --num_workers")
+
+
+def is_loader_death(error: BaseException) -> bool:
+    """Whether an error means that a loader process is gone.
+
+    While loaders work, PyTorch's handler of SIGCHLD raises such a `RuntimeError` in the main thread wherever that is,
+    as in the middle of a training step.
+    """
+    return isinstance(error, LoaderDied) or (
+        isinstance(error, RuntimeError) and str(error).startswith(("DataLoader worker (pid", "DataLoader timed out"))
+    )
+
+
 class StopRequests:
     """Inside the block the first stop signal is remembered, and a second one ends the process with 128 + its number.
 

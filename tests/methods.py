@@ -1,0 +1,203 @@
+"""Every method of training in a tiny setting, for the contract that `test_methods.py` holds them to.
+
+A new method joins with an entry in `CASES`: its configuration, what checks its input, and a few flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from core.config import ProCSTConfig
+from core.preparation import prepare as prepare_procst
+from models.segmentation import build_segmentation_net
+from models.shapes import SegmentationShape
+from training.checkpoint import Checkpoint
+from training.distributed import Rank
+from training.loop import Loop
+from training.progress import Progress
+from uda.config import SourceTrainingConfig
+from uda.preparation import prepare_source
+from utils.seeds import seed_for
+from worlds import write_cityscapes, write_gta5
+
+SOURCE_NET = "source_net.pth"
+
+
+def write_world(root: Path) -> Path:
+    """Labelled source images, target images with a labelled val split, and a segmentation net for the source."""
+    write_gta5(root / "gta", count=7, size=(40, 32))
+    write_cityscapes(root / "cityscapes", count=5, size=(40, 32), labels=False)
+    write_cityscapes(root / "cityscapes", count=2, size=(40, 32), seed=300, split="val")
+    shape = SegmentationShape("UNet", "none")
+    torch.manual_seed(5)
+    Checkpoint(
+        method="source", config={}, stage=0, step=1, stage_finished=True,
+        modules={"net": build_segmentation_net(shape).state_dict()},
+        segmentation={"module": "net", "shape": vars(shape)},
+    ).save(root / SOURCE_NET)  # fmt: skip
+    return root
+
+
+# Label id -> colour of three classes that a few steps tell apart.
+COLOURS = {7: (90, 90, 100), 11: (60, 120, 70), 26: (150, 60, 60)}
+
+
+def write_learnable_world(root: Path, seed: int) -> Path:
+    """Labelled source images of three classes with a colour each, and target images in a strong orange light."""
+    rng = np.random.default_rng(seed)
+    source = root / "gta"
+    target = root / "cityscapes" / "leftImg8bit" / "train" / "town"
+    for folder in (source / "images", source / "labels", target):
+        folder.mkdir(parents=True)
+    for k in range(14):
+        pixels, ids = _scene(rng)
+        Image.fromarray(pixels).save(source / "images" / f"{k:05d}.png")
+        Image.fromarray(ids).save(source / "labels" / f"{k:05d}.png")
+    for k in range(8):
+        light = 255 - (255 - _scene(rng)[0]) * np.array([0.3, 0.6, 0.9])
+        Image.fromarray(light.astype(np.uint8)).save(target / f"town_{k:06d}_000019_leftImg8bit.png")
+    return root
+
+
+def _scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (32,48,3) and label ids (32,48): two areas and a box, with noise."""
+    ids = np.full((32, 48), 7, dtype=np.uint8)
+    ids[: rng.integers(10, 18)] = 11
+    x, y = rng.integers(0, 32), rng.integers(8, 16)
+    ids[y : y + 10, x : x + 16] = 26
+    pixels = rng.normal(0.0, 20.0, (32, 48, 3))
+    for value, colour in COLOURS.items():
+        pixels[ids == value] += colour
+    return pixels.clip(0, 255).astype(np.uint8), ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A method in a setting.
+
+    Attributes:
+        flags: of its command line, by name; `{world}` in a value is the folder of `write_world`.
+        change: is given the method before it is trained.
+        has_dropout: several processes do not draw what one process draws.
+        learning: flags with which it learns in the world of `write_learnable_world` in a few steps; empty if that is
+            not tested in this setting.
+        stops: (stage, step) after which a run is stopped: within a stage, at the end of one, before a validation.
+    """
+
+    config: Any
+    prepare: Callable[..., Any]
+    flags: Mapping[str, Any]
+    stops: tuple[tuple[int, int], ...]
+    change: Callable[[Any], None] = lambda method: None
+    has_dropout: bool = False
+    learning: Mapping[str, Any] = field(default_factory=dict)
+
+    def prepared(self, world: Path, rank: Rank | None = None, **changes: Any) -> Any:
+        """The method with its validator."""
+        flags = {
+            name: value.format(world=world) if isinstance(value, str) else value
+            for name, value in {**COMMON, **self.flags, **changes}.items()
+        }
+        prepared = self.prepare(self.config.from_flags(flags), rank or Rank(), None)
+        self.change(prepared.method)
+        return prepared
+
+
+def command_line(case: str, world: Path, **changes: Any) -> list[str]:
+    """The case as flags of its script; a change to None leaves a flag out."""
+    words = []
+    for name, value in {**COMMON, **CASES[case].flags, **changes}.items():
+        if value is not None:
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            words += [f"--{name}", *(str(v).format(world=world) for v in values)]
+    return words
+
+
+def loop_of(prepared: Any, folder: Path, validates: bool = True) -> Loop:
+    """The loop that trains a prepared method in a folder."""
+    validator = prepared.validator if validates else None
+    return Loop(method=prepared.method, run=prepared.method.config.run, folder=folder, validator=validator)
+
+
+def run_quietly(loop: Loop) -> None:
+    """Train to the end, or until the loop is stopped."""
+    progress = Progress(
+        method=loop.method, done=(loop.stage, loop.step), folder=None, log_dir=None, print_rate=2, quiet=True
+    )
+    try:
+        loop.run(progress)
+    finally:
+        progress.close()
+
+
+def steps_of(method: Any, stage: int, count: int) -> Any:
+    """Begin a stage and yield (step, batch) of its first steps; the caller takes the steps."""
+    method.begin_stage(stage, resumed=False)
+    for step, batch in enumerate(method.batches(stage, range(count))):
+        torch.manual_seed(seed_for(method.config.run.manual_seed, 4, stage, step))
+        yield step, batch
+
+
+def _with_dropout(method: Any) -> None:
+    head = method.net.head
+    head.classify = nn.Sequential(nn.Dropout(0.2), head.classify)
+
+
+def _with_batch_norm(method: Any) -> None:
+    for parent in list(method.net.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, nn.GroupNorm):
+                setattr(parent, name, nn.BatchNorm2d(norm.num_channels))
+
+
+COMMON = {
+    "gpus": ("cpu",), "src_data_dir": "{world}/gta", "src_resize": (40, 32), "crop_size": (24, 20), "num_workers": 0,
+    "precision": "fp32", "resample": "exact",
+}  # fmt: skip
+PROCST = {
+    "trg_data_dir": "{world}/cityscapes", "trg_resize": (40, 32), "num_scales": 1, "base_channels_list": (8,),
+    "batch_size_list": (3, 2), "steps_per_scale": (3, 4), "vgg_weights": "random", "content_layers": (6,),
+    "style_layers": (3, 6), "lr_g": 1e-3, "lr_d": 1e-3,
+}  # fmt: skip
+SOURCE = {
+    "num_steps": 6, "batch_size": 3, "val_count": 2, "validation_rate": 2, "output": "", "model": "UNet",
+    "lr_semseg": 1e-2,
+}  # fmt: skip
+LABELS = {"model": "UNet", "semseg_weights": f"{{world}}/{SOURCE_NET}", "lr_semseg": 1e-3, "validation_rate": 2}
+
+
+def procst(learning: Mapping[str, Any] | None = None, **flags: Any) -> Case:
+    """ProCST of two scales."""
+    return Case(
+        config=ProCSTConfig, prepare=prepare_procst, flags={**PROCST, **flags}, learning=learning or {},
+        stops=((0, 1), (0, 3), (1, 2)),
+    )  # fmt: skip
+
+
+def source(stops: tuple[tuple[int, int], ...] = ((0, 1), (0, 4)), **more: Any) -> Case:
+    """Training on source."""
+    return Case(config=SourceTrainingConfig, prepare=prepare_source, flags=SOURCE, stops=stops, **more)
+
+
+LEARNABLE = {"src_resize": (48, 32), "crop_size": (48, 32)}
+CASES = {
+    "procst-group": procst(no_semseg=True, norm=("group",), learning={
+        **LEARNABLE, "crop_size": (32, 24), "trg_resize": (48, 32), "num_scales": 0, "batch_size_list": (2,),
+        "steps_per_scale": (16,), "lr_g": 2e-3, "lr_d": 2e-3,
+    }),
+    "procst-batch": procst(no_semseg=True, norm=("batch",)),
+    "procst-labels": procst(norm=("group",), **LABELS),
+    "source-unet": source(learning={
+        **LEARNABLE, "num_steps": 15, "batch_size": 4, "val_count": 4, "validation_rate": 15, "lr_semseg": 2e-2,
+    }),
+    "source-dropout": source(change=_with_dropout, has_dropout=True, stops=((0, 3), (0, 6))),
+    "source-batchnorm": source(change=_with_batch_norm),
+}  # fmt: skip
