@@ -50,8 +50,17 @@ def assert_same_pixels(ours, theirs):
         np.testing.assert_array_equal(ours[name], pixels, name)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Sums depend on the number of threads by rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def whole(finished_run, tmp_path_factory):
+def whole(_one_thread, finished_run, tmp_path_factory):
     """The pixels of an export in one piece."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -192,7 +201,7 @@ def background(tmp_path):
             process = subprocess.Popen(
                 [sys.executable, *map(str, command)],
                 cwd=Path(__file__).parents[1],
-                env={**os.environ, "PYTHONPATH": "."},
+                env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
