@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data_handlers.choices import Resample
 from data_handlers.datasets import DataSet
 from data_handlers.images import check_label_header, image_size, read_label, read_resized, resize_label
-from data_handlers.lists import FileList
+from data_handlers.lists import FileList, label_path
 from utils.errors import UserError
 from utils.files import atomic_write_json, make_folder
 from utils.loaders import load_in_order
@@ -165,7 +165,7 @@ class _Part(Dataset):
         for image in files.images:
             paths = [f"{root}/{image}"]  # text: for a million files, path objects take longer than the disk's answers
             if self.kind == "labels":  # a label is checked against its image's size, so it depends on both files
-                paths.append(f"{label_root}/{files.label_of(image)}")
+                paths.append(f"{label_root}/{label_path(data_set, image)}")
             for path in paths:
                 try:
                     status = os.stat(path)
