@@ -46,13 +46,10 @@ class LabelledImage:
     label: Tensor | None
 
 
+@dataclass(frozen=True)
 class _Files(Dataset):
-    def __init__(self, files: FileList, with_labels: bool) -> None:
-        self.files = files
-        self.with_labels = with_labels
-
-    def __len__(self) -> int:
-        return len(self.files)
+    files: FileList
+    with_labels: bool
 
     def __getitem__(self, index: int) -> tuple[str, np.ndarray, np.ndarray | None] | UserError:
         name = self.files.images[index]
