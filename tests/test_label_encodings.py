@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from core.segmentation_files import SegmentationFile
 from PIL import Image
+from test_bad_input import check_refusal, tree
 
 import evaluate as evaluate_script
 import train_procst
@@ -17,7 +18,6 @@ from data_handlers.images import read_label
 from data_handlers.labelled import CHECKED_LABELS, check_samples
 from data_handlers.lists import list_images
 from models.segmentation import SegmentationShape, build_segmentation_net
-from test_bad_input import check_refusal, tree
 from test_label_training import label_flags
 from utils.errors import UserError
 from worlds import index_label, write_cityscapes, write_gta5, write_png16, write_synthia
