@@ -242,7 +242,7 @@ def test_the_death_of_a_loader_ends_the_export(finished_run, whole, tmp_path, ru
     monkeypatch.setattr(SourceImages, "__getitem__", die_at_third)
     result = run_script(create_sit_dataset, *export_flags(finished_run, tmp_path / "sit", num_workers=1))
     assert result.code == 75
-    assert "loader process" in result.err
+    assert "DataLoader worker" in result.err
     assert result.err.strip().splitlines()[-1].endswith("go on with --skip_created_files")
     monkeypatch.undo()
     assert_same_pixels(export(run_script, finished_run, tmp_path / "sit", skip_created_files=()), whole)
