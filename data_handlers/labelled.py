@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_handlers.choices import LabelUse
 from data_handlers.classes import CITYSCAPES_IDS, IGNORE
 from data_handlers.images import (
     check_label_header,
@@ -20,7 +21,6 @@ from data_handlers.images import (
     read_label_values,
 )
 from data_handlers.lists import FileList
-from data_handlers.choices import LabelUse
 from utils.errors import UserError
 from utils.loaders import load_in_order
 from utils.locks import say
