@@ -9,7 +9,6 @@ compression. Generators of the published shape with seeded random weights; gener
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import tempfile
@@ -24,18 +23,18 @@ from PIL import Image
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.flags import OneLineParser, parse_flags
-
 from benchmarks.pictures import picture, write_gta5
 from core.cascade import to_pixels, translate_pyramid
+from core.command_flags import ExportFlags
 from core.config import NetworkShape, layers_at_scale
-from core.export import ExportConfig, translate_images
+from core.export import translate_images
 from core.networks import Generator, freeze, init_weights
 from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import FileList, list_images
 from data_handlers.pyramid import image_pyramid
+from training.flags import Parser
 from training.precision import computes_in_bf16, set_convolution_precision
 from utils.devices import cpus_per_device, default_workers, resolve_device
 from utils.errors import run_cli
@@ -84,16 +83,16 @@ def codec_rates(size: tuple[int, int]) -> tuple[float, float]:
 
 def main() -> None:
     """Command line entry."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--gpus", nargs=1, required=True, metavar="GPU", help="index of the CUDA device, or cpu")
+    add("--gpus", nargs=1, default=(), metavar="GPU", help="index of the CUDA device, or cpu")
     add("--size", type=int, nargs=2, default=(1914, 1052), metavar=("W", "H"), help="of the images (default: GTA5's)")
     add("--count", type=int, default=64, help="images (default: %(default)s)")
     add("--channels", type=int, default=64, help="width of the generators (default: %(default)s)")
     add("--trained_procst_path", default="", metavar="PATH",
         help="a run folder: differences between precisions mean something only with trained generators")  # fmt: skip
     add("--batch_size", type=int, default=4, help="images translated at once (default: %(default)s)")
-    flags, _ = parse_flags(parser)
+    flags = parser.parse_args()
     device = resolve_device(flags.gpus)
     generators = generators_of(flags.channels)
     if flags.trained_procst_path:
@@ -114,9 +113,14 @@ def main() -> None:
                 if way == "literal":
                     literal_export(generators, device, files, some, out)
                 else:
-                    encoders = min(16, cpus_per_device([device]))
-                    config = ExportConfig(0.5, flags.batch_size, default_workers([device]), encoders, 1, way)
-                    translate_images(generators, device, files, some, out, config, quiet=True)
+                    settings = ExportFlags(
+                        scale_factor=0.5, batch_size=flags.batch_size, precision=way,
+                        num_workers=default_workers([device]), encoders=min(16, cpus_per_device([device])),
+                    )  # fmt: skip
+                    translate_images(
+                        generators=generators, device=device, files=files, outputs=some, root=out, flags=settings,
+                        title="",
+                    )  # fmt: skip
                 rates[way] = len(some) / (time.perf_counter() - started)
         print("| export | images/s | speed-up | values that differ | by more than 1 | largest |")
         print("| --- | --- | --- | --- | --- | --- |")

@@ -9,7 +9,6 @@ row fails.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import random
@@ -17,18 +16,19 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.checkpoint import LATEST, PREVIOUS, load_checkpoint, read_newest
-from utils.flags import OneLineParser, parse_flags
+from torch import Tensor
 
 from benchmarks.pictures import write_gta5
 from benchmarks.victims import Victim
+from training.checkpoint import LATEST, PREVIOUS, has_checkpoint, read_newest
+from training.flags import Parser
 from utils.errors import UserError, run_cli
 from utils.files import TEMPORARY
 from utils.stopping import STOP_SIGNALS, STOPPED
@@ -123,22 +123,21 @@ class Campaign:
             raise UserError(f"{victim}: ended with {found} instead of {code}: {victim.last_line()}")
 
     def state(self, run: str) -> tuple[int, int]:
-        """(scale, step) of the newest checkpoint that is whole; (-1, 0) before there is one.
+        """(stage, step) of the newest checkpoint that is whole; (-1, 0) before there is one.
 
         Raises:
             UserError: there are checkpoints, and none is whole.
         """
-        folder = self.work / run
-        if not (folder / LATEST).exists() and not (folder / PREVIOUS).exists():
+        if not has_checkpoint(self.work / run):
             return -1, 0
-        checkpoint, _ = read_newest(folder, load_checkpoint)
-        return checkpoint.scale, checkpoint.step
+        checkpoint, _ = read_newest(self.work / run)
+        return checkpoint.stage, checkpoint.step
 
     def hash_of_run(self, run: str) -> str:
         """SHA-256 of all weights and optimiser states of the newest checkpoint."""
-        checkpoint, _ = read_newest(self.work / run, load_checkpoint)
+        checkpoint, _ = read_newest(self.work / run)
         digest = hashlib.sha256()
-        for name, tensor in sorted(checkpoint.tensors()):
+        for name, tensor in _tensors({"modules": checkpoint.modules, "optimizers": checkpoint.optimizers}):
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -341,6 +340,15 @@ class Campaign:
         ]  # fmt: skip
 
 
+def _tensors(value: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dicts, in their order, and where it stands."""
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _tensors(inner, f"{place} {key}")
+
+
 def run_campaign(work: Path, kills: int, steps: int, images: int, seed: int) -> list[Row]:
     """Inject all faults, print the table, and return its rows."""
     campaign = Campaign(work, kills, steps, images, seed)
@@ -356,13 +364,13 @@ def run_campaign(work: Path, kills: int, steps: int, images: int, seed: int) -> 
 
 def main() -> None:
     """Command line entry."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--kills", type=int, default=20, help="of each of training, cache building and export (default: %(default)s)")
     add("--steps", type=int, default=25, help="of each of two scales (default: %(default)s)")
     add("--images", type=int, default=60, help="of each domain (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    flags, _ = parse_flags(parser)
+    flags = parser.parse_args()
     if min(flags.kills, flags.steps - 4, flags.images) < 1:
         raise UserError("--kills and --images must be at least 1, and --steps at least 5")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny pictures

@@ -9,7 +9,6 @@ cache.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -33,8 +32,8 @@ from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images
 from data_handlers.pyramid import array_pyramid, image_pyramid
 from data_handlers.stream import StreamConfig, open_stream
+from training.flags import Parser
 from utils.errors import run_cli
-from utils.flags import OneLineParser, parse_flags
 
 PREFETCHED = 4  # batches that a worker has ready
 ENDLESS = 10**6
@@ -94,10 +93,10 @@ def images_per_second(batches: Iterator[object], seconds: float) -> float:
 
 def main() -> None:
     """Command line entry."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="time of every row (default: %(default)s)")
     parser.add_argument("--files", type=int, default=12, help="files they come from (default: %(default)s)")
-    flags, _ = parse_flags(parser)
+    flags = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = write_gta5(Path(folder) / "gta", flags.files, NATIVE)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from core.label_networks import build_label_networks
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from core.config import ProCSTConfig
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets
-from utils.sizes import level_size
-from models.segmentation import build_segmentation_net
+from models.segmentation import build_segmentation_net, segmentation_optimizer
 from models.vgg import VGGFeatures, build_vgg
 from training.precision import channels_last
+from utils.sizes import level_size
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ def build_setting(config: ProCSTConfig, scale: int, device: torch.device, fused:
         name: Adam(net.parameters(), lr=optim.lr_g, betas=(optim.beta1, 0.999), fused=fused or None)
         for name, net in trained.items()
     }
-    perceptual = _placed(build_vgg(config.run.vgg_weights, config.loss.perceptual_layers), device)
+    perceptual = _placed(build_vgg(config.loss.vgg_weights, config.loss.perceptual_layers), device)
     segmentation = None
-    if not config.run.no_semseg and scale == config.network.num_scales:
-        segmentation = build_label_networks(
-            config.semseg, freeze(build_segmentation_net(config.semseg.shape())), seed=0, pretrained=False
-        )
-        _placed(segmentation.seg_source, device)
-        _placed(segmentation.seg_sit, device)
+    if not config.labels.no_semseg and scale == config.network.num_scales:
+        torch.manual_seed(0)
+        seg_source = _placed(freeze(build_segmentation_net(config.net.shape())), device)
+        seg_sit = _placed(build_segmentation_net(config.net.shape()), device)
+        optimizer = segmentation_optimizer(seg_sit, **vars(config.sgd))
+        segmentation = SegmentationNets(seg_source, seg_sit, optimizer)
     if fused:
         for network in (perceptual, *([segmentation.seg_source, segmentation.seg_sit] if segmentation else [])):
             channels_last(network)
@@ -78,16 +77,16 @@ def random_batch(config: ProCSTConfig, scale: int, device: torch.device, with_la
     last = config.network.num_scales
 
     def level(k: int) -> Tensor:
-        width, height = level_size(config.data.crop_size, last - k, config.network.scale_factor)
+        width, height = level_size(config.source.crop_size, last - k, config.network.scale_factor)
         coarse = torch.rand(size, 3, max(height // 4, 1), max(width // 4, 1), generator=generator)
         image = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
         return (2.0 * image - 1.0).to(device)
 
-    width, height = config.data.crop_size
+    width, height = config.source.crop_size
     label = None
     if with_label:
         shape = (size, height, width)
-        label = torch.randint(0, config.semseg.num_classes, shape, generator=generator, dtype=torch.uint8).to(device)
+        label = torch.randint(0, config.net.num_classes, shape, generator=generator, dtype=torch.uint8).to(device)
     return Batch(
         source=[level(k) for k in range(scale + 1)],
         target=[level(k) for k in range(scale + 1)],

@@ -11,7 +11,6 @@ follows the tensors of one step at the given sizes and prints how many bytes are
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -27,8 +26,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.command_line import build_parser, config_from_flags
-from utils.flags import parse_flags
 
 from benchmarks.literal_step import collect_gradients, literal_step
 from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
@@ -42,8 +39,9 @@ from core.step import Batch, Run, training_step
 from data_handlers.cache import ImageCache
 from data_handlers.lists import FileList
 from models.resnet import recompute_blocks
+from training.flags import build_parser, option, parse, section_from
 from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
-from utils.devices import resolve_device
+from utils.devices import default_gpus, resolve_device
 from utils.errors import run_cli
 from utils.memory import keep_freed_memory
 
@@ -105,13 +103,14 @@ def with_autograd_penalty(run: Run) -> Run:
     return run_without_flag
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that the training script does not have."""
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--rounds", type=int, default=5, help="timed steps of each variant (default: %(default)s)")
-    group.add_argument("--scales", type=int, nargs="+", default=None, help="scales to time (default: all)")
-    group.add_argument("--penalty", action="store_true", help="only the gradient penalty, with and without own code")
-    group.add_argument("--memory", action="store_true", help="no timing: bytes alive at once and work, on any machine")
+@dataclass(frozen=True)
+class BenchmarkFlags:
+    """What is measured."""
+
+    rounds: int = option(5, "timed steps of every variant; the fastest counts")
+    scales: tuple[int, ...] = option((), "scales to measure (default: all)", type=int, nargs="+")
+    memory: bool = option(False, "count bytes and work of a step instead of timing it")
+    penalty: bool = option(False, "time the gradient penalty alone, with core/double_backward.py and without it")
 
 
 def variants(device: torch.device) -> list[Variant]:
@@ -195,16 +194,15 @@ def time_scale(
 
 def main() -> None:
     """Command line entry."""
-    parser = build_parser(__doc__)
-    parser.set_defaults(vgg_weights="random", no_pretrained_backbone=True)
-    add_flags(parser)
-    flags, given = parse_flags(parser)
-    config = config_from_flags(flags, given)
-    device = resolve_device(config.run.gpus.split())
+    groups = {"benchmark": [BenchmarkFlags], **ProCSTConfig.groups}
+    given = parse(build_parser(__doc__, groups))
+    flags = section_from(BenchmarkFlags, given)
+    config = ProCSTConfig.from_flags({"vgg_weights": "random", "no_pretrained_backbone": True, **given})
+    device = resolve_device(config.run.gpus or default_gpus())
     torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         keep_freed_memory()  # for the literal step, too: its time is in the same process
-    scales = flags.scales or list(range(config.network.num_scales + 1))
+    scales = list(flags.scales) or list(range(config.network.num_scales + 1))
     if flags.memory:
         print_memory(config, scales)
         return

@@ -17,6 +17,7 @@ import train_procst
 from utils.errors import run_cli
 
 SCRIPTS = {"train_procst": train_procst.main, "create_sit_dataset": create_sit_dataset.main}
+PRELOADED = ["core.export", "core.preparation", "training.run"]  # what the scripts import in `main`
 _NUMBER = count()
 
 
@@ -35,7 +36,7 @@ class Victim:
         self.log = logs / f"{next(_NUMBER):04d}_{script}.log"
         # Forked from a process that has imported everything and computed nothing.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(SCRIPTS))
+        context.set_forkserver_preload([*SCRIPTS, *PRELOADED])
         self.process = context.Process(target=_run, args=(script, [str(f) for f in flags], self.log, file_size))
         self.process.start()
 

@@ -114,7 +114,6 @@ class NetworkConfig:
         )
         for norm in self.norm:
             check(norm in ("batch", "group"), f"--norm {norm}: must be one of auto, batch, group")
-        check(len(self.norm) == self.num_scales + 1, f"--norm: {len(self.norm)} for {self.num_scales + 1} scales")
 
     def shape(self, scale: int) -> NetworkShape:
         """Shape of the networks of `scale`."""
@@ -285,6 +284,7 @@ class ProCSTConfig(Config):
     def __post_init__(self) -> None:
         scales, crop = self.network.num_scales, self.source.crop_size
         require_one_per_scale("batch_size_list", self.schedule.batch_size_list, scales)
+        check(len(self.network.norm) == scales + 1, f"--norm: {len(self.network.norm)} values for {scales + 1} scales")
         if self.schedule.steps_per_scale:
             require_one_per_scale("steps_per_scale", self.schedule.steps_per_scale, scales)
         check_crop_fits(crop, "trg_resize", self.target.trg_resize)

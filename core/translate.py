@@ -1,12 +1,12 @@
-"""Translating whole images of any size with a trained cascade (method: specification section 1, last scale's output).
+"""Translating whole images of any size with a trained cascade (`docs/method.md`, section 2).
 
-A generator is run on the whole image where that fits into memory, and otherwise on overlapping tiles. Group norm looks
-at the whole image, so tiles alone would each get their own brightness and seams would show. The tiled path therefore
-first measures every group norm's mean and variance over all tiles, layer by layer, and then normalises each tile with
-those: the result is that of the whole image up to float32 rounding.
+A generator runs on the whole image where that fits into memory, and otherwise on overlapping tiles. Group norm takes
+its mean and variance over the whole image; tiles normalised by their own would differ in brightness, and seams would
+show. The tiled path therefore measures mean and variance of every group norm over all tiles first, layer by layer. Its
+result is that of the whole image up to float32 rounding.
 
-A CPU runs whole images in float32 in the same way, with the image as the only tile: its convolutions are fastest with
-images channels last, where PyTorch's own group norm sums so inexactly that it shows from half a megapixel on.
+On a CPU convolutions are fastest with images channels last. PyTorch's group norm sums such images so inexactly that it
+shows from half a megapixel on, so whole images in float32 use the sums of the tiled path, too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from utils.memory import available_memory
 
 log = logging.getLogger(__name__)
 
-# Copies of the widest feature map that are alive at once inside a block, workspace of the convolution included.
+# Copies of the widest feature map that exist at once inside a block, workspace of the convolution included.
 FEATURE_COPIES = 5
-# Pixels that are summed at once: on a CPU few enough for its caches, and for float32 to be off by some 1e-6 at most.
+# Pixels summed at once: few enough for a CPU's caches, and for float32 sums to be off by some 1e-6 at most.
 SUMMED_PIXELS = {"cpu": 2**12, "cuda": 2**18}
 SUMMED_IN = {"cpu": torch.float32, "cuda": torch.float64}
 
@@ -66,8 +66,7 @@ class Tile:
 def tiles(height: int, width: int, halo: int, max_pixels: int) -> Iterator[Tile]:
     """Cover (height, width) with tiles of at most about `max_pixels` pixels each, halo included.
 
-    The halo is cut off at the image's border, where the convolutions' zero padding then does what it does for the
-    whole image.
+    There is no halo at the image's border, where the convolutions' zero padding acts as it does for the whole image.
     """
     side = max(math.isqrt(max(max_pixels, MIN_TILE_PIXELS)) - 2 * halo, 16)
 
@@ -100,8 +99,8 @@ def _group_sums(x: Tensor, groups: int) -> Tensor:
     for band in _bands(x):
         pixels = band.permute(0, 2, 3, 1).flatten(1, 2).to(SUMMED_IN[x.device.type])
         count = pixels.shape[1]
-        ones = torch.ones_like(pixels[:, :, :1]).mT  # on a CPU a product with it takes half as long as a sum
-        # About a value near the mean, so that nothing cancels out where the contrast is low.
+        ones = torch.ones_like(pixels[:, :, :1]).mT  # on a CPU a product with ones takes half as long as a sum
+        # Deviations from a value near the mean are squared: squares of the values would cancel at low contrast.
         near = ones @ pixels / count
         apart = pixels - near
         mean = near.double() + (ones @ apart).double() / count
@@ -111,7 +110,7 @@ def _group_sums(x: Tensor, groups: int) -> Tensor:
 
 
 def _affine(norm: nn.GroupNorm, sums: Tensor, pixels: int) -> Affine:
-    """The norm of an image of so many pixels whose `_group_sums` these are."""
+    """The group norm of an image of `pixels` pixels with these `_group_sums`."""
     spread = norm.num_channels // norm.num_groups
     mean, mean_square = sums / (pixels * spread)
     inverse_std = ((mean_square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
@@ -136,7 +135,7 @@ def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, m
     """The generator's output (B,3,h,w) for a whole image, computed on tiles of at most `max_pixels` pixels.
 
     The generator must be in eval mode. With group norm the layers below each norm are computed once more for its
-    statistics, so this takes about half as many times longer as there are layers; memory is what it saves.
+    statistics: with L layers, this takes about L/2 times as long as the whole image, and saves memory.
     """
     x = generator.join_inputs(image, coarser)
     blocks = generator.blocks()
@@ -155,10 +154,9 @@ def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, m
 
 @torch.no_grad()
 def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
-    """The generator's output (B,3,h,w) for a whole image that lies channels last.
+    """The generator's output (B,3,h,w) for a whole image that is channels last; the generator must be in eval mode.
 
-    Its group norms are off by some 1e-6 of their deviation, PyTorch's of channels-last images by far more. The
-    generator must be in eval mode.
+    Its group norms are off by some 1e-6 of their deviation, PyTorch's of channels-last images by far more.
     """
     x = generator.join_inputs(image, coarser)
     for block in generator.blocks():
@@ -166,8 +164,7 @@ def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -
             x = block(x)
             continue
         norm = _affine(block.norm, _group_sums(x, block.norm.num_groups), x.shape[-2] * x.shape[-1])
-        # In place, but not in what was handed in.
-        x = x.clone() if x is image else x
+        x = x.clone() if x is image else x  # the norm is computed in place, and not in the argument
         for band in _bands(x):
             block.actvn(torch.addcmul(norm.shift, band, norm.scale, out=band))
         x = block.conv(x)
@@ -208,7 +205,7 @@ class Translator:
         return available_memory(self.device) // 2 // (4 * widest * FEATURE_COPIES * batch)
 
     def _require_sizes(self, levels: Sequence[Tensor]) -> None:
-        """One channel of one pixel is a group of a single value, whose deviation is none; PyTorch refuses it, too."""
+        """Refuse single pixels with single-channel groups: a single value has no deviation to be divided by."""
         for generator, level in zip(self.generators, levels, strict=True):
             norms = [block.norm for block in generator.blocks() if isinstance(block.norm, nn.GroupNorm)]
             if level.shape[1:3].numel() == 1 and any(norm.num_groups == norm.num_channels for norm in norms):

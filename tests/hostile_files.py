@@ -40,6 +40,11 @@ def write_archive(path, content, compression=zipfile.ZIP_STORED):
             archive.writestr(name, data)
 
 
+def write_pickle(path, payload):
+    """Write a file of `torch.save` with this pickle and no tensors."""
+    write_archive(path, [("archive/data.pkl", payload), ("archive/version", "3")])
+
+
 def flip_a_bit(path):
     """In the middle of the largest record, where only a checksum can tell."""
     data = bytearray(path.read_bytes())
@@ -62,7 +67,7 @@ def text(path):
 
 
 def execute(path):
-    write_archive(path, [("archive/data.pkl", pickle.dumps({"w": Command()}, protocol=2)), ("archive/version", "3")])
+    write_pickle(path, pickle.dumps({"w": Command()}, protocol=2))
 
 
 def execute_without_archive(path):

@@ -6,6 +6,10 @@ import hashlib
 import os
 import stat
 
+import pytest
+
+from utils.errors import UserError
+
 
 def tree(root):
     """Everything below a folder: kind, permissions, time of the last change, and what a file holds or a link names."""
@@ -37,3 +41,11 @@ def check_refusal(result, *parts):
     assert "Traceback" not in result.err
     for part in parts:
         assert str(part) in lines[0], lines[0]
+
+
+def check_refused(call, *parts):
+    """The call must raise one line that holds all parts."""
+    with pytest.raises(UserError) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)
+    assert all(str(part) in str(refusal.value) for part in parts), str(refusal.value)

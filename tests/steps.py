@@ -16,7 +16,7 @@ from core.cascade import to_unit_range
 from core.config import LossConfig, NetworkShape, layers_at_scale, published_norm
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets, training_step
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import image_pyramid
 from models.segmentation import HEAD_RATE, parameter_groups
 from models.vgg import VGG16_CONVS, VGGFeatures, vgg_from_state_dict
@@ -182,7 +182,7 @@ class GoldenStep(RecordedStep):
             image = Image.fromarray(self.data[f"{self.prefix}{domain}_rgb_{b}"])
             levels.append(image_pyramid(image, meta["num_scales"], meta["scale_factor"], self.scale))
         stacked = [torch.from_numpy(np.stack(level)) for level in zip(*levels, strict=True)]
-        return [normalise(level).permute(0, 3, 1, 2).contiguous() for level in stacked]
+        return [PROCST_INPUT(level) for level in stacked]
 
     def segmentation_nets(self):
         meta = self.meta
@@ -314,7 +314,7 @@ class RandomStep(RecordedStep):
                 *(image_pyramid(noise_image(size, seed + 10 * b), num_scales, 0.5, scale) for b in range(2)),
                 strict=True,
             )
-            pyramids.append([normalise(torch.from_numpy(np.stack(level))).permute(0, 3, 1, 2) for level in levels])
+            pyramids.append([PROCST_INPUT(torch.from_numpy(np.stack(level))) for level in levels])
         height, width = pyramids[0][-1].shape[-2:]
         label = torch.from_numpy(np.random.default_rng(3).integers(0, CLASSES, (2, height, width), dtype=np.uint8))
         self.batch = Batch(pyramids[0], pyramids[1], torch.tensor([0.3, 0.6]), label if labels else None)

@@ -13,23 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from core.segmentation_files import SegmentationFile
 from PIL import Image
 
 import train_procst
 import train_semseg_on_source
-from bad_cases import CASES
+from bad_cases import CASES, train
+from commands import only_run, procst_flags, source_flags
 from conftest import ScriptResult
 from data_handlers.images import read_image, read_pixels
 from hostile_files import BAIT, Command, jpeg
-from models.segmentation import build_segmentation_net
-from models.shapes import SegmentationShape
+from nets import save_net, write_vgg
 from refusals import check_refusal, tree
-from test_bad_input import write_vgg
-from test_label_training import source_flags
-from test_train_cli import only_run, training_flags
-from utils.errors import run_cli
-from worlds import write_cityscapes, write_gta5, write_synthia
+from worlds import noise_image, write_cityscapes, write_gta5, write_synthia
 
 REPOSITORY = Path(__file__).parent.parent
 CAPABILITY_VERSION, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 0x20080522, 1, 2
@@ -37,47 +32,60 @@ CAPABILITY_VERSION, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 0x20080522, 1, 2
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    """Data sets, weights, a run of each training: what the cases spoil copies of."""
+    """Data sets, weights, lists, a run of each training: what the cases spoil copies of."""
     root = tmp_path_factory.mktemp("template")
     write_gta5(root / "gta", count=4, size=(60, 44))
     write_cityscapes(root / "cityscapes", count=3, size=(64, 40), labels=False)
     write_cityscapes(root / "cityscapes", count=2, size=(64, 40), split="val")
     write_synthia(root / "synthia", count=2)
-    shape = SegmentationShape("UNet", "none", 19)
-    SegmentationFile(shape, build_segmentation_net(shape).state_dict()).save(root / "net.pth")
+    (root / "list.txt").write_text("00002.png\n")
+    (root / "all.txt").write_text("".join(f"0000{k}.png\n" for k in range(1, 5)))
+    (root / "empty.txt").write_text("\n")
+    save_net(root / "net.pth")
     write_vgg(root / "vgg.pth", last_conv=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        flags = training_flags(Path(), Path("made"), steps_per_scale=1)
-        finish(patch, train_procst, flags)
-        only_run(root / "made").rename(root / "run")
-        finish(patch, train_semseg_on_source, source_flags(Path(), Path("made"), num_steps=1, output=""))
-        only_run(root / "made").rename(root / "source_run")
-        for run in ("run", "source_run"):
-            (root / run / "previous.pth").unlink()  # which would stand in for a damaged latest.pth
+        for script, name, flags in (
+            (train_procst, "run", procst_flags(Path(), Path("made"), steps_per_scale=1)),
+            (train_semseg_on_source, "source_run", source_flags(Path(), Path("made"), num_steps=1, output="")),
+        ):
+            patch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, flags)])
+            script.main()
+            only_run(root / "made").rename(root / name)
+            (root / name / "previous.pth").unlink()  # it would stand in for a damaged latest.pth
     shutil.rmtree(root / "made")
-    for path in (root / "run").glob("scale_*.pth"):
-        path.unlink()
     return root
 
 
-def finish(patch, script, flags):
-    patch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stop:
-        run_cli(script.main)
-    assert stop.value.code == 0
+@pytest.fixture(scope="module")
+def sound(template, tmp_path_factory):
+    """A copy of everything in a folder with spaces and letters of two scripts, in which nothing is spoilt."""
+    return copied(template, tmp_path_factory.mktemp("sound"))
 
 
 @pytest.fixture
 def world(template, tmp_path, monkeypatch):
-    """A copy of everything, which is the working folder, in a folder with spaces and letters of two scripts."""
-    root = shutil.copytree(template, tmp_path / "wörld with späces 日本")
+    """Another such copy, to be spoilt; it is the working folder."""
+    root = copied(template, tmp_path)
     monkeypatch.chdir(root)
     yield root
     for folder, _, files in os.walk(root):
         for path in (folder, *(os.path.join(folder, name) for name in files)):
             if not os.path.islink(path):
-                os.chmod(path, 0o755)  # what a case locked, pytest must be able to delete
+                os.chmod(path, 0o755)  # pytest must be able to delete what a case locked
+
+
+def copied(template, folder):
+    """Copy everything, and let the stored paths of the runs name the copied data."""
+    root = shutil.copytree(template, folder / "wörld with späces 日本")
+    for checkpoint in root.glob("*run/latest.pth"):
+        content = torch.load(checkpoint, weights_only=True)
+        for section in content["config"].values():
+            for name, value in section.items():
+                if isinstance(value, str):
+                    section[name] = value.replace(str(template), str(root))
+        torch.save(content, checkpoint)
+    return root
 
 
 def drop_the_rights_of_root():
@@ -108,9 +116,16 @@ def run_process(script, flags, folder):
     return ScriptResult(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_bad_input(world, run_script, tmp_path_factory, case):
-    case.spoil(world)
+def marked(case):
+    return pytest.param(case, id=str(case), marks=[pytest.mark.processes] if case.own_process else [])
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+def test_bad_input(request, run_script, tmp_path_factory, monkeypatch, case):
+    world = request.getfixturevalue("world" if case.spoil else "sound")
+    monkeypatch.chdir(world)
+    if case.spoil:
+        case.spoil(world)
     before = tree(world.parent)
     if case.own_process:
         result = run_process(case.script, case.flags, tmp_path_factory.mktemp("printed"))
@@ -130,21 +145,29 @@ def test_every_script_is_among_the_cases_and_is_once_run_as_a_process():
 
 def test_the_bait_is_real(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command, arguments = Command().__reduce__()
-    command(*arguments)
+    call, arguments = Command().__reduce__()
+    call(*arguments)
     assert (tmp_path / BAIT).exists()
 
 
 def test_good_input_is_not_refused(world, run_script):
-    """The command lines of the cases are sound where nothing is spoilt, in a folder with spaces and unicode."""
-    sound = {}
+    """The command lines of the cases are sound where nothing is spoilt."""
     for case in CASES:
         if case.script in ("create_sit_dataset", "evaluate", "measure_domain_distance") and case.own_process:
-            sound[case.script] = case.flags
-    for script, flags in sound.items():
-        absolute = [world / flag if (world / str(flag)).exists() else flag for flag in flags]
-        result = run_script(importlib.import_module(script), *absolute)
-        assert result.code == 0, result.err
+            result = run_script(importlib.import_module(case.script), *case.flags)
+            assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.processes)])
+def test_an_image_that_turns_out_to_be_cut_short_in_the_training(world, run_script, workers):
+    """It is not among the few that are read before, so a run folder has been made."""
+    for k in range(5, 9):
+        noise_image((60, 44), k).save(world / f"gta/images/{k:05d}.png")
+        shutil.copy(world / "gta/labels/00001.png", world / f"gta/labels/{k:05d}.png")
+    path = world / "gta/images/00003.png"
+    path.write_bytes(path.read_bytes()[:900])
+    result = run_script(train_procst, *train(batch_size_list=(4, 2, 1), num_workers=workers))
+    check_refusal(result, path, "truncated", "--on_bad_image skip")
 
 
 def test_a_jpeg_called_png_is_read_by_what_it_is(tmp_path):

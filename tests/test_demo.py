@@ -5,15 +5,28 @@ from __future__ import annotations
 import shlex
 
 import make_demo
-import train_semseg_on_source
-from core import command_line
-from utils.flags import parse_flags
+from core.config import ProCSTConfig
+from training.flags import build_parser, parse
+from uda.config import SourceTrainingConfig
+from worlds import noise_image
+
+
+def configuration(kind, *line):
+    given = parse(build_parser("", kind.groups), ["--gpus", "cpu", *line])
+    kind.check_given(given)
+    return kind.from_flags(given)
 
 
 def test_flags_of_the_demo():
-    line = ["--gpus", "cpu", *shlex.split(make_demo.SEGMENTATION)]
-    net = train_semseg_on_source.config_from_flags(*parse_flags(train_semseg_on_source.build_parser(), line))
-    line = ["--gpus", "cpu", *shlex.split(make_demo.TRAINING), "--semseg_weights", "net.pth"]
-    run = command_line.config_from_flags(*parse_flags(command_line.build_parser(""), line))
-    assert run.semseg.shape() == net.shape
-    assert (net.crop_size, run.data.crop_size) == ((128, 64), (128, 64))
+    net = configuration(SourceTrainingConfig, *shlex.split(make_demo.SEGMENTATION))
+    run = configuration(ProCSTConfig, *shlex.split(make_demo.TRAINING), "--semseg_weights", "net.pth")
+    assert run.net.shape() == net.net.shape()
+    assert net.source.crop_size == run.source.crop_size == (128, 64)
+
+
+def test_the_demo_never_replaces_a_folder_it_did_not_make(tmp_path, run_script):
+    noise_image((20, 10), 0).save(tmp_path / "holiday.png")
+    result = run_script(make_demo, "--out", tmp_path)
+    assert result.code == 2
+    assert "something else" in result.err
+    assert (tmp_path / "holiday.png").exists()

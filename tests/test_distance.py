@@ -9,10 +9,9 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy import linalg
 
-import make_demo
 import measure_domain_distance
 from utils.frechet import GaussianFit, frechet_distance
-from worlds import noise_image, write_gta5
+from worlds import write_gta5
 
 
 def fit_of(vectors, batches=3):
@@ -72,11 +71,3 @@ def test_command_line_ranks_sets_by_their_look(tmp_path, run_script):
         assert result.code == 2
         assert part in result.err
         assert len(result.err.strip().splitlines()) == 1
-
-
-def test_the_demo_never_replaces_a_folder_it_did_not_make(tmp_path, run_script):
-    noise_image((20, 10), 0).save(tmp_path / "holiday.png")
-    result = run_script(make_demo, "--out", tmp_path)
-    assert result.code == 2
-    assert "something else" in result.err
-    assert (tmp_path / "holiday.png").exists()

@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
-from core.command_line import build_parser, config_from_flags
 from torch import nn
-from utils.flags import parse_flags
 
 from benchmarks.meters import Meter
 from benchmarks.training_step import Variant, count_step
+from core.config import ProCSTConfig
 from core.double_backward import RECOMPUTES, has_double_backward
 from core.losses import gradient_penalty
 from core.networks import Discriminator
@@ -170,9 +169,7 @@ def test_the_penalty_takes_less_memory(norm, monkeypatch):
 
 def test_a_step_takes_half_of_the_literal_steps_memory():
     """At the published setting's scale 0, whose batch norm needs the whole batch at once, as a GPU computes it."""
-    parser = build_parser("")
-    parser.set_defaults(vgg_weights="random", no_semseg=True, batch_size_list=[32, 16, 3])
-    config = config_from_flags(*parse_flags(parser, ["--gpus", "cpu"]))
+    config = ProCSTConfig.from_flags({"vgg_weights": "random", "no_semseg": True})
     assert config.network.shape(0).norm == "batch"
     literal, ours = (count_step(config, 0, Variant(name, "fp32")).peak for name in ("literal", "fp32"))
     assert ours < 0.5 * literal

@@ -15,12 +15,18 @@ from PIL import Image
 from torch import nn
 
 import evaluate as script
-from data_handlers.images import NetworkInput
+from commands import command
+from data_handlers.datasets import DATA_SETS
+from data_handlers.images import NetworkInput, read_image
+from data_handlers.lists import list_images
+from models.segmentation import build_segmentation_net
+from models.shapes import SegmentationShape
 from refusals import check_refusal, tree
+from training.distributed import Rank
 from training.metrics import PredictionStatistics, confusion_matrix, scores_of
 from training.segmentation_files import load_segmentation_net
-from training.validation import predict
-from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_synthia
+from training.validation import Validator, predict
+from worlds import index_label, noise_image, save_net, write_cityscapes, write_gta5, write_synthia
 
 NAMES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
@@ -184,50 +190,64 @@ def norm_net():
     return net
 
 
-def samples_for_evaluation(count, drawn):
-    generator = torch.Generator().manual_seed(1)
-    for k in range(count):
-        drawn.append(k)
-        pixels = torch.randint(0, 256, (8 + k, 12, 3), generator=generator, dtype=torch.uint8)
-        label = torch.randint(0, 3, (8 + k, 12), generator=generator, dtype=torch.uint8)
-        yield SimpleNamespace(name=str(k), pixels=pixels, label=None if k == 2 else label)
+def validator(files, rank=None, **changes):
+    settings = {"with_labels": True, "classes": range(3), "num_classes": 3, "num_workers": 0, "rank": rank or Rank()}
+    return Validator(files=files, **{**settings, **changes})
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Four images of different heights with labels of three classes and void."""
+    write_gta5(tmp_path / "few", count=4)
+    for k, path in enumerate(sorted((tmp_path / "few").rglob("*.png"))):
+        picture = noise_image((12, 8 + k % 4), k) if path.parent.name == "images" else None
+        (picture or Image.fromarray(index_label((12, 8 + k % 4), k, (7, 8, 11, 0)))).save(path)
+    return list_images(DATA_SETS["gta5"], tmp_path / "few", "--data_dir")
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluating_leaves_the_net_as_it_was_and_streams(training):
-    net, drawn, seen = norm_net().train(training), [], []
+def test_validating_leaves_the_net_as_it_was_and_streams(pictures, monkeypatch, training):
+    net, read, seen = norm_net().train(training), [], []
     before = {name: value.clone() for name, value in net.state_dict().items()}
+    monkeypatch.setattr("data_handlers.labelled.read_image", lambda path: read.append(path) or read_image(path))
 
-    def on_prediction(sample, prediction):
-        seen.append((sample, prediction))
-        assert len(drawn) == len(seen)  # nothing is read ahead
+    def on_prediction(image, prediction):
+        seen.append((image, prediction))
+        assert len(read) == len(seen)  # nothing is read ahead
         assert not net.training
 
-    statistics = PredictionStatistics(3, torch.device("cpu"))
-    samples = samples_for_evaluation(4, drawn)
-    matrix = evaluate(net, samples, 3, torch.device("cpu"), statistics=statistics, on_prediction=on_prediction)
+    found = validator(pictures)(net, on_prediction)
     assert net.training is training
     assert net[1].training is training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(p.grad is not None for p in net.parameters())
     expected = torch.zeros(3, 3, dtype=torch.int64)
-    for sample, prediction in seen:
+    for image, prediction in seen:
         with torch.no_grad():
-            rgb = (sample.pixels.float() - torch.tensor([10.0, 20.0, 30.0])) / torch.tensor([40.0, 50.0, 60.0])
+            rgb = (image.pixels.float() - torch.tensor([10.0, 20.0, 30.0])) / torch.tensor([40.0, 50.0, 60.0])
             bgr = rgb[..., [2, 1, 0]].permute(2, 0, 1)[None].contiguous()
             assert torch.equal(prediction.long(), net.eval()(bgr).argmax(1)[0])
         assert prediction.dtype == torch.uint8
-        if sample.label is not None:
-            for t, p in zip(sample.label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+        for t, p in zip(image.label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+            if t < 3:
                 expected[t, p] += 1
-    assert torch.equal(matrix, expected)
-    assert statistics.pixels == sum((8 + k) * 12 for k in range(4))  # the unlabelled one, too
+    assert expected.sum() > 0
+    assert torch.equal(found.confusion, expected)
+    assert found.scores == scores_of(expected, range(3))
+    assert found.confidence_histogram.sum() == sum((8 + k) * 12 for k in range(4))  # pixels without a label, too
 
 
-def test_an_error_while_evaluating_gives_the_training_mode_back():
+def test_without_labels_nothing_is_scored(pictures):
+    with_labels, without = validator(pictures)(norm_net()), validator(pictures, with_labels=False)(norm_net())
+    assert without.scores is None
+    assert without.confusion.sum() == 0
+    assert without.label_free == with_labels.label_free > 0
+
+
+def test_an_error_while_validating_gives_the_training_mode_back(pictures):
     net = norm_net().train()
-    with pytest.raises(AttributeError):
-        evaluate(net, [SimpleNamespace(name="no image")], 3, torch.device("cpu"))
+    with pytest.raises(KeyError):
+        validator(pictures)(net, lambda image, prediction: {}["key"])
     assert net.training
 
 
@@ -240,8 +260,7 @@ def save_unet(path, num_classes=19):
         net.head.classify.weight *= 4
         picture = (torch.from_numpy(np.array(noise_image((48, 32), 0))).permute(2, 0, 1)[None] - 128.0) / 128.0
         net.head.classify.bias -= net(picture).mean(dim=(0, 2, 3))
-    SegmentationFile(shape, net.state_dict()).save(path)
-    return path
+    return save_net(path, shape, net.state_dict())
 
 
 @pytest.fixture
@@ -257,6 +276,13 @@ def world(tmp_path):
     return tmp_path
 
 
+def write_train_ids(root):
+    """Labels that hold trainIds."""
+    write_cityscapes(root, count=2, split="val")
+    for k, path in enumerate(sorted(root.rglob("*_labelIds.png"))):
+        Image.fromarray(index_label((48, 32), k, (0, 2, 8, 10, 13, 255))).save(path)
+
+
 CITY = "leftImg8bit/val/town/town_{:06d}_000019_leftImg8bit.png"
 CITY_ALL = tuple(CITY.format(k) for k in range(3))
 
@@ -266,11 +292,7 @@ def evaluation_flags(world, **changes):
         "gpus": "cpu", "num_workers": 0, "weights": world / "net.pth", "data_dir": world / "cityscapes",
         "json": world / "scores.json", **changes,
     }  # fmt: skip
-    line = []
-    for name, value in flags.items():
-        values = value if isinstance(value, tuple) else (value,)
-        line += [f"--{name}", *(str(v).replace("WORLD", str(world)) for v in values)]
-    return line
+    return [str(word).replace("WORLD", str(world)) for word in command(flags)]
 
 
 def truth(world, image):
@@ -353,6 +375,24 @@ def test_prediction_formats_hold_the_same_classes(run_script, world):
             assert [[LABEL_IDS.index(value) for value in row] for row in label_ids] == train_ids.tolist()
 
 
+def test_labels_that_hold_train_ids(run_script, world):
+    """Road is scored where the files hold 0, which as a label id would be ignored."""
+    write_train_ids(world / "trainids")
+    result = run_script(script, *evaluation_flags(world, data_dir=world / "trainids", labels="trainids"))
+    assert result.code == 0, result.err
+    report = json.loads((world / "scores.json").read_text())
+    labels = [np.asarray(Image.open(path)) for path in (world / "trainids").rglob("*_labelIds.png")]
+    counted = np.bincount(np.concatenate(labels).ravel(), minlength=256)[:19]
+    assert [sum(row) for row in report["confusion"]] == counted.tolist()
+
+
+def test_the_default_device_is_named(run_script, world, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run_script(script, *evaluation_flags(world, gpus=None))
+    assert result.code == 0, result.err
+    assert "computing on cpu (choose with --gpus)" in result.out
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -377,6 +417,9 @@ def test_prediction_formats_hold_the_same_classes(run_script, world):
         ({"num_workers": -1}, ("--num_workers is -1",)),
         ({"classes": 5}, ("--classes", "5")),
         ({"gpus": ("0", "1")}, ("--gpus 0 1",)),
+        ({"labels": "colours"}, ("--labels", "colours")),
+        ({"data_dir": "WORLD/trainids"}, ("trainids hold", "look like trainIds", "--labels trainids")),
+        ({"weights": ""}, ("--weights is required",)),
         ({"data_set": "folder"}, ("--data_set", "folder")),
         ({"data_dir": "WORLD/nowhere"}, ("--data_dir", "nowhere", "no such folder")),
         ({"data_dir": "WORLD/gta5"}, ("--data_dir", "no images", "leftImg8bit/val")),  # no val split in it
@@ -395,6 +438,7 @@ def test_bad_input(run_script, world, changes, parts):
     save_unet(world / "many.pth", 20)
     (world / "empty/leftImg8bit/val/town").mkdir(parents=True)
     write_cityscapes(world / "unlabelled", count=2, split="val", labels=False)
+    write_train_ids(world / "trainids")
     write_gta5(world / "bad", count=2)
     Image.fromarray(np.full((32, 48), 77, np.uint8)).save(world / "bad/labels/00002.png")
     before = tree(world)

@@ -1,9 +1,10 @@
-"""Ways to export faster: the same images from several processes, other compression, reduced precision."""
+"""The export of SiT images: what is written, what is kept or refused, several processes, and how it ends."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,43 +19,119 @@ import torch
 from PIL import Image
 
 import create_sit_dataset
-import train_procst
+from commands import export_flags
 from core.export import SourceImages
-from test_bad_input import check_refusal
-from test_train_cli import export_flags, only_run, training_flags
+from core.trained_generators import load_trained_generators
+from refusals import check_refusal
 from utils.devices import cpus_per_device, default_workers
+from utils.loaders import LoaderDied
 from utils.png import is_complete_rgb8
-from worlds import noise_image, write_cityscapes, write_gta5
+from worlds import noise_image, write_gta5
 
-COUNT = 5
+COUNT = 6  # images of the world's source
 # Far more than are translated before a test interrupts.
 MANY = 300
 PATIENCE = 180
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    write_gta5(root / "gta", count=COUNT, size=(60, 44))
-    write_cityscapes(root / "cityscapes", count=3, size=(64, 40), labels=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train_procst.py", *map(str, training_flags(root, root, steps_per_scale=2))])
-        train_procst.main()
-    return root
-
-
-def export(run_script, world, out, *flags):
-    result = run_script(create_sit_dataset, *export_flags(only_run(world), world, out), *flags)
+def export(run_script, run, out, **flags):
+    result = run_script(create_sit_dataset, *export_flags(run, out, **flags))
     assert result.code == 0, result.err
-    return {path.name: np.asarray(Image.open(path)) for path in sorted((out / "images").iterdir())}
+    return pixels_of(out / "images")
 
 
-def test_several_processes_write_the_same_images(world, tmp_path, run_script):
-    alone = export(run_script, world, tmp_path / "alone")
-    shared = export(run_script, world, tmp_path / "shared", "--gpus", "cpu", "cpu")
-    assert len(alone) == COUNT
-    assert alone.keys() == shared.keys()
-    assert all(np.array_equal(pixels, shared[name]) for name, pixels in alone.items())
+def pixels_of(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
+
+
+def assert_same_pixels(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, pixels in theirs.items():
+        np.testing.assert_array_equal(ours[name], pixels, name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Sums depend on the number of threads by rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(_one_thread, finished_run, tmp_path_factory):
+    """The pixels of an export in one piece."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["create_sit_dataset.py", *map(str, export_flags(finished_run, out))])
+        create_sit_dataset.main()
+    found = pixels_of(out / "images")
+    assert len(found) == COUNT
+    return found
+
+
+def test_native_sizes_at_any_batch_size(finished_run, tmp_path, run_script):
+    root = write_gta5(tmp_path / "mixed", count=4, size=(60, 44))
+    noise_image((70, 52), 9).save(root / "images" / "00005.png")
+    noise_image((60, 44), 8).convert("P").save(root / "images" / "00006.png")
+    noise_image((60, 44), 8).convert("RGBA").save(root / "images" / "15188.png")
+    results = {}
+    for batch_size in (1, 3):
+        out = tmp_path / f"sit{batch_size}"
+        flags = export_flags(finished_run, out, src_data_dir=root, batch_size=batch_size)
+        result = run_script(create_sit_dataset, *flags)
+        assert result.code == 0, result.err
+        assert "7 SiT images" in result.out
+        assert "images/s" in result.out
+        assert sorted(path.name for path in out.iterdir()) == ["images", "sit_manifest.json"]
+        assert {path.name for path in (out / "images").iterdir()} == {path.name for path in (root / "images").iterdir()}
+        assert is_complete_rgb8(out / "images" / "00005.png", (70, 52))
+        assert is_complete_rgb8(out / "images" / "00001.png", (60, 44))
+        results[batch_size] = pixels_of(out / "images")
+    for name, one in results[1].items():
+        assert np.abs(one.astype(int) - results[3][name]).max() <= 1, name
+    assert results[1]["00001.png"].std() > 0
+
+
+def test_only_complete_files_are_kept(finished_run, tmp_path, run_script):
+    out = tmp_path / "sit"
+    export(run_script, finished_run, out)
+    files = {path.name: path.read_bytes() for path in (out / "images").iterdir()}
+    (out / "images" / "00002.png").write_bytes(files["00002.png"][:-20])
+    (out / "images" / "00003.png").unlink()
+    (out / "images" / "00004.png").write_bytes(b"")
+    stamp = (out / "images" / "00001.png").stat().st_mtime_ns
+    result = run_script(create_sit_dataset, *export_flags(finished_run, out, skip_created_files=()))
+    assert result.code == 0, result.err
+    assert "3 translated" in result.out
+    assert "3 were already there" in result.out
+    assert {path.name: path.read_bytes() for path in (out / "images").iterdir()} == files
+    assert (out / "images" / "00001.png").stat().st_mtime_ns == stamp
+    assert json.loads((out / "sit_manifest.json").read_text())["complete"] is True
+
+
+def test_a_plain_folder_of_pictures_is_translated(finished_run, tmp_path, run_script):
+    (tmp_path / "pictures").mkdir()
+    noise_image((50, 40), 1).save(tmp_path / "pictures" / "one.jpg")
+    noise_image((50, 40), 2).save(tmp_path / "pictures" / "two.png")
+    flags = export_flags(finished_run, tmp_path / "sit", source="folder", src_data_dir=tmp_path / "pictures")
+    result = run_script(create_sit_dataset, *flags)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in (tmp_path / "sit").glob("*.png")) == ["one.png", "two.png"]
+
+
+def test_generators_of_run_folder_and_checkpoint_are_the_same(finished_run):
+    prints = {load_trained_generators(finished_run / name).fingerprint() for name in ("", "latest.pth", "scale_2.pth")}
+    assert len(prints) == 1
+
+
+def test_several_processes_write_the_same_images(finished_run, whole, tmp_path, background):
+    run = background("create_sit_dataset.py", *export_flags(finished_run, tmp_path / "shared", gpus=("cpu", "cpu")))
+    assert run.finish(set()) == (0, [])
+    assert run.output.read_text().count("SiT images") == 1
+    assert_same_pixels(pixels_of(tmp_path / "shared" / "images"), whole)
+    assert json.loads((tmp_path / "shared" / "sit_manifest.json").read_text())["complete"] is True
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +144,8 @@ def pictures(tmp_path_factory):
     return root
 
 
-def many_flags(world, pictures, out, *gpus):
-    flags = export_flags(only_run(world), world, out, gpus=gpus, source="folder", src_data_dir=pictures, num_workers=1)
-    return [*map(str, flags), "--encoders", "1"]
+def many_flags(run, pictures, out, *gpus):
+    return export_flags(run, out, gpus=gpus, source="folder", src_data_dir=pictures, num_workers=1, encoders=1)
 
 
 def wait_until(condition):
@@ -104,6 +180,7 @@ class Background:
     """A program in a session of its own, as a shell starts it in a terminal."""
 
     process: subprocess.Popen
+    output: Path
     errors: Path
 
     def finish(self, gone):
@@ -119,20 +196,20 @@ def background(tmp_path):
     started = []
 
     def start(*command):
-        errors = tmp_path / "stderr.txt"
-        with errors.open("wb") as file:
+        output, errors = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
+        with output.open("wb") as out, errors.open("wb") as err:
             process = subprocess.Popen(
                 [sys.executable, *map(str, command)],
                 cwd=Path(__file__).parents[1],
-                env={**os.environ, "PYTHONPATH": "."},
-                stdout=subprocess.DEVNULL,
-                stderr=file,
+                env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+                stdout=out,
+                stderr=err,
                 start_new_session=True,
                 # Tests that a shell started in the background ignore SIGINT, and programs inherit that.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         started.append(process)
-        return Background(process, errors)
+        return Background(process, output, errors)
 
     yield start
     for process in started:
@@ -141,183 +218,126 @@ def background(tmp_path):
         process.wait()
 
 
+STOPPED = "stopped; the images translated so far stay, go on with --skip_created_files"
+KILLED = "was ended by signal 9 (SIGKILL, as the system does where memory runs out); the images translated so far stay"
+
+
 @pytest.mark.parametrize(
     ("target", "number", "code", "message"),
     [
-        ("main", signal.SIGKILL, -signal.SIGKILL, None),
-        ("group", signal.SIGINT, 130, "interrupted"),
+        ("launcher", signal.SIGKILL, -signal.SIGKILL, STOPPED),
+        ("launcher", signal.SIGTERM, 75, STOPPED),
+        ("group", signal.SIGINT, 75, STOPPED),
+        ("process", signal.SIGKILL, 2, KILLED),
     ],
 )
-def test_an_export_on_several_devices_leaves_no_process(
-    world, pictures, tmp_path, background, target, number, code, message
+def test_an_export_in_several_processes_ends_in_good_order(
+    finished_run, pictures, tmp_path, background, target, number, code, message
 ):
     out = tmp_path / "sit"
-    run = background("create_sit_dataset.py", *many_flags(world, pictures, out, "cpu", "cpu"))
+    run = background("create_sit_dataset.py", *many_flags(finished_run, pictures, out, "cpu", "cpu"))
     written = lambda: list(out.glob("*.png"))  # noqa: E731
-    # Two that translate, their loaders, and a process of multiprocessing's own.
-    wait_until(lambda: len(written()) > 3 and len(descendants(run.process.pid)) == 5)
+    wait_until(lambda: len(written()) > 3 and len(descendants(run.process.pid)) >= 4)  # two processes, their loaders
     processes = descendants(run.process.pid)
-    (os.killpg if target == "group" else os.kill)(run.process.pid, number)
+    if target == "process":
+        os.kill(max(pid for pid, parent in parents().items() if parent == run.process.pid), number)
+    else:
+        (os.killpg if target == "group" else os.kill)(run.process.pid, number)
     ended, lines = run.finish(processes)
-    assert ended == code
-    assert len(lines) == (message is not None), lines
-    if message:
-        assert lines[0].startswith(message)
+    assert ended == code, lines
+    assert message in lines[-1]
+    assert len(lines) == (1 if number == signal.SIGKILL else 2), lines  # a stop is acknowledged first
     assert 3 < len(written()) < MANY
     assert all(is_complete_rgb8(path, (480, 360)) for path in written())
 
 
-JOBS = """
-import os, sys, time
-from pathlib import Path
-from utils.errors import UserError, run_cli
-from utils.processes import Job, run_jobs
+def test_a_stop_in_one_process(finished_run, whole, tmp_path, run_script, monkeypatch):
+    real = SourceImages.__getitem__
 
-def work(folder, failing, go_on):
-    (folder / "new").write_text(str(os.getpid()))
-    (folder / "new").rename(folder / "started")
-    while failing and not (folder.parent / "1/started").exists():
-        time.sleep(0.01)
-    if failing == "kindly":
-        raise UserError("bad picture")
-    if failing:
-        {}["key"]
-    while go_on(1):
-        time.sleep(0.01)
-    (folder / "stopped").touch()
+    def stop_at_third(self, index):
+        if index == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, index)
 
-if __name__ == "__main__":
-    out, failing = Path(sys.argv[1]), sys.argv[2]
-    for name in "01":
-        (out / name).mkdir()
-    jobs = [Job("device 0", work, (out / "0", failing)), Job("device 1", work, (out / "1", ""))]
-    run_cli(lambda: run_jobs(jobs, lambda count: None, if_killed="go on"))
-"""
+    monkeypatch.setattr(SourceImages, "__getitem__", stop_at_third)
+    result = run_script(create_sit_dataset, *export_flags(finished_run, tmp_path / "sit"))
+    assert result.code == 75
+    assert "go on with --skip_created_files" in result.err
+    assert json.loads((tmp_path / "sit" / "sit_manifest.json").read_text())["complete"] is False
+    monkeypatch.undo()
+    assert 0 < len(pixels_of(tmp_path / "sit" / "images")) < COUNT
+    assert_same_pixels(export(run_script, finished_run, tmp_path / "sit", skip_created_files=()), whole)
 
 
-@pytest.fixture
-def jobs(tmp_path, background):
-    """Start two jobs that only wait until they are stopped."""
-
-    def start(failing=""):
-        (tmp_path / "jobs.py").write_text(JOBS)
-        return background(tmp_path / "jobs.py", tmp_path, failing)
-
-    return start
-
-
-KILLED = (
-    "error: the process of device 1 was ended by signal 9 (SIGKILL, as the system does where memory runs out); go on"
-)
-
-
-@pytest.mark.parametrize(
-    ("target", "number", "code", "messages"),
-    [
-        ("main", signal.SIGINT, 130, ["interrupted"]),
-        ("main", signal.SIGTERM, -signal.SIGTERM, []),
-        ("child", signal.SIGTERM, 2, ["error: the process of device 1 was ended by signal 15; go on"]),
-        ("child", signal.SIGKILL, 2, [KILLED]),
-    ],
-)
-def test_signals(jobs, tmp_path, target, number, code, messages):
-    run = jobs()
-    wait_until(lambda: all((tmp_path / name / "started").exists() for name in "01"))
-    processes = descendants(run.process.pid)
-    os.kill(int((tmp_path / "1/started").read_text()) if target == "child" else run.process.pid, number)
-    assert run.finish(processes) == (code, messages)
-    # A killed process is no reason to cut the other short.
-    assert (tmp_path / "0/stopped").exists() == (target == "child")
-
-
-def test_a_failure_stops_the_other_process(jobs, tmp_path):
-    assert jobs("kindly").finish(set()) == (2, ["error: bad picture"])
-    assert (tmp_path / "1/stopped").exists()
-
-
-def test_a_mistake_in_a_process_shows_its_traceback(jobs, tmp_path):
-    code, lines = jobs("badly").finish(set())
-    assert code == 1
-    assert "KeyError: 'key'" in "".join(lines)
-    assert (tmp_path / "1/stopped").exists()
-
-
-def test_an_error_in_one_of_several_processes(world, pictures, tmp_path, run_script):
+def test_an_error_in_one_of_several_processes(finished_run, pictures, tmp_path, background):
     source = tmp_path / "pictures"
     source.mkdir()
     for path in pictures.iterdir():
         os.link(path, source / path.name)
     (source / "003.png").unlink()
     (source / "003.png").write_bytes(b"no image")
-    result = run_script(create_sit_dataset, *many_flags(world, source, tmp_path / "sit", "cpu", "cpu"))
-    check_refusal(result, "003.png", "--skip_created_files")
+    run = background("create_sit_dataset.py", *many_flags(finished_run, source, tmp_path / "sit", "cpu", "cpu"))
+    code, lines = run.finish(set())
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert "003.png" in lines[0]
+    assert "--skip_created_files" in lines[0]
     written = {path.name for path in (tmp_path / "sit").glob("*.png")}
     assert "001.png" in written
     assert len(written) < MANY / 2
 
 
-def test_a_killed_loader_ends_the_export_which_can_be_continued(world, tmp_path, run_script, monkeypatch):
-    whole = export(run_script, world, tmp_path / "whole")
-    real = SourceImages.__getitem__
+def test_the_death_of_a_loader_ends_the_export(finished_run, tmp_path, run_script, monkeypatch):
+    def died(**arguments):
+        raise LoaderDied("a loader process is gone")
 
-    def die(self, index):
-        if index == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, index)
-
-    flags = export_flags(only_run(world), world, tmp_path / "disturbed", num_workers=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(SourceImages, "__getitem__", die)
-        result = run_script(create_sit_dataset, *flags)
+    monkeypatch.setattr("core.export.translate_images", died)
+    result = run_script(create_sit_dataset, *export_flags(finished_run, tmp_path / "sit"))
     assert result.code == 75
-    assert "Traceback" not in result.err
-    for part in ("--num_workers", "--skip_created_files", "run the same command again"):
-        assert part in result.err.strip().splitlines()[-1]
-    assert run_script(create_sit_dataset, *flags, "--skip_created_files").code == 0
-    for name, pixels in whole.items():
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "disturbed" / "images" / name)), pixels)
+    assert result.err.strip().splitlines()[-1].endswith("go on with --skip_created_files")
 
 
-def test_unreadable_images_are_left_out_and_listed(world, tmp_path, run_script):
-    whole = export(run_script, world, tmp_path / "whole")
-    bad = world / "gta" / "images" / "00002.png"
+def test_unreadable_images_are_left_out_and_listed(world, finished_run, whole, tmp_path, run_script, background):
+    gta = shutil.copytree(world / "gta", tmp_path / "gta")
+    bad, out = gta / "images" / "00002.png", tmp_path / "sit"
     data = bad.read_bytes()
     bad.write_bytes(data[:200])
-    flags = [*export_flags(only_run(world), world, tmp_path / "sit"), "--skip_created_files"]
-    try:
-        check_refusal(run_script(create_sit_dataset, *flags), str(bad), "--on_bad_image skip")
-        result = run_script(create_sit_dataset, *flags, "--on_bad_image", "skip", "--gpus", "cpu", "cpu")
-    finally:
-        bad.write_bytes(data)
-    assert result.code == 0, result.err
-    assert f"{COUNT - 1} SiT images" in result.out
-    assert result.out.strip().splitlines()[-1].strip() == str(bad)
-    manifest = json.loads((tmp_path / "sit" / "sit_manifest.json").read_text())
-    assert manifest["complete"] is False
-    stale = tmp_path / "sit" / "images" / bad.name
-    stale.write_bytes((tmp_path / "whole" / "images" / bad.name).read_bytes()[:500])
+    flags = export_flags(finished_run, out, src_data_dir=gta, skip_created_files=())
+    check_refusal(run_script(create_sit_dataset, *flags), str(bad), "--on_bad_image skip")
+    run = background("create_sit_dataset.py", *flags, "--on_bad_image", "skip", "--gpus", "cpu", "cpu")
+    code, lines = run.finish(set())
+    assert code == 0, lines
+    shown = run.output.read_text()
+    assert f"{COUNT - 1} SiT images" in shown
+    assert shown.strip().splitlines()[-1].strip() == str(bad)
+    assert json.loads((out / "sit_manifest.json").read_text())["complete"] is False
+    bad.write_bytes(data)
+    export(run_script, finished_run, tmp_path / "other", src_data_dir=gta)
+    stale = out / "images" / bad.name
+    stale.write_bytes((tmp_path / "other" / "images" / bad.name).read_bytes()[:500])
     bad.write_bytes(data[:200])
-    try:
-        result = run_script(create_sit_dataset, *flags, "--on_bad_image", "skip")
-    finally:
-        bad.write_bytes(data)
+    result = run_script(create_sit_dataset, *flags, "--on_bad_image", "skip")
     assert f"{COUNT - 1} SiT images" in result.out
-    assert json.loads((tmp_path / "sit" / "sit_manifest.json").read_text())["complete"] is False
+    assert json.loads((out / "sit_manifest.json").read_text())["complete"] is False
+    bad.write_bytes(data)
     assert run_script(create_sit_dataset, *flags).code == 0
-    for name, pixels in whole.items():
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "sit" / "images" / name)), pixels)
+    assert_same_pixels(pixels_of(out / "images"), whole)
 
 
-def test_a_set_is_never_continued_in_another_precision(world, tmp_path, run_script):
-    flags = export_flags(only_run(world), world, tmp_path / "sit")
-    assert run_script(create_sit_dataset, *flags).code == 0
+def test_a_set_is_never_continued_in_another_precision(finished_run, tmp_path, run_script):
+    export(run_script, finished_run, tmp_path / "sit")
     path = tmp_path / "sit" / "sit_manifest.json"
-    manifest = json.loads(path.read_text())
-    assert manifest.pop("precision") == "fp32"
-    path.write_text(json.dumps(manifest))  # as sets were described before, which were float32
-    assert run_script(create_sit_dataset, *flags, "--skip_created_files").code == 0
-    path.write_text(json.dumps({**manifest, "precision": "bf16"}))
-    check_refusal(run_script(create_sit_dataset, *flags, "--skip_created_files"), "another precision")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "bf16"}))
+    flags = export_flags(finished_run, tmp_path / "sit", skip_created_files=())
+    check_refusal(run_script(create_sit_dataset, *flags), "another precision")
+
+
+def test_the_default_device_is_named(finished_run, tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run_script(create_sit_dataset, *export_flags(finished_run, tmp_path / "sit", gpus=None))
+    assert result.code == 0, result.err
+    assert "computing on cpu (choose with --gpus)" in result.out
 
 
 @pytest.mark.parametrize(
@@ -341,19 +361,19 @@ def test_cpus_are_divided_among_the_devices(monkeypatch, cpus, names, share, wor
     assert default_workers(devices) == workers
 
 
-def test_compression_changes_the_files_and_not_the_pixels(world, tmp_path, run_script):
-    fast = export(run_script, world, tmp_path / "fast", "--png_compression", "0")
-    small = export(run_script, world, tmp_path / "small", "--png_compression", "9", "--encoders", "3")
-    assert all(np.array_equal(pixels, small[name]) for name, pixels in fast.items())
+def test_compression_changes_the_files_and_not_the_pixels(finished_run, whole, tmp_path, run_script):
+    fast = export(run_script, finished_run, tmp_path / "fast", png_compression=0)
+    small = export(run_script, finished_run, tmp_path / "small", png_compression=9, encoders=3)
+    assert_same_pixels(fast, whole)
+    assert_same_pixels(small, whole)
     sizes = [sum(path.stat().st_size for path in (tmp_path / name / "images").iterdir()) for name in ("fast", "small")]
     assert sizes[0] > sizes[1]
 
 
-def test_bf16_moves_pixels_by_little(world, tmp_path, run_script, monkeypatch):
+def test_bf16_moves_pixels_by_little(finished_run, whole, tmp_path, run_script, monkeypatch):
     monkeypatch.setattr("training.precision.computes_in_bf16", lambda device: True)
-    exact = export(run_script, world, tmp_path / "exact")
-    rounded = export(run_script, world, tmp_path / "rounded", "--precision", "bf16")
-    differences = np.concatenate([(exact[n].astype(int) - rounded[n].astype(int)).ravel() for n in exact])
+    rounded = export(run_script, finished_run, tmp_path / "rounded", precision="bf16")
+    differences = np.concatenate([(whole[n].astype(int) - rounded[n].astype(int)).ravel() for n in whole])
     assert 0 < np.abs(differences).max() <= 3
     assert np.abs(differences).mean() < 0.5
 
@@ -361,15 +381,19 @@ def test_bf16_moves_pixels_by_little(world, tmp_path, run_script, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (("--png_compression", "10"), ("--png_compression", "10")),
-        (("--png_compression", "-1"), ("--png_compression",)),
-        (("--encoders", "0"), ("--encoders",)),
-        (("--gpus", "0", "0"), ("--gpus",)),
-        (("--gpus", "cpu", "99"), ("--gpus", "99")),
-        (("--precision", "tf32"), ("--precision tf32",)),
+        ({"png_compression": 10}, ("--png_compression", "10")),
+        ({"png_compression": -1}, ("--png_compression",)),
+        ({"encoders": 0}, ("--encoders",)),
+        ({"gpus": ("0", "0")}, ("--gpus",)),
+        ({"gpus": ("cpu", "99")}, ("--gpus", "99")),
+        ({"precision": "tf32"}, ("--precision tf32",)),
+        ({"scale_factor": 0.7}, ("--scale_factor 0.7", "0.5")),
+        ({"source": "synthia"}, ("--source synthia", "gta5", "--src_data_dir")),
+        ({"trained_procst_path": None}, ("--trained_procst_path is required",)),
+        ({"sit_output_path": ""}, ("--sit_output_path is required",)),
     ],
 )
-def test_bad_flags(world, tmp_path, run_script, flags, parts):
-    result = run_script(create_sit_dataset, *export_flags(only_run(world), world, tmp_path / "sit"), *flags)
+def test_bad_flags(finished_run, tmp_path, run_script, flags, parts):
+    result = run_script(create_sit_dataset, *export_flags(finished_run, tmp_path / "sit", **flags))
     check_refusal(result, *parts)
     assert not (tmp_path / "sit").exists()

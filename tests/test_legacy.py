@@ -18,11 +18,11 @@ from torch.nn import DataParallel
 
 import create_sit_dataset
 from core.cascade import translate_pyramid
-from core.config import NetworkShape
 from core.legacy import load_legacy_generators
-from core.networks import ConvBlock, Generator, freeze
-from data_handlers.images import normalise
+from core.networks import ConvBlock, Generator, NetworkShape, freeze
+from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import image_pyramid
+from hostile_files import write_pickle
 from utils.errors import UserError
 
 
@@ -35,7 +35,7 @@ def test_network_output(golden_dir, reference):
     generators = load_legacy_generators(golden_dir / "legacy_generators.pth")
     image = Image.fromarray(reference["source_rgb"])
     pyramid = image_pyramid(image, len(generators) - 1, 0.5, len(generators) - 1)
-    levels = [normalise(torch.from_numpy(np.array(level))).permute(2, 0, 1)[None] for level in pyramid]
+    levels = [PROCST_INPUT(torch.from_numpy(np.array(level))[None]) for level in pyramid]
     with torch.no_grad():
         sit = translate_pyramid(generators, levels, 0.5).numpy()
     expected = reference["sit"]
@@ -68,16 +68,10 @@ class Touch:
         return os.system, (f"touch {self.path}",)
 
 
-def write_archive(path, payload):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("hostile/data.pkl", payload)
-        archive.writestr("hostile/version", "3")
-
-
 def test_hostile_pickle_creates_no_file(tmp_path, run_script):
     bait, model = tmp_path / "bait", tmp_path / "Gst.pth"
     payload = pickle.dumps([Touch(bait)], protocol=2)
-    write_archive(model, payload)
+    write_pickle(model, payload)
     with pytest.raises(UserError, match="system"):
         load_legacy_generators(model)
     result = run_script(
@@ -166,7 +160,7 @@ PARAMETERS = b"}X\x0b\0\0\0_parameters"
     ],
 )
 def test_malformed_pickles_are_refused(tmp_path, recwarn, payload, part):
-    write_archive(tmp_path / "Gst.pth", b"\x80\x02]" + payload + b"a.")
+    write_pickle(tmp_path / "Gst.pth", b"\x80\x02]" + payload + b"a.")
     with pytest.raises(UserError) as refusal:
         load_legacy_generators(tmp_path / "Gst.pth")
     assert "Gst.pth" in str(refusal.value)

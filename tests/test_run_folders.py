@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 
-from core.checkpoint import load_checkpoint
-from core.run_folder import log_name
+import pytest
 
 import train_procst
-from faults import one_line, run_flags, world  # noqa: F401
-from utils.files import atomic_write_bytes
-from utils.locks import claimed
+from commands import procst_flags
+from core.procst import ProCST
+from refusals import check_refusal
+from training.run_folder import log_name
+from utils.locks import locked
 
 
-def test_a_folder_with_other_files_is_no_run(world, tmp_path, run_script):  # noqa: F811
+@pytest.fixture
+def flags(world, tmp_path):
+    """A short run in `run`."""
+    short = {"num_scales": 0, "batch_size_list": 2, "steps_per_scale": 1}
+    return procst_flags(world, tmp_path, checkpoints_dir=None, run_dir=tmp_path / "run", **short)
+
+
+def test_a_folder_with_other_files_is_no_run(flags, tmp_path, run_script):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "holiday.jpg").write_bytes(b"x")
-    assert "--run_dir" in one_line(run_script(train_procst, *run_flags(world, tmp_path)))
+    check_refusal(run_script(train_procst, *flags), "--run_dir", "holds files, but no checkpoint")
     assert [path.name for path in folder.iterdir()] == ["holiday.jpg"]
 
 
-def test_a_run_in_use_is_left_alone(world, tmp_path, run_script):  # noqa: F811
+@pytest.mark.processes
+def test_a_run_in_use_is_left_alone(flags, tmp_path, run_script):
     folder = tmp_path / "run"
     folder.mkdir()
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
 
     def hold():
-        with claimed(folder, "--run_dir"):
+        with locked(folder, "--run_dir"):
             ready.set()
             done.wait(60)
 
@@ -36,34 +46,36 @@ def test_a_run_in_use_is_left_alone(world, tmp_path, run_script):  # noqa: F811
     other.start()
     try:
         assert ready.wait(30)
-        line = one_line(run_script(train_procst, *run_flags(world, tmp_path)))
+        result = run_script(train_procst, *flags)
     finally:
         done.set()
         other.join()
-    assert "another process" in line
+    check_refusal(result, "another process")
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_what_a_kill_in_the_first_write_leaves_is_no_other_file(world, tmp_path, run_script):  # noqa: F811
+def test_what_a_kill_in_the_first_write_leaves_is_no_other_file(flags, tmp_path, run_script):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in (".latest.pth.x1.procst-tmp", ".config.json.x2.procst-tmp", "config.json", ".lock"):
         (folder / name).write_bytes(b"{")
-    assert run_script(train_procst, *run_flags(world, tmp_path, steps_per_scale=1)).code == 0
+    assert run_script(train_procst, *flags).code == 0
     assert not list(folder.glob(".*.procst-tmp"))
 
 
-def test_a_run_that_went_on_meanwhile_is_left_alone(world, tmp_path, run_script, monkeypatch):  # noqa: F811
-    assert run_script(train_procst, *run_flags(world, tmp_path, steps_per_scale=1)).code == 0
+def test_a_run_that_another_process_continued_meanwhile_is_left_alone(flags, tmp_path, run_script, monkeypatch):
+    """Between reading the checkpoint and locking the folder, as the method asks for its inputs."""
+    assert run_script(train_procst, *flags).code == 0
     latest = tmp_path / "run" / "latest.pth"
+    real = ProCST.inputs
 
-    def and_another_saves(path):
-        state = load_checkpoint(path)
-        atomic_write_bytes(latest, latest.read_bytes())
-        return state
+    def and_another_saves(self):
+        shutil.copy(latest, tmp_path / "other.pth")
+        (tmp_path / "other.pth").replace(latest)
+        return real(self)
 
-    monkeypatch.setattr(train_procst, "load_checkpoint", and_another_saves)
-    assert "meanwhile" in one_line(run_script(train_procst, *run_flags(world, tmp_path, steps_per_scale=1)))
+    monkeypatch.setattr(ProCST, "inputs", and_another_saves)
+    check_refusal(run_script(train_procst, *flags), "meanwhile")
 
 
 def test_logs_of_runs_named_alike_are_apart(tmp_path):

@@ -1,4 +1,4 @@
-"""Files of segmentation nets: the authors' and our own."""
+"""Files of segmentation nets: the authors' and our own, and what is nearly one."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import pickle
 import shutil
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from core.segmentation_files import SegmentationFile, load_segmentation_net, read_segmentation_file
 
 from conftest import GOLDEN_DIR
+from core.legacy import load_legacy_generators
+from hostile_files import BAIT, Command, write_pickle
 from models import legacy
 from models.legacy import load_legacy_segmentation
-from models.segmentation import SegmentationShape, build_segmentation_net
-from test_legacy import Touch, write_archive
-from test_segmentation_nets import check_refused, randomise
+from models.segmentation import SegmentationShape, build_segmentation_net, load_backbone
+from nets import checkpoint_of, randomise, save_net
+from refusals import check_refused
+from training.checkpoint import load_checkpoint
+from training.segmentation_files import load_segmentation_net
+
+RESNET = b"csemseg_models.deeplabv2\nResNet101\n)\x81"
+PARALLEL = b"ctorch.nn.parallel.data_parallel\nDataParallel\n)\x81"
+
+
+# --- the authors' ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +38,7 @@ def legacy_files(tmp_path_factory):
     with gzip.open(GOLDEN_DIR / "legacy_semseg.pth.gz") as packed, plain.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked)
     modules, module = b"X\x08\0\0\0_modules", b"X\x06\0\0\0module"
-    wrapper = b"\x80\x02ctorch.nn.parallel.data_parallel\nDataParallel\n)\x81}" + modules + b"}" + module
+    wrapper = b"\x80\x02" + PARALLEL + b"}" + modules + b"}" + module
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(wrapped, "w") as archive:
         for name in source.namelist():
             data = source.read(name)
@@ -48,14 +58,14 @@ def test_logits_of_the_authors_net(golden_dir, legacy_files, kind):
     with torch.no_grad():
         logits = net(torch.from_numpy(reference["image"])).numpy()
     assert np.linalg.norm(logits - reference["logits"]) / np.linalg.norm(reference["logits"]) < 1e-4
-    direct = load_legacy_segmentation(legacy_files[kind])[1].state_dict()
-    assert all(torch.equal(value, direct[name]) for name, value in net.state_dict().items())
     assert not any(name.startswith("semseg_models") for name in sys.modules)
 
 
 def test_nets_of_the_authors_that_are_no_deeplab_v2(legacy_files, monkeypatch):
-    record = legacy.read_pickled_modules(legacy_files["plain"], legacy._CLASSES)
-    monkeypatch.setattr(legacy, "read_pickled_modules", lambda *_: record)
+    real, records = legacy.read_pickled_modules, []
+    monkeypatch.setattr(legacy, "read_pickled_modules", lambda *a: records.append(real(*a)) or records[0])
+    load_legacy_segmentation(legacy_files["plain"])
+    monkeypatch.setattr(legacy, "read_pickled_modules", lambda *_: records[0])
     for module, attribute, value in (
         ("layer2.0.conv1", "stride", (1, 1)),
         ("layer4.2.conv2", "padding", (2, 2)),
@@ -65,22 +75,21 @@ def test_nets_of_the_authors_that_are_no_deeplab_v2(legacy_files, monkeypatch):
         ("maxpool", "ceil_mode", False),
         ("bn1", "eps", 1.0),
     ):
-        attributes = dict(record.named_records())[module].attributes
+        attributes = dict(records[0].named_records())[module].attributes
         assert attributes[attribute] != value
         expected = f"{module} has {attribute} {value}" if value != {} else f"{module}.running_mean is missing"
         with monkeypatch.context() as patch:
             patch.setitem(attributes, attribute, value)
-            check_refused(lambda: load_legacy_segmentation("semseg.pth"), "semseg.pth", expected)
+            check_refused(lambda: load_legacy_segmentation(Path("semseg.pth")), "semseg.pth", expected)
 
 
-def test_hostile_files_are_not_executed(tmp_path):
-    bait, path = tmp_path / "bait", tmp_path / "semseg.pth"
-    net = b"\x80\x02csemseg_models.deeplabv2\nResNet101\n)\x81q\x01"
-    modules = b"}X\x08\0\0\0_modules}X\x06\0\0\0layer5%bssb."
-    command = f"touch {bait}".encode()
-    touch = b"cposix\nsystem\nX%c\0\0\0%b\x85R" % (len(command), command)
+def test_hostile_files_are_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net, modules = b"\x80\x02" + RESNET + b"q\x01", b"}X\x08\0\0\0_modules}X\x06\0\0\0layer5%bssb."
+    call = f"touch {BAIT}".encode()
+    touch = b"cposix\nsystem\nX%c\0\0\0%b\x85R" % (len(call), call)
     payloads = {
-        "posix.system": pickle.dumps([Touch(bait)], protocol=2),
+        "posix.system": pickle.dumps([Command()], protocol=2),
         "posix.system, which": net + modules % touch,
         "contains itself": net + modules % b"h\x01",
         "semseg_models.deeplabv2.os": b"\x80\x02csemseg_models.deeplabv2\nos\n.",
@@ -88,29 +97,47 @@ def test_hostile_files_are_not_executed(tmp_path):
         "no classifier": net + b".",
     }
     for part, payload in payloads.items():
-        write_archive(path, payload)
-        check_refused(lambda: load_segmentation_net(path, "--weights"), "semseg.pth", part)
-    assert not bait.exists()
+        write_pickle(tmp_path / "semseg.pth", payload)
+        check_refused(lambda: load_segmentation_net(tmp_path / "semseg.pth", "--weights"), "semseg.pth", part)
+    assert not (tmp_path / BAIT).exists()
     pickle.loads(payloads["posix.system"])  # the bait is real
-    assert bait.exists()
+    assert (tmp_path / BAIT).exists()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        RESNET + b"}X\x0b\0\0\0_parameters]sb",
+        RESNET + b"}X\x08\0\0\0_modulesK\x05sb",
+        RESNET + b"}X\x08\0\0\0_modules}K\x01K\x02ssb",
+        PARALLEL + b"}X\x08\0\0\0_modules]sb",
+        RESNET + b"}b",
+    ],
+)
+def test_records_without_the_tables_of_a_module(tmp_path, payload):
+    write_pickle(tmp_path / "semseg.pth", b"\x80\x02" + payload + b".")
+    write_pickle(tmp_path / "Gst.pth", b"\x80\x02](" + payload + b"e.")
+    check_refused(lambda: load_segmentation_net(tmp_path / "semseg.pth", "--weights"), "semseg.pth")
+    check_refused(lambda: load_legacy_generators(tmp_path / "Gst.pth"), "Gst.pth")
+
+
+# --- our own ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(tmp_path):
+    """A file for use, and the weights in it."""
     shape = SegmentationShape("DeepLab", "resnet18", 5)
-    net = randomise(build_segmentation_net(shape))
-    SegmentationFile(shape, net.state_dict(), {"step": 7, "miou": 0.25}, {"rate": 1e-3}).save(tmp_path / "net.pth")
-    return tmp_path / "net.pth", net.state_dict()
+    state = randomise(build_segmentation_net(shape)).state_dict()
+    checkpoint_of(shape, state, info={"miou": 0.25}).save(tmp_path / "net.pth")
+    return tmp_path / "net.pth", state
 
 
 def test_our_files(saved):
     path, weights = saved
-    content = torch.load(path, weights_only=True)
-    assert (content["format"], content["version"]) == ("procst-segmentation", 1)
-    file = read_segmentation_file(path)
-    assert (dict(file.info), dict(file.training)) == ({"step": 7, "miou": 0.25}, {"rate": 1e-3})
     shape, net = load_segmentation_net(path, "--weights")
-    assert shape == file.shape == SegmentationShape("DeepLab", "resnet18", 5)
+    assert shape == SegmentationShape("DeepLab", "resnet18", 5)
+    assert load_checkpoint(path).info == {"miou": 0.25}
     assert not net.training
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
 
@@ -120,28 +147,48 @@ def test_a_run_folder_stands_for_its_best_net(saved):
     check_refused(lambda: load_segmentation_net(path.parent, "--weights"), "--weights", "best.pth nor latest.pth")
     path.rename(path.with_name("latest.pth"))
     assert load_segmentation_net(path.parent, "--weights")[0].num_classes == 5
-    shape = SegmentationShape("UNet", "none", 3)
-    SegmentationFile(shape, build_segmentation_net(shape).state_dict()).save(path.with_name("best.pth"))
-    assert load_segmentation_net(path.parent, "--weights")[0] == shape
+    save_net(path.with_name("best.pth"), num_classes=3)
+    assert load_segmentation_net(path.parent, "--weights")[0] == SegmentationShape("UNet", "none", 3)
 
 
 def test_files_that_are_refused(saved):
     path, weights = saved
     content, name = torch.load(path, weights_only=True), "head.branches.2.bias"
+    shape = content["segmentation"]["shape"]
+
+    def with_shape(**changes):
+        return {"segmentation": {"module": "net", "shape": {**shape, **changes}}}
+
+    def with_weights(**changes):
+        return {"modules": {"net": {n: v for n, v in {**weights, **changes}.items() if v is not None}}}
+
     for changes, part in (
-        ({"version": 2}, "version 2; this program reads 1"),
-        ({"version": torch.ones(2)}, "this program reads 1"),
-        ({"weights": {name: 5}}, "names and tensors alone"),
-        ({"shape": {**content["shape"], "num_classes": 5.0}}, "num_classes is 5.0"),
+        ({"version": 1}, "checkpoint version 1; this program reads"),
+        ({"version": torch.ones(2)}, "this program reads"),
         ({"format": "other"}, "holds no segmentation net"),
-        ({"shape": {**content["shape"], "num_classes": 6}}, "head.branches.0.weight is (5, 512, 3, 3) there"),
-        ({"shape": {**content["shape"], "num_classes": 1}}, "num_classes is 1"),
-        ({"shape": {"depth": 3}}, "incomplete"),
+        ({"segmentation": {}}, "holds no segmentation net: the run trains without label losses"),
+        ({"segmentation": {"module": "net"}}, "incomplete: 'shape'"),
+        ({"segmentation": {"module": "other", "shape": shape}}, "incomplete: 'other'"),
+        ({"segmentation": {"module": "net", "shape": {"depth": 3}}}, "incomplete"),
         ({"info": None}, "incomplete: 'info'"),
-        ({"weights": {**weights, name: torch.full((5,), float("nan"))}}, "not finite"),
-        ({"weights": {**weights, name: torch.full((5,), float("inf"))}}, "not finite"),
-        ({"weights": {n: v for n, v in weights.items() if n != name}}, f"{name} is missing"),
-        ({"weights": {**weights, "extra": torch.zeros(1)}}, "extra is unknown"),
+        (with_shape(num_classes=5.0), "num_classes is 5.0"),
+        (with_shape(num_classes=1), "num_classes is 1"),
+        (with_shape(num_classes=6), "head.branches.0.weight is (5, 512, 3, 3) there"),
+        ({"modules": {"net": {name: 5}}}, "names and tensors alone"),
+        (with_weights(**{name: torch.full((5,), float("nan"))}), "not finite"),
+        (with_weights(**{name: torch.full((5,), float("inf"))}), "not finite"),
+        (with_weights(**{name: None}), f"{name} is missing"),
+        (with_weights(extra=torch.zeros(1)), "extra is unknown"),
     ):
         torch.save({key: value for key, value in {**content, **changes}.items() if value is not None}, path)
-        check_refused(lambda: load_segmentation_net(path, "--weights"), part)
+        check_refused(lambda: load_segmentation_net(path, "--weights"), "net.pth", part)
+
+
+@pytest.mark.parametrize("content", [{1: torch.zeros(1)}, {"conv1.weight": 5}, {"classifier.0.weight": "x"}, [1], 3])
+@pytest.mark.parametrize(("model", "backbone"), [("DeepLabV2", "resnet18"), ("VGG", "vgg16")])
+def test_backbone_weights_that_are_no_state_dict(tmp_path, content, model, backbone):
+    torch.save(content, tmp_path / "backbone.pth")
+    with torch.device("meta"):
+        net = build_segmentation_net(SegmentationShape(model, backbone, 19))
+    weights = str(tmp_path / "backbone.pth")
+    check_refused(lambda: load_backbone(net, backbone, weights), "--backbone_weights", "backbone.pth")

@@ -14,9 +14,10 @@ from torch import nn
 
 from benchmarks.meters import Meter
 from models.resnet import RESNETS, ResNet, recompute_blocks
-from models.segmentation import MODELS, build_segmentation_net, load_backbone, parameter_groups
-from models.shapes import SegmentationShape
-from utils.errors import UserError
+from models.segmentation import build_segmentation_net, load_backbone, parameter_groups
+from models.shapes import MODEL_BACKBONES, SegmentationShape
+from nets import randomise
+from refusals import check_refused
 
 DILATIONS = (6, 12, 18, 24)
 # Parameters as torchvision publishes them, less its classifier; the last layer of its VGG16 is 4096 -> 1000, too.
@@ -33,25 +34,6 @@ def meta_net(model, backbone, num_classes=19):
     """A net without memory: for counting and for shapes."""
     with torch.device("meta"):
         return build_segmentation_net(SegmentationShape(model, backbone, num_classes)).eval()
-
-
-def randomise(net, seed=0):
-    """Give every tensor random values, norms and their statistics too, so that none of them is neutral."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in net.state_dict().items():
-        if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-        elif tensor.ndim == 1:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-    return net.eval()
-
-
-def check_refused(call, *parts):
-    """The call must raise one line that holds all parts."""
-    with pytest.raises(UserError) as refusal:
-        call()
-    assert "\n" not in str(refusal.value)
-    assert all(str(part) in str(refusal.value) for part in parts), str(refusal.value)
 
 
 def conv(inputs, outputs, kernel, bias=True):
@@ -73,7 +55,7 @@ def expected_count(model, backbone, classes):
 
 
 def test_known_parameter_counts():
-    assert sorted(NETS) == sorted((name, backbone) for name, model in MODELS.items() for backbone in model.backbones)
+    assert sorted(NETS) == sorted((name, backbone) for name, names in MODEL_BACKBONES.items() for backbone in names)
     known = {("DeepLabV2", "resnet101"): 65_063_568, ("DeepLab", "resnet101"): 43_901_068}
     known |= {("VGG", "vgg16"): 134_353_017, ("UNet", "none"): 488_307}
     assert {net: expected_count(*net, 19) for net in known} == known

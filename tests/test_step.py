@@ -20,11 +20,11 @@ from core.running import procst_runner
 from core.step import Batch, micro_batches, reference_momenta
 from data_handlers.images import normalise
 from data_handlers.label_maps import IGNORE
-from utils.sizes import level_size
 from models.losses import cross_entropy
 from models.vgg import build_vgg
 from steps import RandomStep, build, check_same
 from training.local_batch import LocalBatch, backward_and_step
+from utils.sizes import level_size
 from worlds import noise_image
 
 

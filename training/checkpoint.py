@@ -1,7 +1,7 @@
 """The one checkpoint format: state dicts, plain values and the configuration, loadable with `weights_only=True`.
 
-A run folder holds `latest.pth` (everything needed to continue), `previous.pth` (the one before it), the checkpoints that a
-method keeps at the end of its stages, and `best.pth` (the best state by validation, for use and not to continue).
+A run folder holds `latest.pth` (everything needed to continue), `previous.pth` (the one before it), the checkpoints
+that a method keeps at the end of its stages, and `best.pth` (the best state by validation, without optimisers).
 """
 
 from __future__ import annotations

@@ -135,7 +135,11 @@ def group_size() -> int:
 
 def is_restarted() -> bool:
     """Whether torchrun has started this process again after one of the group died."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return _restarts() != "0"
+
+
+def _restarts() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _has_torchrun() -> bool:
@@ -161,7 +165,7 @@ def joined(if_lost: str = "") -> Iterator[Rank]:
         if_lost: what to do where the connection to the others is lost, as the end of a message.
 
     Raises:
-        UserError: the variables are wrong, the others cannot be reached, or one is gone and torchrun does not restart it.
+        UserError: the variables are wrong, or the others cannot be reached or are gone and are not restarted.
         SystemExit: code 2 where another process reports bad input; code 1 where another process is gone, after which
             torchrun starts all again.
     """
@@ -212,6 +216,8 @@ def _connect(rank: Rank) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank.index, rank.count, timeout=timedelta(minutes=10)))
+        # torchrun's store outlives a restart; gloo would look for those that were connected before it.
+        store = dist.PrefixStore(f"start_{_restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.count, timeout=TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:150]

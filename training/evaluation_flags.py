@@ -23,8 +23,9 @@ class EvaluationFlags:
     """
 
     weights: str = option(
-        "", "a net of train_semseg_on_source.py (file or run folder), of train_procst.py (checkpoint or run folder: the "
-        "net trained on SiT), or of the authors (pretrained_semseg_on_*.pth) (required)", metavar="PATH", required=True,
+        "", "a net of train_semseg_on_source.py (file or run folder), of train_procst.py (checkpoint or run folder: "
+        "the net trained on SiT), or of the authors (pretrained_semseg_on_*.pth) (required)", metavar="PATH",
+        required=True,
     )  # fmt: skip
     data_set: str = option(
         "cityscapes", "what it is scored on", choices=sorted(name for name, d in DATA_SETS.items() if d.label_path)
@@ -37,8 +38,8 @@ class EvaluationFlags:
     )  # fmt: skip
     list: str = option("", "text file with the images to score, instead of the val split", metavar="FILE")
     classes: int = option(
-        0, "classes the mean goes over: all, those of SYNTHIA, or these without wall, fence and pole (default: the data "
-        "set's, 16 for synthia)", choices=(19, 16, 13),
+        0, "classes the mean goes over: all, those of SYNTHIA, or these without wall, fence and pole (default: the "
+        "data set's, 16 for synthia)", choices=(19, 16, 13),
     )  # fmt: skip
     scales: tuple[float, ...] = option(
         (1.0,), "predict at these sizes relative to the native one, probabilities averaged", type=float, nargs="+",

@@ -52,6 +52,10 @@ def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
             with joined(if_lost) as rank:
                 is_main = rank.is_main
                 body(rank)
+        except UserError:
+            if not is_main:
+                print(file=sys.stderr)  # ends the line of the main process's progress bar
+            raise
         except Stopped:
             if is_main:
                 raise
