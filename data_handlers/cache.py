@@ -278,9 +278,7 @@ def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool)
     """
     unusable: dict[int, str] = {}
     count, *shape = part.shape
-    loaded = load_in_order(
-        part, range(count), num_workers=num_workers, skip_unusable=skip_unusable, or_else=OR_SKIP
-    )
+    loaded = load_in_order(part, range(count), num_workers=num_workers, skip_unusable=skip_unusable, or_else=OR_SKIP)
     named = f"caching {part.kind} of {part.resized.files.data_set.name}"
     # Written, not memory-mapped: in a mapped file, a full disk kills the process without a message.
     with open(path, "xb") as file:
