@@ -1,8 +1,8 @@
 """Draw a toy data set: random street scenes in the look, folder layout and encodings of GTA5, SYNTHIA or Cityscapes.
 
-python make_toy_data.py --out data/toy/gta5 --domain gta5 --count 200 --size 256 128 --seed 0
-python make_toy_data.py --out data/toy/cityscapes --domain cityscapes --count 200 --split train
-python make_toy_data.py --out data/toy/cityscapes --domain cityscapes --count 50 --split val
+    python make_toy_data.py --out data/toy/gta5 --domain gta5 --count 200 --size 256 128 --seed 0
+    python make_toy_data.py --out data/toy/cityscapes --domain cityscapes --count 200 --split train
+    python make_toy_data.py --out data/toy/cityscapes --domain cityscapes --count 50 --split val
 """
 
 from dataclasses import dataclass
@@ -38,9 +38,12 @@ class ToyFlags:
         )
 
 
+GROUPS = {"flags": [ToyFlags]}
+
+
 def main() -> None:
     """Command line entry."""
-    flags = section_from(ToyFlags, parse(build_parser(__doc__, {"flags": [ToyFlags]})))
+    flags = section_from(ToyFlags, parse(build_parser(__doc__, GROUPS)))
     # Imported after the flags are read: a mistyped flag is answered at once.
     from tqdm import tqdm
 
