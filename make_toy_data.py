@@ -27,15 +27,11 @@ class ToyFlags:
     def __post_init__(self) -> None:
         width, height = self.size
         check(1 <= self.count <= MOST_TOY_FRAMES, f"--count is {self.count}; it must be from 1 to {MOST_TOY_FRAMES}")
-        check(
-            32 <= width <= 4096 and 16 <= height <= 4096,
-            f"--size is {width} {height}; it must be from 32 16 to 4096 4096",
-        )
+        fits = 32 <= width <= 4096 and 16 <= height <= 4096
+        check(fits, f"--size is {width} {height}; it must be from 32 16 to 4096 4096")
         check_not_negative(self, "seed")
-        check(
-            not self.split or self.domain == "cityscapes",
-            f"--split is for --domain cityscapes; {self.domain} has no splits",
-        )
+        has_splits = not self.split or self.domain == "cityscapes"
+        check(has_splits, f"--split is for --domain cityscapes; {self.domain} has no splits")
 
 
 GROUPS = {"flags": [ToyFlags]}
