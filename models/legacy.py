@@ -11,24 +11,14 @@ from utils.errors import UserError
 from utils.pickled_modules import Record, read_pickled_modules
 from utils.tensor_files import load_network
 
+_LAYERS = (
+    "activation.LeakyReLU", "activation.ReLU", "activation.Sigmoid", "batchnorm.BatchNorm2d", "container.ModuleList",
+    "container.Sequential", "conv.Conv2d", "dropout.Dropout2d", "linear.Linear", "loss.CrossEntropyLoss",
+    "normalization.GroupNorm", "pooling.AdaptiveAvgPool2d", "pooling.MaxPool2d",
+)  # fmt: skip
 _CLASSES = (
-    "semseg_models.deeplabv2.ResNet101",
-    "semseg_models.deeplabv2.Bottleneck",
-    "semseg_models.deeplabv2.Classifier_Module2",
-    "semseg_models.deeplabv2.SEBlock",
-    "torch.nn.modules.container.Sequential",
-    "torch.nn.modules.container.ModuleList",
-    "torch.nn.modules.conv.Conv2d",
-    "torch.nn.modules.batchnorm.BatchNorm2d",
-    "torch.nn.modules.normalization.GroupNorm",
-    "torch.nn.modules.activation.ReLU",
-    "torch.nn.modules.activation.LeakyReLU",
-    "torch.nn.modules.activation.Sigmoid",
-    "torch.nn.modules.dropout.Dropout2d",
-    "torch.nn.modules.linear.Linear",
-    "torch.nn.modules.loss.CrossEntropyLoss",
-    "torch.nn.modules.pooling.AdaptiveAvgPool2d",
-    "torch.nn.modules.pooling.MaxPool2d",
+    *(f"semseg_models.deeplabv2.{name}" for name in ("ResNet101", "Bottleneck", "Classifier_Module2", "SEBlock")),
+    *(f"torch.nn.modules.{name}" for name in _LAYERS),
 )
 
 # The authors' names of the parts of DeepLabV2 -> ours; the stages of the backbone keep their names.
@@ -51,7 +41,7 @@ _SETTINGS = {
 
 
 def load_legacy_segmentation(path: Path) -> tuple[SegmentationShape, nn.Module]:
-    """The authors' `pretrained_semseg_on_*.pth` (specification section 5): its shape and the net, frozen, on the CPU.
+    """The authors' `pretrained_semseg_on_*.pth` (docs/method.md, section 5): its shape and the net, frozen, on the CPU.
 
     Raises:
         UserError: the file is not a pickled DeepLabV2 on ResNet-101, or a setting of it is not DeepLabV2's.
