@@ -21,6 +21,7 @@ WORLD = 2
 def _in_process(index, folder, results, work, arguments):
     """Main function of a process: `work(rank, *arguments)` with the others connected."""
     torch.set_num_threads(1)
+    outcome = failure = None
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # asking for this machine's address by its name may take long
     try:
         store = dist.FileStore(str(Path(folder) / "store"), WORLD)
@@ -28,8 +29,8 @@ def _in_process(index, folder, results, work, arguments):
         outcome = work(Rank(index, WORLD), *pickle.loads(arguments))
         dist.destroy_process_group()
     except Exception:
-        outcome = traceback.format_exc()
-    results.put(pickle.dumps((index, outcome)))
+        failure = traceback.format_exc()
+    results.put(pickle.dumps((index, outcome, failure)))
 
 
 def in_processes(work, *arguments):
@@ -51,9 +52,9 @@ def in_processes(work, *arguments):
         ]
         for process in processes:
             process.start()
-        outcomes = dict(pickle.loads(results.get()) for _ in processes)
+        found = sorted((pickle.loads(results.get()) for _ in processes), key=lambda one: one[0])
         for process in processes:
             process.join()
-    for outcome in outcomes.values():
-        assert not isinstance(outcome, str), outcome
-    return [outcomes[index] for index in range(WORLD)]
+    for _, _, failure in found:
+        assert failure is None, failure
+    return [outcome for _, outcome, _ in found]
