@@ -234,7 +234,7 @@ def wait_for_step(run, process):
     before = path.stat().st_mtime_ns if path.exists() else 0
     while not path.exists() or path.stat().st_mtime_ns <= before or not ranks():
         assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 def assert_last_line_is_all(result):
@@ -361,7 +361,7 @@ def test_bad_input_is_one_line_and_no_restart(world, tmp_path):
     def watch(launcher):
         while launcher.poll() is None:
             seen.update(ranks())
-            time.sleep(0.01)
+            time.sleep(0.1)
 
     result = run_apart(train_procst, launched_flags(world, tmp_path, src_data_dir=tmp_path / "gta"), watch)
     assert result.code == 2
