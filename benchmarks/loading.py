@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_handlers.cache_building import open_cache
-from data_handlers.stream import StreamConfig, open_stream
-
 from benchmarks.pictures import write_gta5
-from data_handlers.cache import ImageCache
 from data_handlers.classes import CITYSCAPES_IDS
 from data_handlers.datasets import DATA_SETS
+from data_handlers.domain import Domain
 from data_handlers.lists import FileList, list_images
 from data_handlers.pyramid import array_pyramid, image_pyramid
 from training.flags import Parser
@@ -71,14 +69,13 @@ def literal(files: FileList, scale: int, count: int) -> Iterator[object]:
     return iter(DataLoader(LiteralSamples(files, scale, count), batch_size=1, num_workers=1))
 
 
-def ours(files: FileList, scale: int, count: int, resample: str, cache: ImageCache | None) -> Iterator[object]:
+def ours(domain: Domain, scale: int, count: int) -> Iterator[object]:
     """Batches of one from the trainer's pipeline."""
-    config = StreamConfig(
-        seed=1, domain="source", scale=scale, batch_size=1, steps_per_epoch=len(files), epoch_length=len(files),
-        resize=RESIZE, crop=CROP, labels="read" if scale == 2 else "check", resample=resample,
+    return domain.stream(
+        stage=scale, steps=range(count), batch_size=1, part=range(1), steps_per_epoch=len(domain),
+        epoch_length=len(domain), labels="read" if scale == 2 else "check", pin_memory=False,
+        pyramid=partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=scale, resample=domain.resample),
     )  # fmt: skip
-    pyramid = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=scale, resample=resample)
-    return open_stream(files, config, pyramid, range(count), num_workers=1, cache=cache)
 
 
 def images_per_second(batches: Iterator[object], seconds: float) -> float:
@@ -103,18 +100,19 @@ def main() -> None:
         root = write_gta5(Path(folder) / "gta", flags.files, NATIVE)
         files = list_images(DATA_SETS["gta5"], root, "--files")
         started = time.perf_counter()
-        cache = open_cache(
-            cache_dir=Path(folder) / "cache", files=files, size=RESIZE, resample="fast", with_labels=True, num_workers=1
+        fast = Domain(
+            files=files, name="source", seed=1, resize=RESIZE, crop=CROP, labels="read", resample="fast", num_workers=1
         )
+        cached = replace(fast, cache_dir=f"{folder}/cache").with_cache()
         seconds = time.perf_counter() - started
         print(f"cache of {len(files)} images built in {seconds:.1f} s\n")
         print("| scale | pipeline | images/s | speed-up |\n| --- | --- | --- | --- |")
         for scale in range(3):
             ways = {
                 "literal": literal(files, scale, ENDLESS),
-                "exact": ours(files, scale, ENDLESS, "exact", None),
-                "fast": ours(files, scale, ENDLESS, "fast", None),
-                "cache": ours(files, scale, ENDLESS, "fast", cache),
+                "exact": ours(replace(fast, resample="exact"), scale, ENDLESS),
+                "fast": ours(fast, scale, ENDLESS),
+                "cache": ours(cached, scale, ENDLESS),
             }
             rates = {}
             for name in list(ways):

@@ -30,14 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.literal_step import collect_gradients, literal_step
 from benchmarks.meters import Meter, copy_ceiling, matmul_ceiling, seconds_of, synchronise
 from benchmarks.setting import Setting, build_setting
-from benchmarks.waiting import share_waiting, write_pictures
+from benchmarks.waiting import picture_domains, procst_at, share_waiting
 from core.config import ProCSTConfig
 from core.double_backward import RECOMPUTES
 from core.losses import gradient_penalty
 from core.running import micro_batch_size, procst_runner
-from core.step import Batch, Run, training_step
-from data_handlers.cache import ImageCache
-from data_handlers.lists import FileList
+from core.step import Run, training_step
+from data_handlers.domain import Domain
 from models.resnet import recompute_blocks
 from training.flags import build_parser, option, parse, section_from
 from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
@@ -220,9 +219,9 @@ def main() -> None:
         "| peak GB | waiting | with cache |\n" + "| --- " * 12 + "|"
     )
     with tempfile.TemporaryDirectory() as folder:
-        files, caches = write_pictures(Path(folder), config)
+        domains = picture_domains(Path(folder), config, device)
         for scale in scales:
-            waiting = {v.name: waiting_shares(config, scale, device, v, files, caches, flags.rounds) for v in compared}
+            waiting = {v.name: waiting_shares(config, scale, device, v, domains, flags.rounds) for v in compared}
             _print_scale(config, scale, device, compared, flags.rounds, ceilings, copy, waiting)
 
 
@@ -269,20 +268,21 @@ def waiting_shares(
     scale: int,
     device: torch.device,
     variant: Variant,
-    files: FileList,
-    caches: Mapping[str, ImageCache],
+    domains: Mapping[str, Domain],
     rounds: int,
 ) -> tuple[str, str]:
     """Share of time waiting for data without and with the cache; the literal step has no loader of ours."""
     if variant.literal or variant.autograd_penalty:
         return "", ""
-    setting = build_setting(config, scale, device, fused=True)
     set_convolution_precision(variant.precision)
-
-    def step(batch: Batch) -> object:
-        return variant.step_of(replace(setting, batch=batch), config, device.type == "cuda")()
-
-    shares = [share_waiting(config, scale, files, used, step, device, rounds) for used in ({}, caches)]
+    run = replace(config.run, precision=variant.precision)
+    optim = replace(config.optim, bf16_discriminators=variant.bf16_discriminators)
+    config = replace(config, run=run, optim=optim)
+    cached = {name: domain.with_cache() for name, domain in domains.items()}
+    shares = [
+        share_waiting(procst_at(config, scale, used, device), scale, rounds)
+        for used in (domains, cached)
+    ]
     return f"{shares[0]:.0%}", f"{shares[1]:.0%}"
 
 
