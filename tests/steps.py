@@ -135,7 +135,7 @@ class GoldenStep(RecordedStep):
         self.data, self.meta = np.load(path), meta_of(path)
         self.scale, self.prefix = scale, f"s{scale}/"
         self.scale_factor = self.meta["scale_factor"]
-        fields = {name: self.meta[name] for name in LossConfig.__dataclass_fields__}
+        fields = {name: self.meta[name] for name in LossConfig.__dataclass_fields__ if name != "vgg_weights"}
         self.loss = LossConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
         self.nets = {name: self.network(kind, name, scale).train() for name, kind in KINDS.items()}
         lower = {
