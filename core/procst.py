@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from core.config import ProCSTConfig
-from core.contact_sheet import contact_sheet_path, save_contact_sheet
+from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.running import micro_batch_size, procst_runner
 from core.step import (
@@ -258,7 +258,7 @@ class ProCST(Method):
 
     def write_summary(self, stage: int, folder: Path) -> str:
         """Draw the contact sheet of a finished scale."""
-        path = contact_sheet_path(folder, stage)
+        path = folder / f"contact_sheet_scale_{stage}.png"
         if path.exists():
             return ""
         save_contact_sheet(

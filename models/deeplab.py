@@ -1,4 +1,4 @@
-"""DeepLabV2 with the two heads the method knows (specification section 4)."""
+"""DeepLabV2 with the two heads the method knows (docs/method.md, section 4)."""
 
 from __future__ import annotations
 

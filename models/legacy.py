@@ -11,25 +11,7 @@ from utils.errors import UserError
 from utils.pickled_modules import Record, read_pickled_modules
 from utils.tensor_files import load_network
 
-_CLASSES = (
-    "semseg_models.deeplabv2.ResNet101",
-    "semseg_models.deeplabv2.Bottleneck",
-    "semseg_models.deeplabv2.Classifier_Module2",
-    "semseg_models.deeplabv2.SEBlock",
-    "torch.nn.modules.container.Sequential",
-    "torch.nn.modules.container.ModuleList",
-    "torch.nn.modules.conv.Conv2d",
-    "torch.nn.modules.batchnorm.BatchNorm2d",
-    "torch.nn.modules.normalization.GroupNorm",
-    "torch.nn.modules.activation.ReLU",
-    "torch.nn.modules.activation.LeakyReLU",
-    "torch.nn.modules.activation.Sigmoid",
-    "torch.nn.modules.dropout.Dropout2d",
-    "torch.nn.modules.linear.Linear",
-    "torch.nn.modules.loss.CrossEntropyLoss",
-    "torch.nn.modules.pooling.AdaptiveAvgPool2d",
-    "torch.nn.modules.pooling.MaxPool2d",
-)
+_CLASSES = [f"semseg_models.deeplabv2.{name}" for name in ("ResNet101", "Bottleneck", "Classifier_Module2", "SEBlock")]
 
 # The authors' names of the parts of DeepLabV2 -> ours; the stages of the backbone keep their names.
 _NAMES = (
@@ -41,7 +23,7 @@ _NAMES = (
     ("layer5.head.1.", "head.classify."),
 )
 
-# Settings that change what a module computes and do not show in the shapes of its weights.
+# Settings that change what a module computes but not the shapes of its weights.
 _SETTINGS = {
     "Conv2d": ("stride", "padding", "dilation", "groups", "padding_mode"),
     "BatchNorm2d": ("eps",),
@@ -51,7 +33,7 @@ _SETTINGS = {
 
 
 def load_legacy_segmentation(path: Path) -> tuple[SegmentationShape, nn.Module]:
-    """The authors' `pretrained_semseg_on_*.pth` (specification section 5): its shape and the net, frozen, on the CPU.
+    """The authors' `pretrained_semseg_on_*.pth` (docs/method.md, section 5): its shape and the net, frozen, on the CPU.
 
     Raises:
         UserError: the file is not a pickled DeepLabV2 on ResNet-101, or a setting of it is not DeepLabV2's.

@@ -1,4 +1,4 @@
-"""ResNet backbones with output stride 8 for DeepLab (specification section 4).
+"""ResNet backbones with output stride 8 for DeepLab (docs/method.md, section 4).
 
 Stages 3 and 4 keep the resolution of stage 2 and dilate their 3x3 convolutions by 2 and 4. In a bottleneck block the
 stride sits on the first 1x1 convolution, as in the authors' networks; torchvision puts it on the 3x3. Parameter names
