@@ -84,9 +84,7 @@ def save_contact_sheet(
     Raises:
         UserError: an image cannot be read and `--on_bad_image` is stop, or no image can.
     """
-    scale = len(generators) - 1
-    sources = _sample_pyramids(source, network, scale)
-    targets = _sample_pyramids(target, network, scale)
+    sources, targets = (_sample_pyramids(domain, network, len(generators) - 1) for domain in (source, target))
     dtype = next(generators[0].parameters()).dtype
     translated = []
     for pyramid in sources:

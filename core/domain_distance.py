@@ -60,7 +60,7 @@ def feature_gaussian(
 
 
 def measure_distances(flags: DistanceFlags) -> None:
-    """Print the distances of source and SiT to the target, and write them to a file where one is named.
+    """Print the distances of source and SiT to the target, and write them to the file of `--json`.
 
     Raises:
         UserError: names the file or flag.

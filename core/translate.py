@@ -1,12 +1,11 @@
-"""Translating whole images of any size with a trained cascade (method: specification section 1, last scale's output).
+"""Translating whole images of any size with a trained cascade (docs/method.md, section 2).
 
-A generator is run on the whole image where that fits into memory, and otherwise on overlapping tiles. Group norm looks
-at the whole image, so tiles alone would each get their own brightness and seams would show. The tiled path therefore
-first measures every group norm's mean and variance over all tiles, layer by layer, and then normalises each tile with
-those: the result is that of the whole image up to float32 rounding.
+A generator runs on the whole image where that fits into memory, and otherwise on overlapping tiles. Group norm has
+statistics of the whole image, so the tiled path first measures the mean and variance of every group norm over all
+tiles, layer by layer, and normalises each tile with those: the result is that of the whole image up to rounding.
 
-A CPU runs whole images in float32 in the same way, with the image as the only tile: its convolutions are fastest with
-images channels last, where PyTorch's own group norm sums so inexactly that it shows from half a megapixel on.
+In float32 on a CPU, group norms of whole images are computed here, too: convolutions are fastest with images channels
+last, where PyTorch's group norm is so inexact that it shows from half a megapixel on.
 """
 
 from __future__ import annotations
@@ -47,43 +46,35 @@ class Affine:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns to read (core plus halo) and, inside what was read, those of the core."""
+    """Rows and columns to read (core plus halo), those of the core in what was read, and `target`, in the image."""
 
     rows: slice
     columns: slice
     core_rows: slice
     core_columns: slice
-
-    @property
-    def target(self) -> tuple[slice, slice]:
-        """Rows and columns of the core in the whole image."""
-        return (
-            slice(self.rows.start + self.core_rows.start, self.rows.start + self.core_rows.stop),
-            slice(self.columns.start + self.core_columns.start, self.columns.start + self.core_columns.stop),
-        )
+    target: tuple[slice, slice]
 
 
 def tiles(height: int, width: int, halo: int, max_pixels: int) -> Iterator[Tile]:
     """Cover (height, width) with tiles of at most about `max_pixels` pixels each, halo included.
 
-    The halo is cut off at the image's border, where the convolutions' zero padding then does what it does for the
-    whole image.
+    The halo ends at the image's border, where the convolutions pad with zeros as for the whole image.
     """
     side = max(math.isqrt(max(max_pixels, MIN_TILE_PIXELS)) - 2 * halo, 16)
 
-    def spans(length: int) -> Iterator[tuple[slice, slice]]:
+    def spans(length: int) -> Iterator[tuple[slice, slice, slice]]:
         for start in range(0, length, side):
             stop = min(start + side, length)
             read = slice(max(start - halo, 0), min(stop + halo, length))
-            yield read, slice(start - read.start, stop - read.start)
+            yield read, slice(start - read.start, stop - read.start), slice(start, stop)
 
-    for rows, core_rows in spans(height):
-        for columns, core_columns in spans(width):
-            yield Tile(rows, columns, core_rows, core_columns)
+    for rows, core_rows, target_rows in spans(height):
+        for columns, core_columns, target_columns in spans(width):
+            yield Tile(rows, columns, core_rows, core_columns, (target_rows, target_columns))
 
 
 def _run_blocks(blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: Tensor) -> Tensor:
-    """Run the blocks on a tile; `norms` replaces the group norms."""
+    """Run the blocks on a tile, with `norms` in place of their group norms."""
     for block, norm in zip(blocks, norms, strict=True):
         x = block(x) if norm is None else block.conv(block.actvn(x * norm.scale + norm.shift))
     return x
@@ -111,7 +102,7 @@ def _group_sums(x: Tensor, groups: int) -> Tensor:
 
 
 def _affine(norm: nn.GroupNorm, sums: Tensor, pixels: int) -> Affine:
-    """The norm of an image of so many pixels whose `_group_sums` these are."""
+    """The norm of an image with these `_group_sums`."""
     spread = norm.num_channels // norm.num_groups
     mean, mean_square = sums / (pixels * spread)
     inverse_std = ((mean_square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
@@ -120,45 +111,39 @@ def _affine(norm: nn.GroupNorm, sums: Tensor, pixels: int) -> Affine:
     return Affine(scale.float()[..., None, None], shift.float()[..., None, None])
 
 
-def _whole_image_norm(
-    norm: nn.GroupNorm, blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: Tensor, cover: Sequence[Tile]
-) -> Affine:
-    """The group norm after `blocks` with its statistics over the whole image."""
-    sums = torch.zeros(2, x.shape[0], norm.num_groups, dtype=torch.float64, device=x.device)
-    for tile in cover:
-        features = _run_blocks(blocks, norms, x[..., tile.rows, tile.columns])
-        sums += _group_sums(features[..., tile.core_rows, tile.core_columns], norm.num_groups)
-    return _affine(norm, sums, x.shape[-2] * x.shape[-1])
-
-
 @torch.no_grad()
 def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, max_pixels: int) -> Tensor:
     """The generator's output (B,3,h,w) for a whole image, computed on tiles of at most `max_pixels` pixels.
 
-    The generator must be in eval mode. With group norm the layers below each norm are computed once more for its
-    statistics, so this takes about half as many times longer as there are layers; memory is what it saves.
+    The generator must be in eval mode. Every group norm needs one more pass through the layers below it: for L layers
+    this takes about L/2 times as long as without tiles.
     """
     x = generator.join_inputs(image, coarser)
     blocks = generator.blocks()
     halo = sum(block.conv.padding[0] for block in blocks)
     cover = list(tiles(*x.shape[-2:], halo, max_pixels))
     norms: list[Affine | None] = []
-    for i, block in enumerate(blocks):
-        known = isinstance(block.norm, nn.GroupNorm)
-        norms.append(_whole_image_norm(block.norm, blocks[:i], norms, x, cover) if known else None)
+    for i, norm in enumerate(block.norm for block in blocks):
+        if not isinstance(norm, nn.GroupNorm):
+            norms.append(None)
+            continue
+        sums = 0
+        for tile in cover:
+            features = _run_blocks(blocks[:i], norms, x[..., tile.rows, tile.columns])
+            sums += _group_sums(features[..., tile.core_rows, tile.core_columns], norm.num_groups)
+        norms.append(_affine(norm, sums, x.shape[-2] * x.shape[-1]))
     output = torch.empty_like(image)
     for tile in cover:
         result = torch.tanh(_run_blocks(blocks, norms, x[..., tile.rows, tile.columns]))
-        output[..., tile.target[0], tile.target[1]] = result[..., tile.core_rows, tile.core_columns]
+        output[..., *tile.target] = result[..., tile.core_rows, tile.core_columns]
     return output
 
 
 @torch.no_grad()
 def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
-    """The generator's output (B,3,h,w) for a whole image that lies channels last.
+    """The output (B,3,h,w) of a generator in eval mode for a whole image that is channels last.
 
-    Its group norms are off by some 1e-6 of their deviation, PyTorch's of channels-last images by far more. The
-    generator must be in eval mode.
+    Its group norms are off by some 1e-6 of their deviation, PyTorch's of channels-last images by far more.
     """
     x = generator.join_inputs(image, coarser)
     for block in generator.blocks():
@@ -166,8 +151,7 @@ def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -
             x = block(x)
             continue
         norm = _affine(block.norm, _group_sums(x, block.norm.num_groups), x.shape[-2] * x.shape[-1])
-        # In place, but not in what was handed in.
-        x = x.clone() if x is image else x
+        x = x.clone() if x is image else x  # it is overwritten
         for band in _bands(x):
             block.actvn(torch.addcmul(norm.shift, band, norm.scale, out=band))
         x = block.conv(x)
@@ -175,13 +159,12 @@ def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -
 
 
 class Translator:
-    """Translates image pyramids with a frozen cascade, tiling where an image is too large for memory.
+    """Translates image pyramids with a frozen cascade, on tiles where an image is too large for memory.
 
     Args:
         generators: frozen, coarse to fine, on `device`.
-        scale_factor: of the pyramid they were trained with.
         max_pixels: most pixels a generator may see at once; None measures free memory for each batch.
-        precision: of the arithmetic for whole images; tiles are computed in float32.
+        precision: of whole images; tiles are computed in float32.
     """
 
     def __init__(
@@ -197,18 +180,18 @@ class Translator:
         self.device = device
         self.max_pixels = max_pixels
         exact = precision == "fp32"
-        self.forward = forward_whole if exact and device.type == "cpu" else Runner(precision)
+        self.run_whole = forward_whole if exact and device.type == "cpu" else Runner(precision)
         self.layout = torch.contiguous_format if exact and device.type == "cuda" else torch.channels_last
 
-    def _budget(self, batch: int) -> int:
-        """Pixels of one image that fit, for a batch of that many."""
+    def _pixels_that_fit(self, batch: int) -> int:
+        """Pixels of each image of a batch that fit into memory."""
         if self.max_pixels is not None:
             return max(self.max_pixels // batch, 1)
         widest = max(generator.shape.channels for generator in self.generators)
         return available_memory(self.device) // 2 // (4 * widest * FEATURE_COPIES * batch)
 
     def _require_sizes(self, levels: Sequence[Tensor]) -> None:
-        """One channel of one pixel is a group of a single value, whose deviation is none; PyTorch refuses it, too."""
+        """Refuse a group norm over single values, one channel of one pixel, which have no deviation."""
         for generator, level in zip(self.generators, levels, strict=True):
             norms = [block.norm for block in generator.blocks() if isinstance(block.norm, nn.GroupNorm)]
             if level.shape[1:3].numel() == 1 and any(norm.num_groups == norm.num_channels for norm in norms):
@@ -223,39 +206,38 @@ class Translator:
         """Translate a batch of equally sized images.
 
         Args:
-            levels: uint8 pyramid levels 0..N, (B,h_i,w_i,3), on any device.
+            levels: uint8 pyramid levels 0..N, (B,h_i,w_i,3).
 
         Returns:
             uint8 (B,H,W,3): the pixels to save.
 
         Raises:
-            UserError: a group of channels is a single value, which cannot be normalised, or the GPU's memory does not
-                suffice even for the smallest tile.
+            UserError: the coarsest level is a single pixel, or the GPU's memory does not suffice for the smallest tile.
         """
         self._require_sizes(levels)
         moved = [level.to(self.device, non_blocking=True) for level in levels]
         inputs = [PROCST_INPUT(level).contiguous(memory_format=self.layout) for level in moved]
-        budget = self._budget(inputs[0].shape[0])
+        most_pixels = self._pixels_that_fit(len(inputs[0]))
         while True:
             try:
-                output = self._translate(inputs, budget)
+                output = self._translate(inputs, most_pixels)
                 return to_pixels(output).permute(0, 2, 3, 1).contiguous().cpu().numpy()
             except torch.cuda.OutOfMemoryError:
                 size = inputs[-1].shape[-2] * inputs[-1].shape[-1]
-                budget = min(budget, size) // 4
+                most_pixels = min(most_pixels, size) // 4
                 torch.cuda.empty_cache()
-                if budget < MIN_TILE_PIXELS:
+                if most_pixels < MIN_TILE_PIXELS:
                     raise UserError(
                         f"the GPU's memory does not suffice for images of {size} pixels; lower --batch_size, "
                         "free the GPU, or use --gpus cpu"
                     ) from None
-                log.warning("out of GPU memory; translating on tiles of %d pixels", budget)
+                log.warning("out of GPU memory; translating on tiles of %d pixels", most_pixels)
 
-    def _translate(self, inputs: Sequence[Tensor], budget: int) -> Tensor:
-        def forward(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
-            if image.shape[-2] * image.shape[-1] <= budget:
-                return self.forward(generator, image, coarser)
+    def _translate(self, inputs: Sequence[Tensor], most_pixels: int) -> Tensor:
+        def run(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
+            if image.shape[-2] * image.shape[-1] <= most_pixels:
+                return self.run_whole(generator, image, coarser)
             with exact_convolutions():
-                return forward_tiled(generator, image, coarser, budget)
+                return forward_tiled(generator, image, coarser, most_pixels)
 
-        return translate_pyramid(self.generators, inputs, self.scale_factor, forward)
+        return translate_pyramid(self.generators, inputs, self.scale_factor, run)
