@@ -1,6 +1,6 @@
 """Run the main job end to end on a generated world: draw, train, export, compare.
 
-python make_demo.py --out demo
+    python make_demo.py --out demo
 
 Calls the same scripts a user would, and prints each command before it runs.
 """
@@ -131,9 +131,12 @@ def write_table(out: Path, seconds: float) -> None:
     print(f"\n{text}")
 
 
+GROUPS = {"flags": [DemoFlags]}
+
+
 def main() -> None:
     """Command line entry."""
-    out = Path(section_from(DemoFlags, parse(build_parser(__doc__, {"flags": [DemoFlags]}))).out)
+    out = Path(section_from(DemoFlags, parse(build_parser(__doc__, GROUPS))).out)
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).exists():
         raise UserError(f"--out {out} holds something else than a demo; choose another folder")
     make_folder(out, "--out")

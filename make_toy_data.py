@@ -1,8 +1,8 @@
 """Draw a toy data set: random street scenes in the look, folder layout and encodings of GTA5, SYNTHIA or Cityscapes.
 
-python make_toy_data.py --out data/toy/gta5 --domain gta5 --count 200 --size 256 128 --seed 0
-python make_toy_data.py --out data/toy/cityscapes --domain cityscapes --count 200 --split train
-python make_toy_data.py --out data/toy/cityscapes --domain cityscapes --count 50 --split val
+    python make_toy_data.py --out data/toy/gta5 --domain gta5 --count 200 --size 256 128 --seed 0
+    python make_toy_data.py --out data/toy/cityscapes --domain cityscapes --count 200 --split train
+    python make_toy_data.py --out data/toy/cityscapes --domain cityscapes --count 50 --split val
 """
 
 from dataclasses import dataclass
@@ -27,20 +27,19 @@ class ToyFlags:
     def __post_init__(self) -> None:
         width, height = self.size
         check(1 <= self.count <= MOST_TOY_FRAMES, f"--count is {self.count}; it must be from 1 to {MOST_TOY_FRAMES}")
-        check(
-            32 <= width <= 4096 and 16 <= height <= 4096,
-            f"--size is {width} {height}; it must be from 32 16 to 4096 4096",
-        )
+        fits = 32 <= width <= 4096 and 16 <= height <= 4096
+        check(fits, f"--size is {width} {height}; it must be from 32 16 to 4096 4096")
         check_not_negative(self, "seed")
-        check(
-            not self.split or self.domain == "cityscapes",
-            f"--split is for --domain cityscapes; {self.domain} has no splits",
-        )
+        has_splits = not self.split or self.domain == "cityscapes"
+        check(has_splits, f"--split is for --domain cityscapes; {self.domain} has no splits")
+
+
+GROUPS = {"flags": [ToyFlags]}
 
 
 def main() -> None:
     """Command line entry."""
-    flags = section_from(ToyFlags, parse(build_parser(__doc__, {"flags": [ToyFlags]})))
+    flags = section_from(ToyFlags, parse(build_parser(__doc__, GROUPS)))
     # Imported after the flags are read: a mistyped flag is answered at once.
     from tqdm import tqdm
 

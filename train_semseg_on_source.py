@@ -10,10 +10,12 @@ from training.flags import build_parser, parse
 from uda.config import SourceTrainingConfig
 from utils.errors import run_cli
 
+GROUPS, FIRST = SourceTrainingConfig.groups, SourceTrainingConfig.first
+
 
 def main() -> None:
     """Command line entry: alone, or as one of several processes."""
-    given = parse(build_parser(__doc__, SourceTrainingConfig.groups, SourceTrainingConfig.first))
+    given = parse(build_parser(__doc__, GROUPS, FIRST))
     # Imported after the flags are read: a mistyped flag is answered at once.
     from training.run import train
     from uda.preparation import prepare_source

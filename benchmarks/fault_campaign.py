@@ -16,17 +16,18 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core.checkpoint import LATEST, PREVIOUS, load_checkpoint, read_newest
+from torch import Tensor
 
 from benchmarks.pictures import write_gta5
 from benchmarks.victims import Victim
+from training.checkpoint import LATEST, PREVIOUS, has_checkpoint, read_newest
 from training.flags import Parser
 from utils.errors import UserError, run_cli
 from utils.files import TEMPORARY
@@ -122,22 +123,21 @@ class Campaign:
             raise UserError(f"{victim}: ended with {found} instead of {code}: {victim.last_line()}")
 
     def state(self, run: str) -> tuple[int, int]:
-        """(scale, step) of the newest checkpoint that is whole; (-1, 0) before there is one.
+        """(stage, step) of the newest checkpoint that is whole; (-1, 0) before there is one.
 
         Raises:
             UserError: there are checkpoints, and none is whole.
         """
-        folder = self.work / run
-        if not (folder / LATEST).exists() and not (folder / PREVIOUS).exists():
+        if not has_checkpoint(self.work / run):
             return -1, 0
-        checkpoint, _ = read_newest(folder, load_checkpoint)
-        return checkpoint.scale, checkpoint.step
+        checkpoint, _ = read_newest(self.work / run)
+        return checkpoint.stage, checkpoint.step
 
     def hash_of_run(self, run: str) -> str:
         """SHA-256 of all weights and optimiser states of the newest checkpoint."""
-        checkpoint, _ = read_newest(self.work / run, load_checkpoint)
+        checkpoint, _ = read_newest(self.work / run)
         digest = hashlib.sha256()
-        for name, tensor in sorted(checkpoint.tensors()):
+        for name, tensor in _tensors({"modules": checkpoint.modules, "optimizers": checkpoint.optimizers}):
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -338,6 +338,15 @@ class Campaign:
             self.killed_cache_building, self.killed_export, self.stopped, self.full_disk, self.killed_loader,
             self.killed_export_loader, self.damaged_checkpoint, self.unreadable_image,
         ]  # fmt: skip
+
+
+def _tensors(value: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dicts, in their order, and where it stands."""
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _tensors(inner, f"{place} {key}")
 
 
 def run_campaign(work: Path, kills: int, steps: int, images: int, seed: int) -> list[Row]:

@@ -24,14 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_handlers.cache_building import open_cache
+from data_handlers.stream import StreamConfig, open_stream
+
 from benchmarks.pictures import write_gta5
 from data_handlers.cache import ImageCache
-from data_handlers.cache_building import open_cache
 from data_handlers.classes import CITYSCAPES_IDS
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images
 from data_handlers.pyramid import array_pyramid, image_pyramid
-from data_handlers.stream import StreamConfig, open_stream
 from training.flags import Parser
 from utils.errors import run_cli
 

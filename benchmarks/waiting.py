@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from core.batches import open_streams, penalty_alphas, step_batch
+from data_handlers.cache_building import open_cache
 
 from benchmarks.meters import synchronise
 from benchmarks.pictures import write_gta5
 from core.config import ProCSTConfig
 from core.step import Batch
 from data_handlers.cache import ImageCache
-from data_handlers.cache_building import open_cache
 from data_handlers.datasets import DATA_SETS
 from data_handlers.lists import FileList, list_images
 

@@ -216,7 +216,7 @@ class ScheduleConfig:
 class LabelLossConfig:
     """The label losses of the last scale and P, the net that they need."""
 
-    no_semseg: bool = option(False, "train the last scale without label losses; the flags of this group need them")
+    no_semseg: bool = option(False, "train the last scale without label losses, and so without segmentation nets")
     semseg_weights: str = path_option(
         "", "net trained on source: a file of the authors or of train_semseg_on_source.py, or its run folder (default: "
         "pretrained/pretrained_semseg_on_<source>.pth)", may_change=True,

@@ -40,11 +40,12 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
     """
     source, target = _file_lists(config)
     seg_source, seg_sit, validator, line = None, None, None, ""
+    fresh = continued is None or "seg_sit" not in continued.checkpoint.modules
     if not config.labels.no_semseg:
         require_classes(config.net.num_classes, source.data_set.name, source.data_set.value_map)
         config, validator, line = _validation(config, target, rank)
         seg_source = _load_seg_source(config)
-        seg_sit = _build_seg_sit(config, fresh=continued is None or "seg_sit" not in continued.checkpoint.modules)
+        seg_sit = _build_seg_sit(config, fresh)
         if recomputes_blocks(config.run.precision, rank.device):
             recompute_blocks(seg_sit)
     use = "none" if not source.data_set.label_path else "check" if config.labels.no_semseg else "read"
@@ -64,6 +65,7 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
         perceptual=build_vgg(config.loss.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed),
         seg_source=seg_source,
         seg_sit=seg_sit,
+        seg_sit_is_fresh=fresh,
     )
     return Prepared(method=method, validator=validator, validation_line=line)
 

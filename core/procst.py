@@ -68,6 +68,7 @@ class ProCST(Method):
         perceptual: frozen feature network, a `PerceptualNet`, on the CPU.
         seg_source: P, frozen, on the CPU; None trains without label losses.
         seg_sit: Q, on the CPU; it is trained at the last scale.
+        seg_sit_is_fresh: it holds the weights that its training starts from; otherwise a checkpoint fills it.
     """
 
     name: ClassVar[str] = "procst"
@@ -84,6 +85,7 @@ class ProCST(Method):
         perceptual: nn.Module,
         seg_source: nn.Module | None = None,
         seg_sit: nn.Module | None = None,
+        seg_sit_is_fresh: bool = False,
     ) -> None:
         super().__init__(config=config, rank=rank, domains={"source": source, "target": target})
         self.perceptual = perceptual
@@ -97,6 +99,8 @@ class ProCST(Method):
         self._inputs = {"perceptual net (--vgg_weights)": weights_fingerprint(perceptual)}
         if seg_source is not None:
             self._inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(seg_source)
+        if seg_sit is not None and seg_sit_is_fresh:
+            self._inputs["start of the other segmentation net (--backbone_weights)"] = weights_fingerprint(seg_sit)
 
     @staticmethod
     def task(config: ProCSTConfig) -> str:

@@ -1,11 +1,12 @@
-"""Translating whole images of any size with a trained cascade (docs/method.md, section 2).
+"""Translating whole images of any size with a trained cascade (`docs/method.md`, section 2).
 
-A generator runs on the whole image where that fits into memory, and otherwise on overlapping tiles. Group norm has
-statistics of the whole image, so the tiled path first measures the mean and variance of every group norm over all
-tiles, layer by layer, and normalises each tile with those: the result is that of the whole image up to rounding.
+A generator runs on the whole image where that fits into memory, and otherwise on overlapping tiles. Group norm takes
+its mean and variance over the whole image; tiles normalised by their own would differ in brightness, and seams would
+show. The tiled path therefore measures mean and variance of every group norm over all tiles first, layer by layer. Its
+result is that of the whole image up to float32 rounding.
 
-In float32 on a CPU, group norms of whole images are computed here, too: convolutions are fastest with images channels
-last, where PyTorch's group norm is so inexact that it shows from half a megapixel on.
+On a CPU convolutions are fastest with images channels last. PyTorch's group norm sums such images so inexactly that it
+shows from half a megapixel on, so whole images in float32 use the sums of the tiled path, too.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from utils.memory import available_memory
 
 log = logging.getLogger(__name__)
 
-# Copies of the widest feature map that are alive at once inside a block, workspace of the convolution included.
+# Copies of the widest feature map that exist at once inside a block, workspace of the convolution included.
 FEATURE_COPIES = 5
-# Pixels that are summed at once: on a CPU few enough for its caches, and for float32 to be off by some 1e-6 at most.
+# Pixels summed at once: few enough for a CPU's caches, and for float32 sums to be off by some 1e-6 at most.
 SUMMED_PIXELS = {"cpu": 2**12, "cuda": 2**18}
 SUMMED_IN = {"cpu": torch.float32, "cuda": torch.float64}
 
@@ -58,7 +59,7 @@ class Tile:
 def tiles(height: int, width: int, halo: int, max_pixels: int) -> Iterator[Tile]:
     """Cover (height, width) with tiles of at most about `max_pixels` pixels each, halo included.
 
-    The halo ends at the image's border, where the convolutions pad with zeros as for the whole image.
+    There is no halo at the image's border, where the convolutions' zero padding acts as it does for the whole image.
     """
     side = max(math.isqrt(max(max_pixels, MIN_TILE_PIXELS)) - 2 * halo, 16)
 
@@ -91,8 +92,8 @@ def _group_sums(x: Tensor, groups: int) -> Tensor:
     for band in _bands(x):
         pixels = band.permute(0, 2, 3, 1).flatten(1, 2).to(SUMMED_IN[x.device.type])
         count = pixels.shape[1]
-        ones = torch.ones_like(pixels[:, :, :1]).mT  # on a CPU a product with it takes half as long as a sum
-        # About a value near the mean, so that nothing cancels out where the contrast is low.
+        ones = torch.ones_like(pixels[:, :, :1]).mT  # on a CPU a product with ones takes half as long as a sum
+        # Deviations from a value near the mean are squared: squares of the values would cancel at low contrast.
         near = ones @ pixels / count
         apart = pixels - near
         mean = near.double() + (ones @ apart).double() / count
@@ -102,7 +103,7 @@ def _group_sums(x: Tensor, groups: int) -> Tensor:
 
 
 def _affine(norm: nn.GroupNorm, sums: Tensor, pixels: int) -> Affine:
-    """The norm of an image with these `_group_sums`."""
+    """The group norm of an image of `pixels` pixels with these `_group_sums`."""
     spread = norm.num_channels // norm.num_groups
     mean, mean_square = sums / (pixels * spread)
     inverse_std = ((mean_square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
@@ -115,8 +116,8 @@ def _affine(norm: nn.GroupNorm, sums: Tensor, pixels: int) -> Affine:
 def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, max_pixels: int) -> Tensor:
     """The generator's output (B,3,h,w) for a whole image, computed on tiles of at most `max_pixels` pixels.
 
-    The generator must be in eval mode. Every group norm needs one more pass through the layers below it: for L layers
-    this takes about L/2 times as long as without tiles.
+    The generator must be in eval mode. With group norm the layers below each norm are computed once more for its
+    statistics: with L layers, this takes about L/2 times as long as the whole image, and saves memory.
     """
     x = generator.join_inputs(image, coarser)
     blocks = generator.blocks()
@@ -141,7 +142,7 @@ def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, m
 
 @torch.no_grad()
 def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
-    """The output (B,3,h,w) of a generator in eval mode for a whole image that is channels last.
+    """The generator's output (B,3,h,w) for a whole image that is channels last; the generator must be in eval mode.
 
     Its group norms are off by some 1e-6 of their deviation, PyTorch's of channels-last images by far more.
     """
@@ -151,7 +152,7 @@ def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -
             x = block(x)
             continue
         norm = _affine(block.norm, _group_sums(x, block.norm.num_groups), x.shape[-2] * x.shape[-1])
-        x = x.clone() if x is image else x  # it is overwritten
+        x = x.clone() if x is image else x  # the norm is computed in place, and not in the argument
         for band in _bands(x):
             block.actvn(torch.addcmul(norm.shift, band, norm.scale, out=band))
         x = block.conv(x)
@@ -191,7 +192,7 @@ class Translator:
         return available_memory(self.device) // 2 // (4 * widest * FEATURE_COPIES * batch)
 
     def _require_sizes(self, levels: Sequence[Tensor]) -> None:
-        """Refuse a group norm over single values, one channel of one pixel, which have no deviation."""
+        """Refuse single pixels with single-channel groups: a single value has no deviation to be divided by."""
         for generator, level in zip(self.generators, levels, strict=True):
             norms = [block.norm for block in generator.blocks() if isinstance(block.norm, nn.GroupNorm)]
             if level.shape[1:3].numel() == 1 and any(norm.num_groups == norm.num_channels for norm in norms):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data_handlers.choices import Resample
 from data_handlers.datasets import DataSet
 from data_handlers.images import check_label_header, image_size, read_label, read_resized, resize_label
-from data_handlers.lists import FileList
+from data_handlers.lists import FileList, label_path
 from utils.errors import UserError
 from utils.files import atomic_write_json, make_folder
 from utils.loaders import load_in_order
@@ -73,51 +73,34 @@ class ResizedFiles:
 
 
 class ImageCache:
-    """A finished cache, which takes the place of `ResizedFiles`.
+    """A finished cache, which takes the place of `ResizedFiles`; what it returns is read-only.
 
     Args:
         folders: one of `images`, uint8 (N,H,W,3), and where labels are read one of `labels`, trainIds uint8 (N,H,W).
+
+    Attributes:
+        unusable: what was wrong with the files that the cache was built without, by kind and position in the list.
     """
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self._folders = folders
-        self._unusable = {kind: _read_unusable(folder) for kind, folder in folders.items()}
+        self.unusable = {kind: _read_unusable(folder) for kind, folder in folders.items()}
         self._arrays: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, object]:
         # Every worker process maps the files itself; a pickled memory map would be a copy of the array.
         return self.__dict__ | {"_arrays": {}}
 
-    def require_all_usable(self) -> None:
-        """Check that the cache holds every image and label of its list.
-
-        Raises:
-            UserError: the cache was built with `--on_bad_image skip` and lacks a file; names the first one.
-        """
-        for kind, reasons in self._unusable.items():
-            for reason in reasons.values():
-                again = f"if the file is sound by now, delete {self._folders[kind]}, which was built without it"
-                raise UserError(f"{reason}{OR_SKIP}; {again}")
-
     def image(self, index: int) -> np.ndarray:
-        """The resized image at a position of the list, uint8 (H,W,3), read-only.
-
-        Raises:
-            UserError: the file could not be used when the cache was built.
-        """
+        """The resized image, uint8 (H,W,3)."""
         return self._at("images", index)
 
     def label(self, index: int) -> np.ndarray:
-        """The resized label at a position of the list, trainIds uint8 (H,W), read-only.
-
-        Raises:
-            UserError: the file could not be used when the cache was built.
-            KeyError: the cache was opened without labels.
-        """
+        """The resized label, trainIds uint8 (H,W)."""
         return self._at("labels", index)
 
     def _at(self, kind: str, index: int) -> np.ndarray:
-        if reason := self._unusable[kind].get(index):
+        if reason := self.unusable[kind].get(index):
             raise UserError(reason)
         if kind not in self._arrays:
             path = self._folders[kind] / ARRAY
@@ -129,7 +112,6 @@ class ImageCache:
 
 
 def _read_unusable(folder: Path) -> dict[int, str]:
-    """What was wrong with the files that a cache was built without, by position in the list."""
     manifest = json.loads((folder / MANIFEST).read_bytes())
     return {int(index): str(reason) for index, reason in manifest["unusable"].items()}
 
@@ -165,7 +147,7 @@ class _Part(Dataset):
         for image in files.images:
             paths = [f"{root}/{image}"]  # text: for a million files, path objects take longer than the disk's answers
             if self.kind == "labels":  # a label is checked against its image's size, so it depends on both files
-                paths.append(f"{label_root}/{files.label_of(image)}")
+                paths.append(f"{label_root}/{label_path(data_set, image)}")
             for path in paths:
                 try:
                     status = os.stat(path)
@@ -209,9 +191,12 @@ def open_cache(
                 f"--cache_dir {cache_dir}: cannot write the cache ({error.strerror}); check the folder and the free "
                 "space"
             ) from None
-    cache = ImageCache({part.kind: folder for folder, part in parts.items()})
-    if not skip_unusable:
-        cache.require_all_usable()
+    folders = {part.kind: folder for folder, part in parts.items()}
+    cache = ImageCache(folders)
+    for kind, reasons in cache.unusable.items():
+        if reasons and not skip_unusable:
+            again = f"if the file is sound by now, delete {folders[kind]}, which was built without it"
+            raise UserError(f"{next(iter(reasons.values()))}{OR_SKIP}; {again}")
     return cache
 
 
@@ -222,8 +207,8 @@ def bytes_to_build(cache_dir: Path, resized: ResizedFiles, *, with_labels: bool)
 
 def _parts(cache_dir: Path, resized: ResizedFiles, with_labels: bool) -> dict[Path, _Part]:
     # Labels first: they take minutes, and show most of what can be wrong with the files.
-    parts = [_Part(kind, resized) for kind in (("labels", "images") if with_labels else ("images",))]
-    return {cache_dir / part.name(): part for part in parts}
+    parts = [_Part("labels", resized)] if with_labels else []
+    return {cache_dir / part.name(): part for part in (*parts, _Part("images", resized))}
 
 
 def _missing(parts: Mapping[Path, _Part]) -> dict[Path, _Part]:
@@ -293,9 +278,7 @@ def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool)
     """
     unusable: dict[int, str] = {}
     count, *shape = part.shape
-    loaded = load_in_order(
-        part, range(count), num_workers=num_workers, skip_unusable=skip_unusable, or_else=OR_SKIP
-    )
+    loaded = load_in_order(part, range(count), num_workers=num_workers, skip_unusable=skip_unusable, or_else=OR_SKIP)
     named = f"caching {part.kind} of {part.resized.files.data_set.name}"
     # Written, not memory-mapped: in a mapped file, a full disk kills the process without a message.
     with open(path, "xb") as file:

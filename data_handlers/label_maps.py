@@ -8,7 +8,7 @@ import numpy as np
 
 from data_handlers.classes import CITYSCAPES_IDS, CLASS_COLOURS, IGNORE
 
-UNKNOWN = 254  # marks ids in a table that are neither mapped nor known to be void
+_UNKNOWN = 254  # marks ids in a table that are neither mapped nor known to be void
 
 
 def to_train_ids(label: np.ndarray, id_map: Mapping[int, int], void_ids: Collection[int] | None = None) -> np.ndarray:
@@ -20,13 +20,13 @@ def to_train_ids(label: np.ndarray, id_map: Mapping[int, int], void_ids: Collect
     Raises:
         ValueError: an id is in neither; the exception's argument is the first such id.
     """
-    table = np.full(65536, IGNORE if void_ids is None else UNKNOWN, dtype=np.uint8)
+    table = np.full(65536, IGNORE if void_ids is None else _UNKNOWN, dtype=np.uint8)
     if void_ids is not None:
         table[list(void_ids)] = IGNORE
     for data_set_id, train_id in id_map.items():
         table[data_set_id] = train_id
     mapped = table[label]
-    if void_ids is not None and (unknown := mapped == UNKNOWN).any():
+    if void_ids is not None and (unknown := mapped == _UNKNOWN).any():
         raise ValueError(int(label[unknown][0]))
     return mapped
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_handlers.choices import LabelUse
 from data_handlers.classes import CITYSCAPES_IDS, IGNORE
 from data_handlers.images import (
     check_label_header,
@@ -20,7 +21,6 @@ from data_handlers.images import (
     read_label_values,
 )
 from data_handlers.lists import FileList
-from data_handlers.choices import LabelUse
 from utils.errors import UserError
 from utils.loaders import load_in_order
 from utils.locks import say
@@ -46,13 +46,10 @@ class LabelledImage:
     label: Tensor | None
 
 
+@dataclass(frozen=True)
 class _Files(Dataset):
-    def __init__(self, files: FileList, with_labels: bool) -> None:
-        self.files = files
-        self.with_labels = with_labels
-
-    def __len__(self) -> int:
-        return len(self.files)
+    files: FileList
+    with_labels: bool
 
     def __getitem__(self, index: int) -> tuple[str, np.ndarray, np.ndarray | None] | UserError:
         name = self.files.images[index]
@@ -69,10 +66,10 @@ class _Files(Dataset):
 def check_samples(
     files: FileList, *, labels: LabelUse = "read", flag: str = "--src_labels", or_else: str = "", skip: bool = False
 ) -> None:
-    """Decode a few images and labels of a list, and check that the labels are encoded as they are read.
+    """Decode up to 6 images and 21 labels of a list, and check that the labels are encoded as they are read.
 
     A wrong kind of file or of label is a mistake about the whole data set. This check finds it in seconds, before
-    anything is written. It decodes up to 6 images, and where labels are read up to 21 labels.
+    anything is written.
 
     Args:
         labels: whether labels are ignored, checked by their header, or read.
@@ -83,18 +80,26 @@ def check_samples(
     Raises:
         UserError: a file cannot be used, or the labels look like trainIds and are read as label ids.
     """
-    if not files.data_set.label_path:
+    data_set = files.data_set
+    if not data_set.label_path:
         labels = "none"
     images = _samples(files, CHECKED_IMAGES)
-    values = np.zeros(2**16, dtype=bool)
+    occurs = np.zeros(2**16, dtype=bool)  # by value
     for name in _samples(files, CHECKED_LABELS if labels == "read" else CHECKED_IMAGES):
+        path = files.root / name
         try:
-            _check_sample(files, name, labels, name in images, values)
+            size = read_image(path).size if name in images else image_size(path)
+            if labels == "check":
+                check_label_header(files.label_file(name), data_set, size)
+            elif labels == "read":
+                values = read_label_values(files.label_file(name), data_set, size)
+                occurs[values] = True
+                label_values_to_train_ids(values, files.label_file(name), data_set)
         except UserError as error:
             if not skip:
                 raise UserError(f"{error}{or_else}") from None
     if labels == "read":
-        _check_encoding(files, np.flatnonzero(values), flag)
+        _check_encoding(files, np.flatnonzero(occurs), flag)
 
 
 def _samples(files: FileList, count: int) -> dict[str, None]:
@@ -102,25 +107,12 @@ def _samples(files: FileList, count: int) -> dict[str, None]:
     return dict.fromkeys([*evenly_spaced(files.images, count), *files.images[-1:]])
 
 
-def _check_sample(files: FileList, name: str, labels: LabelUse, decode: bool, values: np.ndarray) -> None:
-    """Check an image and its label; the label's values are marked in `values`, bool (65536,)."""
-    path = files.root / name
-    size = read_image(path).size if decode else image_size(path)
-    if labels == "check":
-        check_label_header(files.label_file(name), files.data_set, size)
-    elif labels == "read":
-        label = files.label_file(name)
-        found = read_label_values(label, files.data_set, size)
-        values[found] = True
-        label_values_to_train_ids(found, label, files.data_set)
-
-
 def _check_encoding(files: FileList, values: np.ndarray, flag: str) -> None:
     """Refuse trainIds that are read as Cityscapes' or GTA5's label ids, which would silently become other classes.
 
     Every trainId is a known id of these data sets: the trainId 7 (traffic sign) is the id of road. The check is not
-    needed for SYNTHIA, where 255 is no known id and where ids are stored in 16 bits and trainIds in 8.
-    A flag that says what the labels hold is believed.
+    needed for SYNTHIA, where ids are stored in 16 bits and trainIds in 8. A flag that says what the labels hold is
+    believed.
 
     Args:
         values: sorted values that occur in the sampled labels.

@@ -8,7 +8,8 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from itertools import takewhile
+from pathlib import Path
 
 from data_handlers.datasets import DataSet
 from utils.errors import UserError
@@ -32,13 +33,9 @@ class FileList:
     def __len__(self) -> int:
         return len(self.images)
 
-    def label_of(self, image: str) -> str:
-        """Relative path of the image's label."""
-        return label_path(self.data_set, image)
-
     def label_file(self, image: str) -> Path:
         """Path of the image's label."""
-        return (self.label_root or self.root) / self.label_of(image)
+        return (self.label_root or self.root) / label_path(self.data_set, image)
 
     def fingerprint(self) -> str:
         """SHA-256 over the names in order, which decide the image that a step sees."""
@@ -46,10 +43,8 @@ class FileList:
 
     def describe(self) -> str:
         """One line for the log, with the names of excluded images."""
-        text = f"{self.data_set.name}: {len(self.images)} images in {self.root}"
-        if self.excluded:
-            text += f" (excluded, known to be unusable: {', '.join(self.excluded)})"
-        return text
+        known = f" (excluded, known to be unusable: {', '.join(self.excluded)})" if self.excluded else ""
+        return f"{self.data_set.name}: {len(self.images)} images in {self.root}{known}"
 
 
 def label_path(data_set: DataSet, image: str) -> str:
@@ -96,10 +91,13 @@ def list_images(
         found = _read_list(data_set, root, split, Path(list_file))
     else:
         found = [path for pattern in data_set.images[split] for path in sorted(_matching(root, pattern))]
-    _require_utf8(root, found)
+    for path in found:
+        shown = path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
+        if shown != path:
+            raise UserError(f"{root}: the name of {shown} is not UTF-8; rename it")
     unusable = data_set.never_used | (data_set.not_for_training if training else frozenset())
-    excluded = tuple(path for path in found if _stem(path) in unusable) if unusable else ()
-    images = tuple(path for path in found if path not in excluded) if excluded else tuple(found)
+    excluded = tuple(path for path in found if unusable and path.rpartition("/")[2].rpartition(".")[0] in unusable)
+    images = tuple(path for path in found if path not in excluded)
     if not images:
         patterns = " or ".join(data_set.images[split])
         raise UserError(f"{flag} {root}: no images found; {data_set.name} expects {patterns} in it")
@@ -108,8 +106,6 @@ def list_images(
 
 def require_labels(files: FileList, flag: str) -> None:
     """Check that every image has its label file. A data set that declares no labels passes.
-
-    Folders are listed, as a question to the file system for each file would take minutes for a million files.
 
     Raises:
         UserError: names the first image without one and how many there are.
@@ -128,14 +124,14 @@ def missing_labels(files: FileList) -> list[tuple[str, str]]:
     if not files.data_set.label_path:
         return []
     labels = Listing(files.label_root or files.root)
-    pairs = ((image, files.label_of(image)) for image in files.images)
+    pairs = ((image, label_path(files.data_set, image)) for image in files.images)
     return [(image, label) for image, label in pairs if label not in labels]
 
 
 class Listing:
     """The files below a folder. Each folder is listed once, when it is first asked about.
 
-    Symbolic links are not followed.
+    A question to the file system for each file would take minutes for a million files. Symbolic links are not followed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -162,16 +158,8 @@ def replace_suffix(path: str, suffix: str) -> str:
     return (path[:dot] if start < dot < len(path) - 1 else path) + suffix
 
 
-def _stem(path: str) -> str:
-    return replace_suffix(path, "").rpartition("/")[2]
-
-
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The entries of a folder, none where there is no folder. Their kind is known without another disk access.
-
-    Raises:
-        UserError: the folder cannot be listed.
-    """
+    """The entries of a folder, none where there is no folder. Their kind is known without another disk access."""
     try:
         with os.scandir(folder) as entries:
             yield from entries
@@ -181,38 +169,15 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
         raise UserError(f"cannot list {folder}: {error.strerror}; check the folder and its permissions") from None
 
 
-def _require_utf8(root: Path, paths: list[str]) -> None:
-    try:
-        "\n".join(paths).encode()
-    except UnicodeEncodeError:
-        bad = next(path for path in paths if not path.isascii() and path != path.encode("utf-8", "replace").decode())
-        shown = bad.encode("utf-8", "backslashreplace").decode()
-        raise UserError(f"{root}: the name of {shown} is not UTF-8; rename it") from None
-
-
-def _fixed_part(pattern: str) -> list[str]:
-    """The leading folders of a glob pattern that hold no wildcard."""
-    parts = []
-    for part in PurePosixPath(pattern).parts[:-1]:
-        if any(character in part for character in "*?["):
-            break
-        parts.append(part)
-    return parts
-
-
 def _matching(root: Path, pattern: str) -> list[str]:
-    """Relative POSIX paths of files that match, without hidden files, as temporary files have hidden names.
-
-    Raises:
-        UserError: a folder cannot be listed, or has the name of an image.
-    """
-    *folders, files = PurePosixPath(pattern).parts
+    """Relative paths of files that match, without hidden files, as temporary files have hidden names."""
+    *folders, last = pattern.split("/")
     found = [""]
     for part in folders:
         found = [f"{path}{entry.name}/" for path in found for entry in _visible(root / path, part)]
     images = []
     for path in found:
-        for entry in _visible(root / path, files):
+        for entry in _visible(root / path, last):
             if entry.is_dir(follow_symlinks=False):
                 raise UserError(f"{entry.path} is a folder with the name of an image; move it away")
             images.append(path + entry.name)
@@ -230,7 +195,7 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list file {list_file}: {error}") from None
     patterns = [pattern for name in (split, *data_set.images) for pattern in data_set.images[name]]
-    folders = dict.fromkeys(["", *("/".join(_fixed_part(pattern)) for pattern in patterns)])
+    folders = dict.fromkeys(["", *map(_fixed_part, patterns)])
     present = Listing(root)
     images = []
     for number, line in enumerate(lines, start=1):
@@ -241,8 +206,7 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
         if not parts[0] or ".." in parts or len(name) > 1000 or "\0" in name:
             raise UserError(f"{list_file} line {number}: give the image relative to {root}, without '..'")
         name = "/".join(part for part in parts if part not in ("", "."))
-        candidates = (f"{folder}/{name}" if folder else name for folder in folders)
-        image = next((path for path in candidates if path in present), None)
+        image = next((folder + name for folder in folders if folder + name in present), None)
         if image is None:
             raise UserError(f"{list_file} line {number}: no image {name} in {root}")
         images.append(image)
@@ -251,3 +215,9 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
     if len(set(images)) != len(images):
         raise UserError(f"the list file {list_file} names an image twice")
     return images
+
+
+def _fixed_part(pattern: str) -> str:
+    """The leading folders of a glob pattern that hold no wildcard, each with a slash at its end."""
+    folders = takewhile(lambda part: not re.search(r"[*?[]", part), pattern.split("/")[:-1])
+    return "".join(f"{folder}/" for folder in folders)

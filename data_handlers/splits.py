@@ -21,14 +21,11 @@ def validation_images(
 ) -> FileList:
     """The images a segmentation net is scored on.
 
-    These are the images of `val_list`; without it, the last `val_count` training images; without either, the data
-    set's own `val` split; and where it declares none, its last `held_out` training images.
+    These are the images of the text file `val_list`; without it, the last `val_count` training images; without either,
+    the data set's own `val` split; and where it declares none, its last `held_out` training images.
 
     Args:
-        root: folder of the data set.
         flag: command line flag that names `root`, for messages.
-        val_list: text file with the images to validate on.
-        val_count: number of training images to validate on, what `--val_count` says.
         train: the training images, None for all of the data set's.
 
     Raises:
@@ -85,7 +82,8 @@ def train_and_validation(
         raise UserError(
             f"--val_count {len(val)}: of {len(val)} images in {root}, 1 to {len(val) - 1} can be kept for validation"
         )
-    train, val = (replace(files, label_root=Path(label_root) if label_root else None) for files in (train, val))
+    labels = Path(label_root) if label_root else None
+    train, val = replace(train, label_root=labels), replace(val, label_root=labels)
     for files in (train, val):
-        require_labels(files, "--src_label_dir" if label_root else flag)
+        require_labels(files, "--src_label_dir" if labels else flag)
     return train, val

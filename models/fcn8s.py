@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.shapes import VGG16_CONVS, VGG16_POOLINGS
+from models.vgg import outputs_at, vgg_layers
 
 FC_CHANNELS = 4096
 POOL3, POOL4, POOL5 = VGG16_POOLINGS[2:]
@@ -21,27 +22,15 @@ class VGG16Backbone(nn.Module):
 
     def __init__(self, fc_channels: int = FC_CHANNELS) -> None:
         super().__init__()
-        stack: list[nn.Module] = []
-        for position in range(POOL5 + 1):
-            if position in VGG16_CONVS:
-                stack.append(nn.Conv2d(*VGG16_CONVS[position], kernel_size=3, padding=1))
-            elif position in VGG16_POOLINGS:
-                stack.append(nn.MaxPool2d(2, ceil_mode=True))
-            else:
-                stack.append(nn.ReLU(inplace=True))
-        self.features = nn.Sequential(*stack)
+        self.features = vgg_layers(VGG16_CONVS, POOL5, ceil_mode=True)
         self.fc6 = nn.Conv2d(VGG16_CONVS[28][1], fc_channels, 7, padding=3)
         self.fc7 = nn.Conv2d(fc_channels, fc_channels, 1)
         self.dropout = nn.Dropout2d(0.5)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B,3,h,w) -> pool3 (B,256,h/8,w/8), pool4 (B,512,h/16,w/16), fc7 (B,fc_channels,h/32,w/32), rounded up."""
-        outputs = {}
-        x = image
-        for position, module in enumerate(self.features):
-            x = module(x)
-            outputs[position] = x if position in (POOL3, POOL4) else None
-        x = self.dropout(F.relu(self.fc6(x), inplace=True))
+        outputs = outputs_at(self.features, image, (POOL3, POOL4, POOL5))
+        x = self.dropout(F.relu(self.fc6(outputs[POOL5]), inplace=True))
         x = self.dropout(F.relu(self.fc7(x), inplace=True))
         return outputs[POOL3], outputs[POOL4], x
 

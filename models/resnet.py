@@ -127,10 +127,9 @@ class ResNet(nn.Module):
                 blocks.append(block(inputs, 64 * 2**stage, stride, _DILATIONS[stage]))
                 inputs = 64 * 2**stage * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-        if frozen_norm_affine:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(not frozen_norm_affine)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,3,h,w) -> (B,out_channels,h',w'), h' about h/8; ceil mode makes 9 of 64."""
@@ -141,8 +140,7 @@ class ResNet(nn.Module):
         return x
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        # Compiled code keeps what the compiler chooses, which is almost all.
-        if not self.recomputes_blocks or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.recomputes_blocks or not torch.is_grad_enabled():
             return block(x)
         return checkpoint(
             block, x, use_reentrant=False, preserve_rng_state=False,

@@ -7,7 +7,7 @@ fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +27,16 @@ from utils.tensor_files import load_network, read_state_dict
 HEAD_RATE = 10.0
 
 
-def _deeplab_v2(backbone: str, num_classes: int) -> nn.Module:
-    net = ResNet(RESNETS[backbone])
-    return DeepLab(net, FiveBranchHead(net.out_channels, num_classes))
-
-
-def _deeplab(backbone: str, num_classes: int) -> nn.Module:
-    net = ResNet(RESNETS[backbone], frozen_norm_affine=True)
-    return DeepLab(net, DilatedSumHead(net.out_channels, num_classes))
-
-
-def _fcn8s(backbone: str, num_classes: int) -> nn.Module:
-    return FCN8s(num_classes)
-
-
-def _unet(backbone: str, num_classes: int) -> nn.Module:
-    return UNet(num_classes)
-
-
-_BUILDERS: dict[str, Callable[[str, int], nn.Module]] = {
-    "DeepLabV2": _deeplab_v2, "DeepLab": _deeplab, "VGG": _fcn8s, "UNet": _unet,
-}  # fmt: skip
-
-
 def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
     """A net with PyTorch's default random weights, and with its `network_input`, which makes its input from pixels."""
-    net = _BUILDERS[shape.model](shape.backbone, shape.num_classes)
+    if shape.model == "UNet":
+        net = UNet(shape.num_classes)
+    elif shape.model == "VGG":
+        net = FCN8s(shape.num_classes)
+    else:
+        backbone = ResNet(RESNETS[shape.backbone], frozen_norm_affine=shape.model == "DeepLab")
+        head = FiveBranchHead if shape.model == "DeepLabV2" else DilatedSumHead
+        net = DeepLab(backbone, head(backbone.out_channels, shape.num_classes))
     net.network_input = PROCST_INPUT
     return net
 
@@ -87,7 +71,10 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> None:
     else:
         origin = f"--backbone_weights {weights}"
         state = read_state_dict(Path(weights), "--backbone_weights", "or imagenet")
-    state = _convolutional_vgg16(state, origin) if backbone == "vgg16" else _without_classifier(state)
+    if backbone == "vgg16":
+        state = _convolutional_vgg16(state, origin)
+    else:
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     # Older files of torchvision do not hold the counters of batch norm, which nothing reads.
     own = net.backbone.state_dict()
     counters = {name: value for name, value in own.items() if name.endswith(".num_batches_tracked")}
@@ -102,10 +89,6 @@ def _download_imagenet_weights(backbone: str) -> Mapping[str, Tensor]:
             f"torchvision could not load its ImageNet {backbone} weights ({error}); connect once, or give a file with "
             "--backbone_weights PATH (a state dict with torchvision's names), or --no_pretrained_backbone"
         ) from None
-
-
-def _without_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not name.startswith("fc.")}
 
 
 def _convolutional_vgg16(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
 """The perceptual network: VGG16's `features`, cut after the deepest layer asked for, frozen.
 
-Images enter in [-1,1] without ImageNet mean and standard deviation, as the method feeds them (specification
+Images enter in [-1,1] without ImageNet mean and standard deviation, as the method feeds them (docs/method.md,
 section 3). Layers are counted as positions in torchvision's `vgg16().features`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,38 +21,49 @@ from utils.tensor_files import read_state_dict
 _CONV_KEY = re.compile(r"^(?:features\.)?(\d+)\.(weight|bias)$")
 
 
-class VGGFeatures(nn.Module):
-    """A VGG `features` stack that returns the outputs of chosen layers.
+def vgg_layers(
+    convs: Mapping[int, tuple[int, int]], last: int, *, kept: Sequence[int] = (), ceil_mode: bool = False
+) -> nn.Sequential:
+    """The positions 0..`last` of a VGG's `features`.
 
     Args:
         convs: (in, out) channels of each 3x3 convolution by position; ReLU follows at the next position and every
             other position is a max pool.
-        layers: positions whose outputs are wanted; the stack ends at the deepest.
+        kept: convolutions whose output the following ReLU must not overwrite.
     """
+    layers: list[nn.Module] = []
+    for position in range(last + 1):
+        if position in convs:
+            layers.append(nn.Conv2d(*convs[position], kernel_size=3, padding=1))
+        elif position - 1 in convs:
+            layers.append(nn.ReLU(inplace=position - 1 not in kept))
+        else:
+            layers.append(nn.MaxPool2d(2, ceil_mode=ceil_mode))
+    return nn.Sequential(*layers)
+
+
+def outputs_at(features: nn.Sequential, x: Tensor, positions: Collection[int]) -> dict[int, Tensor]:
+    """The outputs of the modules at some positions of a stack, by position."""
+    outputs = {}
+    for position, module in enumerate(features):
+        x = module(x)
+        if position in positions:
+            outputs[position] = x
+    return outputs
+
+
+class VGGFeatures(nn.Module):
+    """A frozen VGG `features` stack that returns the outputs at the positions `layers` and ends at the deepest."""
 
     def __init__(self, convs: Mapping[int, tuple[int, int]], layers: Sequence[int]) -> None:
         super().__init__()
         self.layers = frozenset(layers)
-        stack: list[nn.Module] = []
-        for position in range(max(layers) + 1):
-            if position in convs:
-                stack.append(nn.Conv2d(*convs[position], kernel_size=3, padding=1))
-            elif position - 1 in convs:
-                stack.append(nn.ReLU(inplace=position - 1 not in self.layers))
-            else:
-                stack.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*stack)
+        self.features = vgg_layers(convs, max(layers), kept=layers)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> dict[int, Tensor]:
         """(B,3,h,w) in [-1,1] -> {layer: (B,C,h',w')}; gradients reach the image, never the weights."""
-        outputs = {}
-        x = image
-        for position, module in enumerate(self.features):
-            x = module(x)
-            if position in self.layers:
-                outputs[position] = x
-        return outputs
+        return outputs_at(self.features, image, self.layers)
 
 
 def build_vgg(weights: str, layers: Sequence[int], seed: int = 0) -> VGGFeatures:
@@ -104,14 +115,14 @@ def _download_imagenet_weights() -> Mapping[str, Tensor]:
 
 def vgg_from_state_dict(state: Mapping[str, Tensor], layers: Sequence[int]) -> VGGFeatures:
     """A stack whose channel counts follow the given weights (any widths), cut after the deepest of `layers`."""
-    convs = {}
-    tensors = {}
-    for key, value in state.items():
-        match = _CONV_KEY.match(str(key))
-        if match and isinstance(value, Tensor) and int(match[1]) <= max(layers):
-            tensors[f"features.{match[1]}.{match[2]}"] = value
-            if match[2] == "weight" and value.ndim == 4:
-                convs[int(match[1])] = (value.shape[1], value.shape[0])
+    tensors = {
+        f"features.{match[1]}.{match[2]}": value
+        for match, value in ((_CONV_KEY.match(str(key)), value) for key, value in state.items())
+        if match and isinstance(value, Tensor) and int(match[1]) <= max(layers)
+    }
+    convs = {
+        int(name.split(".")[1]): (value.shape[1], value.shape[0]) for name, value in tensors.items() if value.ndim == 4
+    }
     net = VGGFeatures(convs, layers)
     net.load_state_dict(tensors)
     return net

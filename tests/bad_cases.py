@@ -391,6 +391,9 @@ FOLDERS = [
     Case("train_semseg_on_source", "no-val",
          train_source(source="cityscapes", src_data_dir="cityscapes", val_count=None),
          ("no images found", "leftImg8bit/val"), removed("cityscapes/leftImg8bit/val")),
+    # Every weight is finite, and the logits overflow.
+    Case("evaluate", "overflow", score(weights="other.pth", json="out.json"), ("not finite",),
+         net(**{"head.classify.weight": torch.full((19, 16, 1, 1), 3e38)})),
     Case("make_toy_data", "foreign", toy(), ("--out", "toy", "images"), foreign("toy/images")),
     Case("make_demo", "loop", demo(out="loop"), ("--out", "loop"), link_to_itself("loop")),
 ]  # fmt: skip

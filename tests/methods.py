@@ -111,16 +111,6 @@ class Case:
         return prepared
 
 
-def command_line(case: str, world: Path, **changes: Any) -> list[str]:
-    """The case as flags of its script; a change to None leaves a flag out."""
-    words = []
-    for name, value in {**COMMON, **CASES[case].flags, **changes}.items():
-        if value is not None:
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            words += [f"--{name}", *(str(v).format(world=world) for v in values)]
-    return words
-
-
 def loop_of(prepared: Any, folder: Path, validates: bool = True) -> Loop:
     """The loop that trains a prepared method in a folder."""
     validator = prepared.validator if validates else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from core.checkpoint import load_checkpoint
 from torch.utils.data import Dataset
 
 import train_procst
-from data_handlers import stream as stream_module
-from faults import at_step, one_line, run_flags, same_as, undisturbed, world  # noqa: F401
+from commands import assert_same_tensors, at_step
+from core.procst import ProCST
+from data_handlers.domain import Samples as DomainSamples
+from faults import one_line, run_flags
+from training.checkpoint import LATEST, load_checkpoint
 from utils import loaders as loaders_module
 from utils.errors import UserError
 from utils.loaders import MOST_SKIPPED, load_in_order
@@ -28,54 +31,46 @@ from utils.stopping import LoaderDied, is_loader_death
 
 
 @pytest.fixture
-def spoilt(world, tmp_path):  # noqa: F811
-    """A copy of the world in which an image is cut short once training has begun."""
-    root = tmp_path / "world"
-    for path in world.rglob("*"):
-        if path.is_file():
-            target = root / path.relative_to(world)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+def spoilt(world, tmp_path):
+    """A copy of the world, and what cuts one of its images short."""
+    root = shutil.copytree(world, tmp_path / "world")
     bad = root / "gta" / "images" / "00002.png"
-
-    def spoil(trainer):
-        bad.write_bytes(bad.read_bytes()[:200])
-
-    return root, bad, spoil
+    return root, bad, lambda: bad.write_bytes(bad.read_bytes()[:200])
 
 
 def test_an_image_turns_unreadable(spoilt, tmp_path, run_script, monkeypatch):
     root, bad, spoil = spoilt
     whole = bad.read_bytes()
     with monkeypatch.context() as patch:
-        at_step(patch, 0, 0, spoil)
+        at_step(patch, ProCST, 0, 0, spoil)
         line = one_line(run_script(train_procst, *run_flags(root, tmp_path, steps_per_scale=5)))
     assert str(bad) in line
     assert "--on_bad_image skip" in line
-    assert load_checkpoint(tmp_path / "run" / "latest.pth").scale == 0
+    assert load_checkpoint(tmp_path / "run" / LATEST).stage == 0
     bad.write_bytes(whole)
     assert run_script(train_procst, *run_flags(root, tmp_path, steps_per_scale=5)).code == 0
 
 
 def test_unreadable_images_are_skipped_and_listed(spoilt, tmp_path, run_script, monkeypatch):
     root, bad, spoil = spoilt
-    at_step(monkeypatch, 0, 0, spoil)
+    at_step(monkeypatch, ProCST, 0, 0, spoil)
     flags = run_flags(root, tmp_path, steps_per_scale=8, on_bad_image="skip", num_workers=1)
     result = run_script(train_procst, *flags)
     assert result.code == 0, result.err
     listed = result.out[result.out.index("were skipped:") :].splitlines()
     assert listed[1].strip().startswith(str(bad))
-    assert load_checkpoint(tmp_path / "run" / "latest.pth").skipped == [listed[1].strip()]
+    assert load_checkpoint(tmp_path / "run" / LATEST).skipped == [listed[1].strip()]
 
 
 def test_a_disk_that_is_gone_is_no_bad_image(spoilt, tmp_path, run_script, monkeypatch):
     root, _, _ = spoilt
 
-    def lose(trainer):
+    def lose():
         for path in (root / "gta" / "images").iterdir():
             path.unlink()
 
-    at_step(monkeypatch, 0, 0, lose)
+    at_step(monkeypatch, ProCST, 0, 0, lose)
+    # More images than those of the first step are tried one after the other, all of them in vain.
     result = run_script(train_procst, *run_flags(root, tmp_path, steps_per_scale=8, on_bad_image="skip"))
     assert "is the disk there?" in one_line(result)
 
@@ -83,23 +78,24 @@ def test_a_disk_that_is_gone_is_no_bad_image(spoilt, tmp_path, run_script, monke
 # --- loaders --------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_loader_ends_the_run_and_the_same_command_goes_on(
-    world, undisturbed, tmp_path, run_script, monkeypatch  # noqa: F811
+def test_a_killed_loader_ends_the_run_and_the_same_command_continues_it(
+    world, finished_run, tmp_path, run_script, monkeypatch
 ):
-    real = stream_module.StreamSamples.__getitem__
+    real = DomainSamples.__getitem__
+    main = os.getpid()
 
     def die(self, position):
-        if self.config.scale == 1 and position == 2:
+        if position == 4 and os.getpid() != main:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, position)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream_module.StreamSamples, "__getitem__", die)
+        patch.setattr(DomainSamples, "__getitem__", die)
         line = one_line(run_script(train_procst, *run_flags(world, tmp_path, num_workers=1)), code=75)
     assert "Killed" in line or "exited unexpectedly" in line
-    assert "run the same command again" in line
+    assert "--continue_train_from_path" in line or "run the same command again" in line
     assert run_script(train_procst, *run_flags(world, tmp_path, num_workers=1)).code == 0
-    assert same_as(undisturbed, tmp_path / "run")
+    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
 
 
 class Samples(Dataset):

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks.fault_campaign import Campaign
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):

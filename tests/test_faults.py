@@ -16,36 +16,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from core.checkpoint import load_checkpoint, read_newest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter
 
 import train_procst
-from faults import LAST, at_step, one_line, run_flags, same_as, undisturbed, world  # noqa: F401
+from commands import assert_same_tensors, at_step, stop_at
+from core.procst import ProCST
+from faults import LAST, one_line, run_flags
+from training.checkpoint import LATEST, load_checkpoint, read_newest
 from training.tensorboard import TensorBoardLog
 from utils import files as files_module
 from utils import stopping
 from utils import tensor_files as tensor_files_module
 from utils.errors import UserError, run_cli
 from utils.files import atomic_write_bytes
-from utils.tensor_files import DamagedFileError, read_tensor_file
+from utils.tensor_files import DamagedFileError
 
 # --- told to stop ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # the others: below, and in other tests
-def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed, tmp_path, run_script, monkeypatch, number):  # noqa: F811
+def test_a_signal_saves_and_the_same_command_goes_on(world, finished_run, tmp_path, run_script, monkeypatch, number):
     with monkeypatch.context() as patch:
-        at_step(patch, 1, 1, lambda trainer: signal.raise_signal(number))
+        stop_at(patch, ProCST, 1, 1, number)
         result = run_script(train_procst, *run_flags(world, tmp_path))
     line = one_line(result, code=75)
     assert "step 2 of scale 1" in line
     assert str(tmp_path / "run") in line
     state = load_checkpoint(tmp_path / "run" / "latest.pth")
-    assert (state.scale, state.step) == (1, 2)
+    assert (state.stage, state.step) == (1, 2)
     assert run_script(train_procst, *run_flags(world, tmp_path)).code == 0
-    assert same_as(undisturbed, tmp_path / "run")
+    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
@@ -90,7 +92,7 @@ def test_a_stop_while_a_checkpoint_is_read_is_no_damage(tmp_path, monkeypatch):
         stop = stopping.StopRequests()
         stop.at_once = True
         with pytest.raises(stopping.Stopped), stop:
-            read_newest(tmp_path, read_tensor_file)
+            read_newest(tmp_path)
         assert stop()  # also where the exception is lost, as in what deletes an object
     finally:
         for number, handler in before.items():
@@ -109,14 +111,14 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fail)
             with pytest.raises(UserError, match=r"latest\.pth") as found:
-                read_newest(tmp_path, read_tensor_file)
+                read_newest(tmp_path)
         assert not isinstance(found.value, DamagedFileError)
 
 
-def test_loaders_outlive_what_a_scheduler_sends_to_all_processes(world, undisturbed, tmp_path, run_script, monkeypatch):  # noqa: F811
+def test_loaders_outlive_what_a_scheduler_sends_to_all(world, finished_run, tmp_path, run_script, monkeypatch):
     sent = []
 
-    def to_all(trainer):
+    def to_all():
         for number in (signal.SIGTERM, signal.SIGUSR1):
             for child in multiprocessing.active_children():
                 # From another process: a worker ends where its parent sends it SIGTERM.
@@ -125,12 +127,12 @@ def test_loaders_outlive_what_a_scheduler_sends_to_all_processes(world, undistur
         signal.raise_signal(signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
-        at_step(patch, 1, 1, to_all)
+        at_step(patch, ProCST, 1, 1, to_all)
         result = run_script(train_procst, *run_flags(world, tmp_path, num_workers=1))
     assert len(sent) == 4
     assert "step 2 of scale 1" in one_line(result, code=75)
     assert run_script(train_procst, *run_flags(world, tmp_path)).code == 0
-    assert same_as(undisturbed, tmp_path / "run")
+    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
 
 
 # --- the newest checkpoint ------------------------------------------------------------------------------------------
@@ -138,10 +140,10 @@ def test_loaders_outlive_what_a_scheduler_sends_to_all_processes(world, undistur
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
-    world, undisturbed, tmp_path, run_script, monkeypatch, damage  # noqa: F811
+    world, finished_run, tmp_path, run_script, monkeypatch, damage
 ):
     with monkeypatch.context() as patch:
-        at_step(patch, 1, 2, lambda trainer: signal.raise_signal(signal.SIGTERM))
+        stop_at(patch, ProCST, 1, 2)
         assert run_script(train_procst, *run_flags(world, tmp_path, save_checkpoint_rate=1)).code == 75
     latest = tmp_path / "run" / "latest.pth"
     data = latest.read_bytes()
@@ -150,13 +152,13 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
     else:
         latest.write_bytes(data[: len(data) // 2])
     before = load_checkpoint(tmp_path / "run" / "previous.pth")
-    assert (before.scale, before.step) == (1, 2)
+    assert (before.stage, before.step) == (1, 2)
     result = run_script(train_procst, *run_flags(world, tmp_path))
     assert result.code == 0, result.err
     assert "latest.pth" in result.err
     assert "previous.pth" in result.err
     assert (tmp_path / "run" / "damaged.pth").exists() == (damage != "gone")
-    assert same_as(undisturbed, tmp_path / "run")
+    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
 
 
 def test_the_one_before_is_always_whole(tmp_path):
@@ -181,7 +183,7 @@ def test_the_one_before_without_hard_links(tmp_path, monkeypatch):
     assert (path.read_bytes(), before.read_bytes()) == (b"2", b"1")
 
 
-def test_a_full_disk_keeps_the_checkpoint(world, undisturbed, tmp_path, run_script, monkeypatch):  # noqa: F811
+def test_a_full_disk_keeps_the_checkpoint(world, finished_run, tmp_path, run_script, monkeypatch):
     real = files_module.os.fsync
 
     def full(handle):
@@ -190,24 +192,24 @@ def test_a_full_disk_keeps_the_checkpoint(world, undisturbed, tmp_path, run_scri
         real(handle)
 
     with monkeypatch.context() as patch:
-        at_step(patch, 1, 1, lambda trainer: patch.setattr(files_module.os, "fsync", full))
+        at_step(patch, ProCST, 1, 1, lambda: patch.setattr(files_module.os, "fsync", full))
         result = run_script(train_procst, *run_flags(world, tmp_path, save_checkpoint_rate=1))
     line = one_line(result)
     assert "latest.pth" in line
     assert "No space left" in line
     state = load_checkpoint(tmp_path / "run" / "latest.pth")
-    assert (state.scale, state.step) == (1, 1)
+    assert (state.stage, state.step) == (1, 1)
     assert run_script(train_procst, *run_flags(world, tmp_path)).code == 0
-    assert same_as(undisturbed, tmp_path / "run")
+    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
 
 
-def test_checkpoints_by_the_clock(world, tmp_path, run_script, monkeypatch):  # noqa: F811
+def test_checkpoints_by_the_clock(world, tmp_path, run_script, monkeypatch):
     seen = []
 
-    def look(trainer):
+    def look():
         seen.append(load_checkpoint(tmp_path / "run" / "latest.pth").step)
 
-    at_step(monkeypatch, LAST, 2, look)
+    at_step(monkeypatch, ProCST, LAST, 2, look)
     assert run_script(train_procst, *run_flags(world, tmp_path, save_checkpoint_minutes=1e-9)).code == 0
     assert seen == [2]
 
@@ -225,7 +227,7 @@ def test_writes_of_one_file_are_whole_or_not_there(tmp_path, monkeypatch):
 # --- what shows the run -----------------------------------------------------------------------------------------
 
 
-def test_a_run_outlives_the_pipe_that_shows_it(world, undisturbed, tmp_path):  # noqa: F811
+def test_a_run_outlives_the_pipe_that_shows_it(world, finished_run, tmp_path):
     """As where `tee` dies of the Ctrl-C that is to stop the run: nothing printed may keep it from saving."""
     reading, writing = os.pipe()
     context = multiprocessing.get_context("fork")
@@ -238,15 +240,9 @@ def test_a_run_outlives_the_pipe_that_shows_it(world, undisturbed, tmp_path):  #
         sys.__stderr__ = sys.stderr
         torch.set_num_threads(1)
         sys.argv = ["train_procst.py", *map(str, run_flags(world, tmp_path, num_workers=0))]
-        real = train_procst.Trainer.one_step
-
-        def one_step(self, *arguments):
-            if (self.scale, self.step) == (1, 1):
-                signal.raise_signal(signal.SIGINT)
-            return real(self, *arguments)
-
-        train_procst.Trainer.one_step = one_step
-        run_cli(train_procst.main)
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, ProCST, 1, 1, signal.SIGINT)
+            run_cli(train_procst.main)
 
     process = context.Process(target=train)
     process.start()
@@ -256,10 +252,10 @@ def test_a_run_outlives_the_pipe_that_shows_it(world, undisturbed, tmp_path):  #
     process.join(120)
     assert process.exitcode == 75
     state = load_checkpoint(tmp_path / "run" / "latest.pth")
-    assert (state.scale, state.step) == (1, 2)
+    assert (state.stage, state.step) == (1, 2)
 
 
-def test_a_log_that_cannot_be_written_is_given_up(world, undisturbed, tmp_path, run_script, monkeypatch):  # noqa: F811
+def test_a_log_that_cannot_be_written_is_given_up(world, finished_run, tmp_path, run_script, monkeypatch):
     def full(self, *arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -268,7 +264,7 @@ def test_a_log_that_cannot_be_written_is_given_up(world, undisturbed, tmp_path, 
     result = run_script(train_procst, *run_flags(world, tmp_path))
     assert result.code == 0, result.err
     assert result.err.count("without TensorBoard") == 1
-    assert same_as(undisturbed, tmp_path / "run")
+    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
 
 
 @pytest.mark.parametrize("fault", ["a file in its place", "folder deleted", "disk full from the start", "disk full"])
@@ -337,27 +333,31 @@ def test_closed_standard_streams(closed, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite(world, tmp_path, run_script, monkeypatch, value):  # noqa: F811
-    def spoil(trainer):
-        with torch.no_grad():
-            trainer.networks["Gst"][-1].tail[0].conv.weight.fill_(value)
+def test_a_loss_that_is_not_finite(world, tmp_path, run_script, monkeypatch, value):
+    real = ProCST.step
 
-    at_step(monkeypatch, 1, 2, spoil)
+    def step(self, batch, stage, step):
+        if (stage, step) == (1, 2):
+            with torch.no_grad():
+                self.modules["Gst.1"].tail[0].conv.weight.fill_(value)
+        return real(self, batch, stage, step)
+
+    monkeypatch.setattr(ProCST, "step", step)
     result = run_script(train_procst, *run_flags(world, tmp_path, save_checkpoint_rate=1, print_rate=100))
     line = one_line(result)
     for part in ("Scale1/", "step 3 of scale 1", "latest.pth of step 2 of scale 1"):
         assert part in line
     state = load_checkpoint(tmp_path / "run" / "latest.pth")
-    assert (state.scale, state.step) == (1, 2)
+    assert (state.stage, state.step) == (1, 2)
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 20 GiB", "can't allocate memory"])
-def test_out_of_memory(world, tmp_path, run_script, monkeypatch, message):  # noqa: F811
-    def fail(trainer):
+def test_out_of_memory(world, tmp_path, run_script, monkeypatch, message):
+    def fail():
         raise torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
 
-    at_step(monkeypatch, LAST, 0, fail)
+    at_step(monkeypatch, ProCST, LAST, 0, fail)
     line = one_line(run_script(train_procst, *run_flags(world, tmp_path)))
     for part in ("batch 1", "scale 2", "--batch_size_list", "--crop_size"):
         assert part in line
-    assert load_checkpoint(tmp_path / "run" / "latest.pth").scale == 1
+    assert load_checkpoint(tmp_path / "run" / "latest.pth").stage == 1

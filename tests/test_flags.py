@@ -165,7 +165,7 @@ def test_what_may_change(config):
     options = options_of(*(section for section in sections(config) if section is not StartFlags))
     shared = {
         "gpus", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "save_checkpoint_minutes", "pics_per_epoch",
-        "precision", "deterministic", "num_workers", "cache_dir", "on_bad_image", "src_data_dir",
+        "precision", "deterministic", "num_workers", "cache_dir", "on_bad_image", "src_data_dir", "backbone_weights",
     }  # fmt: skip
     own = {
         ProCSTConfig: {"trg_data_dir", "vgg_weights", "semseg_weights", "bf16_discriminators"},

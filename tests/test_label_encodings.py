@@ -6,19 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from core.segmentation_files import SegmentationFile
 from PIL import Image
 
 import evaluate as evaluate_script
 import train_procst
+from commands import label_flags
 from data_handlers.classes import CITYSCAPES_IDS, CITYSCAPES_VOID
 from data_handlers.datasets import DATA_SETS, DataSet, with_labels
 from data_handlers.images import read_label
 from data_handlers.labelled import CHECKED_LABELS, check_samples
 from data_handlers.lists import list_images
-from models.segmentation import SegmentationShape, build_segmentation_net
-from test_bad_input import check_refusal, tree
-from test_label_training import label_flags
+from nets import save_net
+from refusals import check_refusal, tree
 from utils.errors import UserError
 from worlds import index_label, write_cityscapes, write_gta5, write_png16, write_synthia
 
@@ -177,14 +176,8 @@ def test_data_sets_with_other_ids_are_believed(tmp_path, capsys):
 # --- scripts --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def net_file(tmp_path):
-    shape = SegmentationShape("UNet", "none", 19)
-    SegmentationFile(shape, build_segmentation_net(shape).state_dict()).save(tmp_path / "net.pth")
-    return tmp_path / "net.pth"
-
-
-def test_trainids_are_neither_scored_nor_trained_on_as_ids(tmp_path, run_script, net_file):
+def test_trainids_are_neither_scored_nor_trained_on_as_ids(tmp_path, run_script):
+    net_file = save_net(tmp_path / "net.pth")
     write_gta5(tmp_path / "gta", count=4, size=(60, 44))
     write_cityscapes(tmp_path / "cityscapes", count=3, size=(64, 40), labels=False)
     write_cityscapes(tmp_path / "cityscapes", count=2, size=(64, 40), split="val")

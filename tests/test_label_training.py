@@ -155,3 +155,25 @@ def test_continuing_with_another_source_net(world, tmp_path, run_script, source_
     assert run_script(train_procst, *again, moved).code == 0
 
 
+
+
+def test_continuing_with_other_backbone_weights(world, tmp_path, run_script, monkeypatch):
+    """The file may have moved, but it must be the same one until the net that starts from it is in the checkpoint."""
+    net = save_net(tmp_path / "resnet.pth", "DeepLabV2", "resnet18")
+    state = load_segmentation_net(net, "--weights")[1].backbone.state_dict()
+    torch.save(state, tmp_path / "start.pth")
+    torch.save({name: value + 1 for name, value in state.items()}, tmp_path / "other.pth")
+    changes = {
+        "model": "DeepLabV2", "backbone": "resnet18", "backbone_weights": tmp_path / "start.pth", "num_scales": 1,
+        "batch_size_list": (2, 2), "steps_per_scale": 1, "select_by": "none", "validation_rate": None,
+    }  # fmt: skip
+    with monkeypatch.context() as patch:
+        stop_at(patch, ProCST, 0, 0)
+        assert run_script(train_procst, *label_flags(world, tmp_path, net, **changes)).code == 75
+    again = ("--continue_train_from_path", only_run(tmp_path))
+    (tmp_path / "start.pth").rename(tmp_path / "moved.pth")
+    check_refusal(run_script(train_procst, *again), "--backbone_weights", "start.pth", "no such file")
+    refused = run_script(train_procst, *again, "--backbone_weights", tmp_path / "other.pth")
+    check_refusal(refused, "--backbone_weights", "not the one the run was started with")
+    result = run_script(train_procst, *again, "--backbone_weights", tmp_path / "moved.pth")
+    assert result.code == 0, result.err

@@ -175,7 +175,7 @@ def test_the_toolkit_reads_back_what_was_drawn(sets, domain):
         picture, label = draw_frame(domain, 3, "train", k, SIZE)
         image = read_image(sets[domain] / name)
         assert np.array_equal(np.asarray(image), picture)
-        assert np.array_equal(read_label(sets[domain] / files.label_of(name), data_set, SIZE), label)
+        assert np.array_equal(read_label(files.label_file(name), data_set, SIZE), label)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

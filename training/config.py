@@ -148,7 +148,7 @@ class NetConfig:
     num_classes: int = option(19, "its classes")
     backbone_weights: str = path_option(
         "imagenet", "what the backbone starts from: torchvision's ImageNet weights, or a state dict with its names",
-        keywords=("imagenet", "random"), metavar="imagenet|PATH",
+        keywords=("imagenet", "random"), metavar="imagenet|PATH", may_change=True,
     )  # fmt: skip
     no_pretrained_backbone: bool = option(False, "the backbone starts from random weights; nothing is downloaded")
 

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -101,25 +101,25 @@ def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], 
     if first:
         group = parser.add_argument_group("the flags that matter most")
         for name in first:
-            _add(group, options[name])
+            _add(group.add_argument, options[name])
     for title, sections in groups.items():
         group = parser.add_argument_group(title)
         for name, field in options_of(*sections).items():
             if name not in first:
-                _add(group, field)
+                _add(group.add_argument, field)
     return parser
 
 
-def _add(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+def _add(add_argument: Callable[..., Any], field: dataclasses.Field) -> None:
     option = field.metadata
     names = [flag_of(field.name)] if "-" not in flag_of(field.name)[2:] else [flag_of(field.name), f"--{field.name}"]
     text = argparse.SUPPRESS if option["hidden"] else option["help"] + _shown_default(field)
     if option["type"] is bool:
         action = argparse.BooleanOptionalAction if option["may_change"] else "store_true"
-        group.add_argument(*names, dest=field.name, action=action, help=text)
+        add_argument(*names, dest=field.name, action=action, help=text)
         return
     metavar = option["metavar"] or (None if option["choices"] else {int: "N", float: "X"}.get(option["type"], "NAME"))
-    group.add_argument(
+    add_argument(
         *names, dest=field.name, type=option["type"], nargs=option["nargs"], choices=option["choices"], metavar=metavar,
         help=text,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Starting the processes of one machine that train together; `training.distributed.joined` connects them.
+"""Running a command in processes that work together, and starting those of this machine.
 
-PyTorch's elastic launcher starts them, ends all when one has died, and starts all again, up to `RESTARTS` times: they
-continue from the last checkpoint. A process that ends for a reason that a restart cannot mend (bad input, a requested
-stop) leaves its exit code in a folder of the launcher and ends with 0, so that nothing is restarted.
+PyTorch's elastic launcher starts them, ends all when one has died, and starts all again, up to `RESTARTS` times: a
+training continues from the last checkpoint. A process that ends for a reason that a restart cannot mend (bad input, a
+requested stop) leaves its exit code in a folder of the launcher and ends with 0, so that nothing is restarted.
 """
 
 from __future__ import annotations

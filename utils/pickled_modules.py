@@ -1,7 +1,7 @@
 """Files in which whole modules were pickled, read without importing or executing what they name.
 
-`torch.load(weights_only=True)` reads them. Module classes allowed by name are replaced by `Record`s, which keep what the
-file says; any other class or function is refused.
+`torch.load(weights_only=True)` reads them. Module classes allowed by name become `Record`s, which keep what the file
+says; any other class or function is refused.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""Write docs/flags.md, the page of all flags, from the declarations that the parsers are made from.
+
+    python docs/write_flags.py
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import create_sit_dataset
+import evaluate
+import make_demo
+import make_toy_data
+import measure_domain_distance
+import train_procst
+import train_semseg_on_source
+from training.flags import flag_of, options_of
+
+SCRIPTS = (
+    train_procst, create_sit_dataset, train_semseg_on_source, evaluate, measure_domain_distance, make_toy_data,
+    make_demo,
+)  # fmt: skip
+HEAD = """# All flags
+
+Made from the parsers by `python docs/write_flags.py`; `--help` of each script says the same. A flag marked "continue"
+may differ when a run is continued; with any other, a continued run refuses another value than it was started with.
+"""
+
+
+def rows(field) -> str:
+    """A row of the table; '' for a flag that `--help` hides."""
+    option, default = field.metadata, field.default
+    if option["hidden"]:
+        return ""
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = f"{default:.4g}" if isinstance(default, float) else shown
+    shown = "" if default in (None, "", False) or "(default" in option["help"] else shown
+    choices = f" One of: {', '.join(map(str, option['choices']))}." if option["choices"] else ""
+    marked = "continue" if option["may_change"] else ""
+    return f"| `{flag_of(field.name)}` | {shown} | {marked} | {option['help']}.{choices} |\n"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for script in SCRIPTS:
+        name = Path(script.__file__).name
+        summary = script.__doc__.strip().splitlines()[0]
+        parts.append(f"\n## {name}\n\n{summary}\n")
+        for title, sections in script.GROUPS.items():
+            heading = "" if len(script.GROUPS) == 1 else f"\n### {title[0].upper()}{title[1:]}\n"
+            table = "".join(rows(field) for field in options_of(*sections).values())
+            parts.append(f"{heading}\n| flag | default | | meaning |\n| --- | --- | --- | --- |\n{table}")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "flags.md").write_text(page())
