@@ -43,10 +43,7 @@ def generated_pyramid(x: Tensor, scale: int, scale_factor: float) -> list[Tensor
 
 @torch.no_grad()
 def cascade(
-    lower: Sequence[Generator],
-    levels: Sequence[Tensor],
-    scale_factor: float,
-    run: Run = nn.Module.__call__,
+    lower: Sequence[Generator], levels: Sequence[Tensor], scale_factor: float, run: Run = nn.Module.__call__
 ) -> Tensor | None:
     """Second input of G_s: the frozen generators 0..s-1 run from coarse to fine, each result upsampled by 1/f.
 
@@ -69,10 +66,7 @@ def cascade(
 
 
 def translate_pyramid(
-    generators: Sequence[Generator],
-    levels: Sequence[Tensor],
-    scale_factor: float,
-    run: Run = nn.Module.__call__,
+    generators: Sequence[Generator], levels: Sequence[Tensor], scale_factor: float, run: Run = nn.Module.__call__
 ) -> Tensor:
     """Run a whole cascade G_0..G_s on pyramid levels 0..s and return the finest output (B,3,h_s,w_s)."""
     *lower, finest = generators

@@ -23,15 +23,7 @@ from training.config import (
     check_crop_fits,
     resolve_net,
 )
-from training.flags import (
-    Config,
-    check,
-    check_not_negative,
-    check_positive,
-    flag_of,
-    option,
-    path_option,
-)
+from training.flags import Config, check, check_not_negative, check_positive, flag_of, option, path_option
 from utils.sizes import level_size
 
 Norm = Literal["batch", "group"]

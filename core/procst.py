@@ -18,14 +18,7 @@ from core.config import ProCSTConfig
 from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.running import micro_batch_size, procst_runner
-from core.step import (
-    Batch,
-    ScaleNetworks,
-    ScaleOptimizers,
-    SegmentationNets,
-    StepResult,
-    training_step,
-)
+from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets, StepResult, training_step
 from data_handlers.domain import Domain, DomainBatch
 from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import array_pyramid
