@@ -21,7 +21,7 @@ Run = Callable[..., Any]
 
 
 def to_unit_range(x: Tensor) -> Tensor:
-    """Network range [-1,1] -> [0,1], clamped: what is logged and saved."""
+    """Network range [-1,1] -> [0,1], clamped, as images are logged and saved."""
     return ((x + 1.0) / 2.0).clamp(0.0, 1.0)
 
 

@@ -216,7 +216,7 @@ class LabelLossConfig:
 
 
 def default_semseg_weights(source: str) -> str:
-    """Default path of P, which training on source writes, too."""
+    """Default path of P, for training on source, which writes it, and for ProCST."""
     return f"pretrained/pretrained_semseg_on_{source}.pth"
 
 

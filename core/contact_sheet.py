@@ -1,4 +1,4 @@
-"""A picture of a run's progress that needs nothing but an image viewer: rows source, SiT, target."""
+"""The contact sheet of a finished scale: a picture with rows of source, SiT and target images."""
 
 from __future__ import annotations
 

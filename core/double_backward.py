@@ -155,8 +155,8 @@ class _ImageGradient(torch.autograd.Function):
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Double backward of norm, LeakyReLU and convolution.
 
-        With n the normalised x, s the inverse deviation, h the gradient to n and m a mean over what is normalised
-        together, the gradient to x is P(h) = s (h - m(h) - n m(h n)). P is its own adjoint, so with v, `upstream`, the
+        With n the normalised x, s the inverse deviation, h the gradient to n and m a mean over the values that share
+        a deviation, the gradient to x is P(h) = s (h - m(h) - n m(h n)). P is its own adjoint, so with v, `upstream`, the
         gradient to h is P(v); that to x is -s (b P(v) + a P(h) + c n), where a = m(v n), b = m(h n), c = m(P(v) h).
         """
         block: Block = ctx.block
@@ -260,7 +260,7 @@ def block_with_double_backward(
 ) -> Tensor:
     """norm -> LeakyReLU -> convolution, (B,in,h,w) -> (B,out,h,w), for the gradient penalty.
 
-    A first backward pass with `create_graph` gives a gradient to `x` alone. The second pass, and a pass without
+    A first backward pass with `create_graph` gives a gradient only to `x`. The second pass, and a pass without
     `create_graph`, give gradients to all inputs. The second pass overwrites the tensors it uses: it can be made once.
     """
     block = Block(norm, slope, convolution.padding[0])

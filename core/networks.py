@@ -108,7 +108,7 @@ class Discriminator(nn.Module):
         _build_trunk(self, shape, shape.image_channels, 1, nn.LeakyReLU(LEAKY_SLOPE))
 
     def forward(self, image: Tensor, differentiable_twice: bool = False) -> Tensor:
-        """`differentiable_twice`, for the gradient penalty: a first backward gives a gradient to the image alone."""
+        """`differentiable_twice`, for the gradient penalty: the first backward gives a gradient only to the image."""
         features = self.head(image, differentiable_twice)
         for block in self.body:
             features = block(features, differentiable_twice)
@@ -119,7 +119,7 @@ class Discriminator(nn.Module):
 def init_weights(network: nn.Module, generator: torch.Generator) -> None:
     """Published initialisation: conv weights N(0, 0.02), norm weights N(1, 0.02), norm biases 0, conv biases PyTorch's.
 
-    All are drawn from `generator`, so that a run's networks depend on its seed alone.
+    All are drawn from `generator`, so that a run's networks depend only on its seed.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -129,7 +129,7 @@ def _build_seg_sit(config: ProCSTConfig, fresh: bool) -> nn.Module:
 
 
 def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[ProCSTConfig, Validator | None, str]:
-    """The configuration with `--select_by` decided, what validates the last scale, and a line that describes it."""
+    """The configuration with `--select_by` decided, the validator of the last scale, and a line that describes it."""
     files, missing = _val_split(target)
     asked = config.validation.select_by
     select_by = _decided(asked, files, missing, target)

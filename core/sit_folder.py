@@ -1,4 +1,4 @@
-"""The folder of an exported SiT data set: which files it holds, and what it must not overwrite."""
+"""The folder of an exported SiT data set: which files it holds, and checks that no other files are overwritten."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def output_names(files: FileList) -> dict[str, str]:
     """The output path of every image, relative to the output folder: its own path with the suffix `.png`.
 
     Raises:
-        UserError: two images differ in their suffix alone.
+        UserError: two images differ only in their suffix.
     """
     images: dict[str, str] = {}
     for image in files.images:

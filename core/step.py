@@ -90,7 +90,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """What the phases of a step share, as in `training_step`, and the losses they log."""
+    """Arguments of `training_step` that its phases share, and the losses they log."""
 
     loss: LossConfig
     scale_factor: float
@@ -361,7 +361,7 @@ def _backward_of_cycle(leaf: Tensor, direction: _Direction, step: _Step) -> Tens
 def _update_segmentation(
     direction: _Direction, segmentation: SegmentationNets, generator_optimizer: Optimizer | None, step: _Step
 ) -> None:
-    """Phase 3: step Q on the source translated anew, and the generator on the same loss after the warm-up."""
+    """Phase 3: translate the source again; step Q and, after the warm-up, the generator on the loss of Q."""
     trains_generator = generator_optimizer is not None
     with torch.set_grad_enabled(trains_generator and not step.recompute):
         sit = step.run(direction.generator, direction.image, direction.coarser)
