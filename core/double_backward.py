@@ -155,8 +155,8 @@ class _ImageGradient(torch.autograd.Function):
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Double backward of norm, LeakyReLU and convolution.
 
-        With n the normalised x, s the inverse deviation, h the gradient to n and m a mean over the values that share
-        a deviation, the gradient to x is P(h) = s (h - m(h) - n m(h n)). P is its own adjoint, so with v, `upstream`, the
+        With n the normalised x, s the inverse deviation, h the gradient to n and m the mean over values that share a
+        deviation, the gradient to x is P(h) = s (h - m(h) - n m(h n)). P is its own adjoint, so with v = `upstream` the
         gradient to h is P(v); that to x is -s (b P(v) + a P(h) + c n), where a = m(v n), b = m(h n), c = m(P(v) h).
         """
         block: Block = ctx.block
