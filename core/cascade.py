@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.networks import Generator
 from utils.sizes import level_size
 
-GeneratorForward = Callable[[Generator, Tensor, Tensor | None], Tensor]
+# (network, *inputs) -> the network's output
+Run = Callable[..., Any]
 
 
 def to_unit_range(x: Tensor) -> Tensor:
-    """Network range [-1,1] -> [0,1], clamped: what is logged and saved."""
+    """Network range [-1,1] -> [0,1], clamped, as images are logged and saved."""
     return ((x + 1.0) / 2.0).clamp(0.0, 1.0)
 
 
@@ -39,46 +41,33 @@ def generated_pyramid(x: Tensor, scale: int, scale_factor: float) -> list[Tensor
     return [*lower, x]
 
 
-def _crop_to(x: Tensor, like: Tensor) -> Tensor:
-    """Top left part of `x` with the height and width of `like`: rounding up can leave a row or column too many."""
-    return x[..., : like.shape[-2], : like.shape[-1]]
-
-
-def _plain_forward(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
-    return generator(image, coarser)
-
-
 @torch.no_grad()
 def cascade(
-    lower: Sequence[Generator],
-    levels: Sequence[Tensor],
-    scale_factor: float,
-    forward: GeneratorForward = _plain_forward,
+    lower: Sequence[Generator], levels: Sequence[Tensor], scale_factor: float, run: Run = nn.Module.__call__
 ) -> Tensor | None:
     """Second input of G_s: the frozen generators 0..s-1 run from coarse to fine, each result upsampled by 1/f.
 
     Args:
         lower: the s frozen lower generators of one direction.
         levels: pyramid levels 0..s (finer ones are ignored), (B,3,h_i,w_i).
-        forward: how a generator is run; export hands in a tiled version.
+        run: calls a generator with its image and coarser image; in export, on tiles.
 
     Returns:
         (B,3,h_s,w_s) without gradient, or None at scale 0, whose generator has no second input.
     """
     coarser = None
     for k, generator in enumerate(lower):
-        output = forward(generator, levels[k], coarser)
+        output = run(generator, levels[k], coarser)
         upsampled_size = [math.ceil(side / scale_factor) for side in output.shape[-2:]]
-        coarser = _crop_to(resize_bicubic(output, upsampled_size), levels[k + 1])
+        height, width = levels[k + 1].shape[-2:]
+        # Rounding up can leave a row or column too many.
+        coarser = resize_bicubic(output, upsampled_size)[..., :height, :width]
     return coarser
 
 
 def translate_pyramid(
-    generators: Sequence[Generator],
-    levels: Sequence[Tensor],
-    scale_factor: float,
-    forward: GeneratorForward = _plain_forward,
+    generators: Sequence[Generator], levels: Sequence[Tensor], scale_factor: float, run: Run = nn.Module.__call__
 ) -> Tensor:
     """Run a whole cascade G_0..G_s on pyramid levels 0..s and return the finest output (B,3,h_s,w_s)."""
     *lower, finest = generators
-    return forward(finest, levels[len(lower)], cascade(lower, levels, scale_factor, forward))
+    return run(finest, levels[len(lower)], cascade(lower, levels, scale_factor, run))

@@ -33,7 +33,7 @@ class ExportFlags:
     src_list: str = option("", "text file with one image a line, instead of all", metavar="FILE")
     skip_created_files: bool = option(False, "keep complete images that are already there")
     on_bad_image: str = option(
-        "stop", "an image that cannot be read ends the export, or is left out and listed at the end",
+        "stop", "an image that cannot be read ends the export, or is skipped and listed at the end",
         choices=ON_BAD_IMAGE,
     )  # fmt: skip
     batch_size: int = option(1, "images of equal size translated at once")

@@ -1,4 +1,4 @@
-"""Configuration of a ProCST run: frozen, validated once, stored as JSON beside the run. It imports no PyTorch."""
+"""Configuration of a ProCST run; the module imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,7 @@ from training.config import (
     check_crop_fits,
     resolve_net,
 )
-from training.flags import (
-    Config,
-    check,
-    check_not_negative,
-    check_positive,
-    flag_of,
-    option,
-    path_option,
-)
+from training.flags import Config, check, check_not_negative, check_positive, flag_of, option, path_option
 from utils.sizes import level_size
 
 Norm = Literal["batch", "group"]
@@ -42,16 +34,14 @@ PUBLISHED_WIDTH = 64
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """Everything that decides the parameters of one scale's generator and discriminator.
+    """Everything that decides the parameters of one scale's generator and discriminator (docs/method.md, section 2).
 
     Attributes:
-        scale: index of the scale, 0 is the coarsest; decides whether the generator sees a coarser image too.
+        scale: 0 is the coarsest, whose generator has no second input.
         channels: width C of all inner blocks.
         layers: number L of convolutions.
-        norm: `batch`, or `group` (which leaves blocks whose input is not divisible by `groups` without a norm).
-        groups: groups of the group norm.
-        image_channels: channels of an image.
-        kernel_size: odd size of all convolutions; padding keeps the image size.
+        norm: with `group`, blocks whose input channels `groups` does not divide have no norm.
+        kernel_size: odd; padding keeps the image size.
     """
 
     scale: int
@@ -75,12 +65,7 @@ def layers_at_scale(scale: int, num_scales: int, body_layers: int) -> int:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Shapes of all networks of the pyramid.
-
-    Attributes:
-        norm: `batch` or `group` for each scale. It is decided once when a run starts and stored, so neither the batch
-            size nor the number of GPUs changes the networks of an existing run.
-    """
+    """Shapes of all networks of the pyramid. `norm` is `batch` or `group` for each scale, once it is resolved."""
 
     num_scales: int = option(2, "index N of the finest scale: N + 1 scales")
     scale_factor: float = option(0.5, "size ratio of neighbouring scales")
@@ -150,9 +135,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_not_negative(self, *(f.name for f in dataclasses.fields(self) if f.metadata["type"] is float))
-        check(
-            bool(self.content_layers and self.style_layers), "--content_layers, --style_layers: name at least one each"
-        )
+        named = bool(self.content_layers and self.style_layers)
+        check(named, "--content_layers, --style_layers: name at least one each")
 
     @property
     def perceptual_layers(self) -> tuple[int, ...]:
@@ -179,15 +163,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long each scale trains.
-
-    Attributes:
-        batch_size_list: image pairs in a step, over all GPUs, one number for each scale.
-        epochs_per_scale: epochs of floor(max(source images, target images) / batch) steps.
-        steps_per_scale: steps of each scale, replaces `epochs_per_scale` where not empty.
-        warmup_epochs: first epochs of the last scale without label losses.
-        debug_run: stop each epoch after `debug_stop_iteration` steps and each scale after epoch `debug_stop_epoch`.
-    """
+    """How long each scale trains; an epoch has floor(max(source images, target images) / batch) steps."""
 
     batch_size: int = option(0, "one batch size for every scale, instead of --batch_size_list")
     batch_size_list: tuple[int, ...] = option(
@@ -203,17 +179,14 @@ class ScheduleConfig:
     debug_stop_epoch: int = option(0, "last epoch, from 0, with --debug_run")
 
     def __post_init__(self) -> None:
-        for name, what in (("batch_size_list", "every batch must be"), ("steps_per_scale", "steps must be")):
-            values = getattr(self, name)
-            check(all(value > 0 for value in values), f"--{name} {_listed(values)}: {what} greater than 0")
         check_positive(self, "epochs_per_scale", "debug_stop_iteration")
         check_not_negative(self, "warmup_epochs", "debug_stop_epoch")
 
     def steps_per_epoch(self, scale: int, epoch_length: int) -> int:
-        """floor(epoch length / batch), where the epoch length is the image number of the larger domain.
+        """Steps of an epoch of `epoch_length` samples, the number of images of the larger domain.
 
         Raises:
-            UserError: the batch is larger than both domains.
+            UserError: the batch is larger.
         """
         batch = self.batch_size_list[scale]
         check(
@@ -233,11 +206,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class LabelLossConfig:
-    """The nets of the label losses: P, trained on source beforehand, and Q, trained on SiT at the last scale.
-
-    Attributes:
-        semseg_weights: file or run folder of P.
-    """
+    """The label losses of the last scale and P, the net that they need."""
 
     no_semseg: bool = option(False, "train the last scale without label losses, and so without segmentation nets")
     semseg_weights: str = path_option(
@@ -247,7 +216,7 @@ class LabelLossConfig:
 
 
 def default_semseg_weights(source: str) -> str:
-    """Where the net trained on a source is looked for, and where training one puts it."""
+    """Default path of P, for training on source, which writes it, and for ProCST."""
     return f"pretrained/pretrained_semseg_on_{source}.pth"
 
 
@@ -289,8 +258,7 @@ class ProCSTConfig(Config):
             require_one_per_scale("steps_per_scale", self.schedule.steps_per_scale, scales)
         check_crop_fits(crop, "trg_resize", self.target.trg_resize)
         coarsest = level_size(crop, scales, self.network.scale_factor)
-        # Every 2x2 pooling before the deepest feature layer halves the image once more; below 4 pixels nothing of a
-        # picture is left to compare.
+        # Every 2x2 pooling before the deepest feature layer halves the image; losses compare at least 4x4 pixels.
         deepest = max(self.loss.perceptual_layers)
         needed = max(4, 2 ** sum(pooling < deepest for pooling in VGG16_POOLINGS))
         check(
@@ -302,7 +270,7 @@ class ProCSTConfig(Config):
             check_crop(crop)
         check(
             not self.optim.bf16_discriminators or self.run.precision in ("auto", "bf16"),
-            f"--bf16_discriminators does nothing in --precision {self.run.precision}; give bf16, or leave it out",
+            f"--bf16_discriminators does nothing in --precision {self.run.precision}; give bf16, or remove the flag",
         )
 
     @classmethod
@@ -330,7 +298,7 @@ class ProCSTConfig(Config):
 
     @classmethod
     def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:
-        """The flags with what follows from the data sets, the scales and the published settings filled in."""
+        """The flags with defaults that depend on the data sets, the scales and the GPUs filled in."""
         flags = resolve_net(flags)
         source, target = DATA_SETS[flags["source"]], DATA_SETS[flags["target"]]
         scales = max(flags["num_scales"], 0) + 1
@@ -338,7 +306,7 @@ class ProCSTConfig(Config):
             flags["batch_size_list"], flags["batch_size"] = (flags["batch_size"],) * scales, 0
         elif not flags["batch_size_list"]:
             flags["batch_size_list"] = PUBLISHED_BATCHES
-        widths = flags["base_channels_list"] or (PUBLISHED_WIDTH,)
+        weights = flags["semseg_weights"] or default_semseg_weights(flags["source"])
         norm = flags["norm"]
         if norm == ("auto",):
             gpus = flags.get("num_processes") or max(1, len(flags["gpus"]))
@@ -348,36 +316,30 @@ class ProCSTConfig(Config):
             "src_resize": flags["src_resize"] or source.resize,
             "trg_resize": flags["trg_resize"] or target.resize,
             "crop_size": flags["crop_size"] or source.crop,
-            "base_channels_list": _per_scale(widths, scales),
+            "base_channels_list": _per_scale(flags["base_channels_list"] or (PUBLISHED_WIDTH,), scales),
             "steps_per_scale": _per_scale(flags["steps_per_scale"], scales),
             "norm": _per_scale(norm, scales),
             "padd_size": (flags["ker_size"] - 1) // 2 if flags["padd_size"] is None else flags["padd_size"],
-            "semseg_weights": ""
-            if flags["no_semseg"]
-            else flags["semseg_weights"] or default_semseg_weights(flags["source"]),
+            "semseg_weights": "" if flags["no_semseg"] else weights,
         }
 
     def continued(self, given: Mapping[str, Any]) -> ProCSTConfig:
-        """See `Config.continued`; `--norm auto` means what it came to when the run started."""
+        """See `Config.continued`; `--norm auto` means the stored norms."""
         if self.labels.no_semseg:
             refuse_label_flags(given)
         return super().continued({name: value for name, value in given.items() if (name, value) != ("norm", ("auto",))})
 
 
 def refuse_label_flags(given: Mapping[str, Any]) -> None:
-    """Refuse flags of the segmentation nets, which a run without label losses does not have.
-
-    Raises:
-        UserError: names the flags.
-    """
+    """Raise `UserError` for flags of the segmentation nets, which a run without label losses does not have."""
     sections = (LabelLossConfig, NetConfig, SGDConfig, ValidationConfig)
     names = {field.name for section in sections for field in dataclasses.fields(section)} - {"no_semseg"}
     idle = [flag_of(name) for name in given if name in names | {"warmup_epochs", "lambda_labels"}]
-    check(not idle, f"{', '.join(idle)}: has no effect with --no_semseg; leave it out")
+    check(not idle, f"{', '.join(idle)}: has no effect with --no_semseg; remove it")
 
 
 def _per_scale(values: tuple[Any, ...], scales: int) -> tuple[Any, ...]:
-    """One value stands for every scale."""
+    """One value applies to every scale."""
     return values * scales if len(values) == 1 else values
 
 
@@ -386,14 +348,9 @@ def _listed(values: Sequence[int]) -> str:
 
 
 def require_one_per_scale(name: str, values: tuple[int, ...], num_scales: int) -> None:
-    """Check that a per-scale flag has one positive value for each of the scales 0..num_scales.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Raise `UserError` unless a per-scale flag has one positive value for each of the scales 0..num_scales."""
     check(
         len(values) == num_scales + 1,
-        f"--{name} has {len(values)} values; --num_scales {num_scales} means {num_scales + 1} scales, so one value for "
-        "each is needed",
+        f"--{name} has {len(values)} values; --num_scales {num_scales} needs {num_scales + 1}, one for each scale",
     )
     check(all(value > 0 for value in values), f"--{name} {_listed(values)}: values must be greater than 0")

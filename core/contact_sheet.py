@@ -1,8 +1,7 @@
-"""A picture of a run's progress that needs nothing but an image viewer: rows source, SiT, target."""
+"""The contact sheet of a finished scale: a picture with rows of source, SiT and target images."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from data_handlers.domain import Domain
 from data_handlers.images import PROCST_INPUT, read_image
 from data_handlers.pyramid import image_pyramid
 from utils.errors import UserError
-from utils.files import atomic_write_bytes
+from utils.files import atomic_write
 from utils.sizes import evenly_spaced
 
 COLUMNS = 6
@@ -27,7 +26,7 @@ CAPTION_HEIGHT = 14
 
 
 def draw_rows(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
-    """A captioned grid. Every row is (caption, uint8 (h,w,3) images of one size); small images are enlarged."""
+    """A grid of rows (caption, uint8 (h,w,3) images of one size); small images are enlarged."""
     height, width = rows[0][1][0].shape[:2]
     zoom = max(1, -(-MIN_TILE_WIDTH // width))
     tile_width, tile_height = width * zoom, height * zoom
@@ -46,18 +45,12 @@ def draw_rows(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
 
 def save_png(image: Image.Image, path: Path) -> Path:
     """Write `image` to `path` atomically; returns the path."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    atomic_write_bytes(path, buffer.getvalue())
+    atomic_write(path, lambda file: image.save(file, format="PNG"))
     return path
 
 
 def _sample_pyramids(domain: Domain, network: NetworkConfig, scale: int) -> list[list[np.ndarray]]:
-    """Pyramids of evenly spaced images, cropped in the middle: the same pictures on the sheet of every scale.
-
-    Raises:
-        UserError: an image cannot be read, and such images are not to be skipped, or none can.
-    """
+    """Pyramids of evenly spaced images, cropped in the middle: the same images at every scale."""
     crop = domain.crop
     x, y = ((r - c) // 2 for r, c in zip(domain.resize, crop, strict=True))
     pyramids = []
@@ -76,11 +69,6 @@ def _sample_pyramids(domain: Domain, network: NetworkConfig, scale: int) -> list
     return pyramids
 
 
-def contact_sheet_path(folder: Path, scale: int) -> Path:
-    """Where the sheet of a scale goes."""
-    return folder / f"contact_sheet_scale_{scale}.png"
-
-
 @torch.no_grad()
 def save_contact_sheet(
     *,
@@ -91,10 +79,12 @@ def save_contact_sheet(
     generators: Sequence[Generator],
     device: torch.device,
 ) -> None:
-    """Write a picture of source images, their translations by the frozen generators 0..s, and target images."""
-    scale = len(generators) - 1
-    sources = _sample_pyramids(source, network, scale)
-    targets = _sample_pyramids(target, network, scale)
+    """Write a picture of source images, their translations by the frozen generators 0..s, and target images.
+
+    Raises:
+        UserError: an image cannot be read and `--on_bad_image` is stop, or no image can.
+    """
+    sources, targets = (_sample_pyramids(domain, network, len(generators) - 1) for domain in (source, target))
     dtype = next(generators[0].parameters()).dtype
     translated = []
     for pyramid in sources:

@@ -1,8 +1,8 @@
 """How far apart two sets of images look: the Frechet distance of their VGG16 features.
 
-Every position of a feature map counts as one vector, so the distance compares local appearance (colour, contrast,
-texture), which is what ProCST moves, and a few dozen images are enough for a stable covariance. It is not the FID of
-the literature, which pools Inception features over the image; values compare only for the same layer, weights and size.
+Every position of a feature map is one vector, so the distance compares local appearance (colour, contrast, texture),
+and a few dozen images suffice. It is not the FID of the literature, which pools Inception features over the image.
+Values compare only for the same layer, weights and size.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def feature_gaussian(
     """Gaussian of the layer's feature vectors over all images.
 
     Args:
-        paths: image files.
-        size: (W,H) every image is resized to (bicubic), so that both sets are seen at one scale.
+        size: (W,H) every image is resized to (bicubic).
         vgg: frozen features on `device` that return `layer`.
 
     Raises:
@@ -50,7 +49,7 @@ def feature_gaussian(
             image = image.resize(size, Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image)).to(device)
         features = vgg(PROCST_INPUT(pixels)[None])[layer][0].flatten(1)
-        # A regular subset of positions: neighbours say nearly the same, and it needs no random numbers.
+        # A regular subset: neighbouring positions have similar features.
         stride = max(1, features.shape[1] // POSITIONS_PER_IMAGE)
         vectors = features[:, ::stride].T.cpu().numpy()
         fit = fit or GaussianFit(vectors.shape[1])
@@ -61,7 +60,7 @@ def feature_gaussian(
 
 
 def measure_distances(flags: DistanceFlags) -> None:
-    """Print the distances of source and SiT to the target, and write them to a file where one is named.
+    """Print the distances of source and SiT to the target, and write them to the file of `--json`.
 
     Raises:
         UserError: names the file or flag.

@@ -1,11 +1,11 @@
 """Blocks of a discriminator that are differentiable twice, for the gradient penalty.
 
 The gradient penalty is a function of the gradient to the image, so its backward pass differentiates the backward pass
-of the discriminator. PyTorch's operators save the tensors of norm, LeakyReLU and convolution separately until then, and
-differentiate the backward of a norm in many passes over whole tensors. The functions here save less: on a GPU, where
-memory is short, the input of a block and the gradients to its output and its input, and the other tensors are
-recomputed; on a CPU, where time is short, the input of the convolution and the gradient to it are saved as well. The
-double backward of a norm is a closed form that costs little more than the norm's backward.
+of the discriminator. PyTorch saves the tensors of norm, LeakyReLU and convolution separately until then, and
+differentiates the backward of a norm in many passes. The functions here save the input of a block and the gradients to
+its output and input, and on a CPU, where time is short, the input of the convolution and the gradient to it; a GPU,
+where memory is short, recomputes these. The double backward of a norm is a closed form that costs little more than the
+norm's backward.
 """
 
 from __future__ import annotations
@@ -32,13 +32,7 @@ def _convolution_gradients(
 
 @dataclass(frozen=True)
 class Block:
-    """A block norm -> LeakyReLU -> convolution without its tensors.
-
-    Attributes:
-        norm: batch norm in train mode, or group norm.
-        slope: of the LeakyReLU.
-        padding: of the convolution.
-    """
+    """A block norm -> LeakyReLU(slope) -> convolution without its tensors; the norm is in train mode."""
 
     norm: nn.BatchNorm2d | nn.GroupNorm
     slope: float
@@ -51,11 +45,7 @@ class Block:
     def normalise(
         self, x: Tensor, weight: Tensor, bias: Tensor, update_running_stats: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The norm of x (B,C,h,w), and the mean and inverse standard deviation that it used.
-
-        Args:
-            update_running_stats: update the running statistics of a batch norm that tracks them.
-        """
+        """The norm of x (B,C,h,w), and the mean and inverse standard deviation that it used."""
         if not self.by_batch:
             batch, channels, height, width = x.shape
             return torch.native_group_norm(
@@ -72,16 +62,13 @@ class Block:
         return F.leaky_relu_(self.normalise(x, weight, bias, update_running_stats=False)[0], self.slope)
 
     def through_activation(self, gradient: Tensor, y: Tensor, out: Tensor) -> Tensor:
-        """The gradient to the input of the LeakyReLU from the `gradient` to its output `y`.
-
-        It is written to `out`, which may be `gradient` or `y`.
-        """
+        """The gradient to the input of the LeakyReLU with output `y`, in `out`, which may be `gradient` or `y`."""
         return torch.ops.aten.leaky_relu_backward.grad_input(gradient, y, self.slope, True, grad_input=out)
 
     def norm_gradients(
         self, gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients to x, weight and bias from the `gradient` to the output of the norm; None where not `wanted`."""
+        """Gradients to x, weight and bias of the norm; None where not `wanted`."""
         gradient = gradient.contiguous(memory_format=_layout(x))
         if self.by_batch:
             return torch.ops.aten.native_batch_norm_backward(
@@ -94,9 +81,9 @@ class Block:
     def input_gradient(
         self, gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradient to x, and sums of `gradient`, which belongs to the output of the norm, times the normalised x.
+        """The gradient to x, and sums of `gradient`, that to the output of the norm, times the normalised x.
 
-        The sums, (1,C) for batch norm and (B,C) for group norm, go over the pixels of a channel that share a mean.
+        The sums are (1,C) for batch norm, over batch and pixels, and (B,C) for group norm, over pixels.
         """
         batch, channels, height, width = x.shape
         if self.by_batch or batch == 1:
@@ -116,8 +103,6 @@ class Block:
 
 
 class _Forward(torch.autograd.Function):
-    """See `block_with_double_backward`."""
-
     @staticmethod
     def forward(
         ctx: FunctionCtx, block: Block, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
@@ -144,7 +129,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _ImageGradient(torch.autograd.Function):
-    """The gradient to the input of a block as a function of the gradient to its output, of its input and weights."""
+    """The gradient to the input of a block as a function of the gradient to its output, its input and its weights."""
 
     @staticmethod
     def forward(
@@ -170,8 +155,8 @@ class _ImageGradient(torch.autograd.Function):
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Double backward of norm, LeakyReLU and convolution.
 
-        With n the normalised x, s the inverse deviation, h the gradient to n and m a mean over what is normalised
-        together, the gradient to x is P(h) = s (h - m(h) - n m(h n)). P is its own adjoint, so with v, `upstream`, the
+        With n the normalised x, s the inverse deviation, h the gradient to n and m the mean over values that share a
+        deviation, the gradient to x is P(h) = s (h - m(h) - n m(h n)). P is its own adjoint, so with v = `upstream` the
         gradient to h is P(v); that to x is -s (b P(v) + a P(h) + c n), where a = m(v n), b = m(h n), c = m(P(v) h).
         """
         block: Block = ctx.block
@@ -244,10 +229,7 @@ class _ConvolutionImageGradient(torch.autograd.Function):
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """The memory format that the kernels of the norms need for all their tensors, which they do not check.
-
-    Those of a CPU support channels last as well.
-    """
+    """The memory format that a norm's kernels need for all their tensors, which they do not check."""
     last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
@@ -257,15 +239,15 @@ def _by_channel(values: Tensor, x: Tensor) -> Tensor:
     groups, channels = values.shape[-1], x.shape[1]
     wide = values.reshape(-1, groups, 1).expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
     if _layout(x) is torch.channels_last:
-        # Repeated for a whole row of pixels, so that inner loops are long.
+        # Repeated for a row of pixels: long inner loops.
         wide = wide.expand(-1, -1, 1, x.shape[3]).contiguous(memory_format=torch.channels_last)
     return wide
 
 
 def has_double_backward(norm: nn.Module | None, x: Tensor) -> bool:
-    """Whether the functions below support the norm of a block with input x in the present mode.
+    """Whether the functions below support this norm: none, or PyTorch's batch or group norm, affine and in train mode.
 
-    They support no norm and PyTorch's batch norm and group norm in train mode with affine parameters, outside autocast.
+    They need gradients to be enabled, and no autocast.
     """
     known = norm is None or (type(norm) in (nn.BatchNorm2d, nn.GroupNorm) and norm.training and norm.affine)
     if known and isinstance(norm, nn.BatchNorm2d):
@@ -278,9 +260,8 @@ def block_with_double_backward(
 ) -> Tensor:
     """norm -> LeakyReLU -> convolution, (B,in,h,w) -> (B,out,h,w), for the gradient penalty.
 
-    A first backward pass with `create_graph` gives a gradient to `x` alone, though the other inputs require gradients.
-    The second pass, and a pass without `create_graph`, give gradients to all inputs. The second pass overwrites or
-    frees the tensors that it has used, so it can be made once.
+    A first backward pass with `create_graph` gives a gradient only to `x`. The second pass, and a pass without
+    `create_graph`, give gradients to all inputs. The second pass overwrites the tensors it uses: it can be made once.
     """
     block = Block(norm, slope, convolution.padding[0])
     x = x.contiguous(memory_format=_layout(x))

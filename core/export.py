@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +34,17 @@ from training.launching import in_processes, is_launched, launch
 from training.precision import resolve_precision, set_convolution_precision
 from utils.devices import cpus_per_device, default_gpus, default_workers, resolve_devices
 from utils.errors import UserError, out_of_memory_means
-from utils.files import atomic_write_bytes
+from utils.files import atomic_write
 from utils.loaders import load_in_order
 from utils.locks import say
 from utils.memory import keep_freed_memory
 from utils.stopping import STOPPED, LoaderDied, Stopped, StopRequests, is_loader_death
 
-GO_ON = "the images translated so far stay, go on with --skip_created_files"
+CONTINUE = "the images translated so far stay, continue with --skip_created_files"
 
 
 class SourceImages(Dataset):
-    """Pyramids of native-size images, or the error that reading one gave."""
+    """Pyramids of native-size images, or the `UserError` of an image that cannot be read."""
 
     def __init__(self, files: FileList, names: Sequence[str], num_scales: int, scale_factor: float) -> None:
         self.files, self.names = files, names
@@ -53,15 +53,14 @@ class SourceImages(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[str, list[np.ndarray]] | UserError:
-        name = self.names[index]
+    def __getitem__(self, index: int) -> list[np.ndarray] | UserError:
         try:
-            image = read_image(self.files.root / name)
+            image = read_image(self.files.root / self.names[index])
         except UserError as error:
             return error
         levels = image_pyramid(image, self.num_scales, self.scale_factor, self.num_scales)
         # Arrays, not tensors: a tensor from a worker process holds a file open until it is used.
-        return name, [np.array(level) for level in levels]
+        return [np.array(level) for level in levels]
 
 
 def equal_size_batches(
@@ -85,54 +84,20 @@ def equal_size_batches(
         yield batch(next(iter(waiting)))
 
 
-class PngWriter:
-    """Encodes and writes images in threads (zlib runs without the interpreter lock), a bounded number at a time.
-
-    Args:
-        root: folder that the names are relative to.
-        compression: of zlib, 0 to 9.
-        threads: encoders.
-    """
-
-    def __init__(self, root: Path, compression: int, threads: int) -> None:
-        self.root = root
-        self.compression = compression
-        self.limit = 2 * threads
-        self.pool = ThreadPoolExecutor(max_workers=threads)
-        self.pending: deque[Future[None]] = deque()
-
-    def put(self, name: str, pixels: np.ndarray) -> None:
-        """Queue uint8 (H,W,3) for `name`, waiting while too many are queued; errors of earlier ones surface here."""
-        while len(self.pending) >= self.limit:
-            self.pending.popleft().result()
-        self.pending.append(self.pool.submit(self._write, name, pixels))
-
-    def _write(self, name: str, pixels: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG", compress_level=self.compression)
-        atomic_write_bytes(self.root / name, buffer.getvalue())
-
-    def finish(self) -> None:
-        """Wait for everything queued; raises the first error."""
-        self.pool.shutdown(wait=True)
-        while self.pending:
-            self.pending.popleft().result()
-
-
-def _samples(images: SourceImages, num_workers: int, skip_unusable: bool) -> Iterator[tuple[str, list[Tensor]]]:
+def _samples(images: SourceImages, flags: ExportFlags, skipped: list[str]) -> Iterator[tuple[str, list[Tensor]]]:
     samples = load_in_order(
         images,
         range(len(images)),
-        num_workers=num_workers,
-        skip_unusable=skip_unusable,
-        or_else=f"; {GO_ON}, or leave such images out with --on_bad_image skip",
+        num_workers=flags.num_workers,
+        skip_unusable=flags.on_bad_image == "skip",
+        or_else=f"; {CONTINUE}, or exclude such images with --on_bad_image skip",
     )
-    for sample in samples:
+    for name, sample in zip(images.names, samples, strict=True):
         if isinstance(sample, UserError):
             say(f"skipped: {sample}")
-            continue
-        name, levels = sample
-        yield name, [torch.from_numpy(level) for level in levels]
+            skipped.append(name)
+        else:
+            yield name, [torch.from_numpy(level) for level in sample]
 
 
 def translate_images(
@@ -145,7 +110,7 @@ def translate_images(
     flags: ExportFlags,
     title: str = "translating",
     stop: Callable[[], bool] = lambda: False,
-) -> None:
+) -> list[str]:
     """Translate the images named in `outputs` and write them below `root`: decoding, translating and encoding overlap.
 
     Args:
@@ -153,11 +118,14 @@ def translate_images(
         outputs: path below `root` of every image wanted.
         flags: with the precision, scale factor and numbers of workers and encoders resolved.
         title: of the progress bar; '' draws none.
-        stop: asked after every batch; the rest is left out where it returns True.
+        stop: asked after every batch; translation ends early where it returns True.
+
+    Returns:
+        The images that were skipped because they cannot be read, with `--on_bad_image skip`.
 
     Raises:
-        UserError: an image cannot be read or written; whatever was translated before is on disk and whole.
-        LoaderDied: a loader process died; likewise.
+        UserError: an image cannot be read or written; images translated before are on disk and complete.
+        LoaderDied, RuntimeError: a loader process died (`is_loader_death`); likewise.
     """
     set_convolution_precision(flags.precision)
     if device.type == "cpu":
@@ -165,26 +133,28 @@ def translate_images(
     generators = [generator.to(device) for generator in generators]
     translator = Translator(generators, flags.scale_factor, device, flags.max_pixels, flags.precision)
     images = SourceImages(files, list(outputs), len(generators) - 1, flags.scale_factor)
-    writer = PngWriter(root, flags.png_compression, flags.encoders)
-    try:
-        with tqdm(total=len(images), unit="img", desc=title, dynamic_ncols=True, disable=not title) as bar:
-            samples = _samples(images, flags.num_workers, flags.on_bad_image == "skip")
-            for batch, levels in equal_size_batches(samples, flags.batch_size):
-                try:
-                    translated = translator(levels)
-                except UserError as error:
-                    raise UserError(f"{files.root / batch[0]}: {error}") from None
-                for name, pixels in zip(batch, translated, strict=True):
-                    writer.put(outputs[name], pixels)
-                bar.update(len(batch))
-                if stop():
-                    break
-    except (LoaderDied, RuntimeError) as error:
-        if not is_loader_death(error):
-            raise
-        raise LoaderDied(f"{LoaderDied.because(error)}; {GO_ON}") from None
-    finally:
-        writer.finish()
+    skipped: list[str] = []
+    writing: deque[Future[None]] = deque()
+    with (
+        ThreadPoolExecutor(flags.encoders) as pool,  # zlib runs without the interpreter lock
+        tqdm(total=len(images), unit="img", desc=title, dynamic_ncols=True, disable=not title) as bar,
+    ):
+        for names, levels in equal_size_batches(_samples(images, flags, skipped), flags.batch_size):
+            try:
+                translated = translator(levels)
+            except UserError as error:
+                raise UserError(f"{files.root / names[0]}: {error}") from None
+            for name, pixels in zip(names, translated, strict=True):
+                encode = partial(Image.fromarray(pixels).save, format="PNG", compress_level=flags.png_compression)
+                writing.append(pool.submit(atomic_write, root / outputs[name], encode))
+            while len(writing) > 2 * flags.encoders:
+                writing.popleft().result()
+            bar.update(len(names))
+            if stop():
+                break
+    for future in writing:
+        future.result()
+    return skipped
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -198,17 +168,17 @@ def export(flags: ExportFlags, script: str) -> None:
 
     Raises:
         UserError: bad input; images translated before stay.
-        Stopped: the export was asked to stop.
-        SystemExit: with the code of a stop, when a loader process died.
+        Stopped: the export was asked to stop, or a loader process died.
+        SystemExit: with the code of a stop, when a loader process of one of several processes died.
     """
-    in_processes(lambda rank: _start(flags, Path(script), rank), GO_ON)
+    in_processes(lambda rank: _start(flags, Path(script), rank), CONTINUE)
 
 
 def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
     devices = resolve_devices(flags.gpus or default_gpus())
     if rank.count == 1 and len(devices) > 1:
-        # Nothing is restarted: the images that are there are found again by --skip_created_files alone.
-        launch(script, devices, restarts=0, if_killed=GO_ON)
+        # No restarts: only --skip_created_files finds the images that are already there.
+        launch(script, devices, restarts=0, if_killed=CONTINUE)
         return
     rank = rank.at(devices)
     if not flags.gpus and rank.is_main:
@@ -266,44 +236,34 @@ def _export(flags: ExportFlags, trained: TrainedGenerators, files: FileList, ran
     }
     rank.require_equal(manifest)
     folder = SitFolder(root=Path(flags.sit_output_path), files=files, outputs=outputs, manifest=manifest)
-    names, ids_before = [], {}
-    if rank.is_main:
-        names = _prepare(folder, flags, trained.note)
-        ids_before = folder.file_ids(names)
-    names = rank.broadcast(names)
-    own = names[rank.index :: rank.count]
+    names = rank.broadcast(_prepare(folder, flags, trained.note) if rank.is_main else None)
     stop.at_once = False
     started = time.perf_counter()
     try:
         with out_of_memory_means(lambda: f" on {rank.device}; lower --batch_size or --num_workers"):
-            translate_images(
+            skipped = translate_images(
                 generators=trained.generators,
                 device=rank.device,
                 files=files,
-                outputs={name: outputs[name] for name in own},
+                outputs={name: outputs[name] for name in names[rank.index :: rank.count]},
                 root=folder.root,
                 flags=flags,
                 title="" if not rank.is_main else "translating" if rank.count == 1 else f"translating 1/{rank.count}",
                 stop=stop,
             )
-    except LoaderDied as error:
+    except (LoaderDied, RuntimeError) as error:
+        if not is_loader_death(error):
+            raise
+        line = f"{LoaderDied.because(error)}; {CONTINUE}"
         if rank.count == 1:
-            raise Stopped(str(error)) from None
-        print(error, file=sys.stderr)  # the other processes do not wait for this one
+            raise Stopped(line) from None
+        print(line, file=sys.stderr)  # the other processes do not wait for this one
         raise SystemExit(STOPPED) from None
     if rank.all_reduce_max(int(stop())):
-        raise Stopped(f"stopped; {GO_ON}")
+        raise Stopped(f"stopped; {CONTINUE}")
+    skipped = [name for part in rank.gather(skipped) for name in part]
     if rank.is_main:
-        missing = folder.missing(ids_before)
-        _finish(folder, missing, skip=flags.on_bad_image == "skip")
-        translated, seconds = len(names) - len(missing), time.perf_counter() - started
-        print(
-            f"{len(outputs) - len(missing)} SiT images in {folder.root}: {translated} translated in {seconds:.1f} s "
-            f"({translated / max(seconds, 1e-9):.1f} images/s), {len(outputs) - len(names)} were already there"
-        )
-        if missing:
-            print(f"skipped, as they cannot be read: {len(missing)} images; the data set is not complete:")
-            print("\n".join(f"  {files.root / image}" for image in missing))
+        _finish(folder, names, sorted(skipped), time.perf_counter() - started)
 
 
 def _prepare(folder: SitFolder, flags: ExportFlags, note: str) -> list[str]:
@@ -318,8 +278,17 @@ def _prepare(folder: SitFolder, flags: ExportFlags, note: str) -> list[str]:
     return folder.incomplete() if flags.skip_created_files else list(folder.outputs)
 
 
-def _finish(folder: SitFolder, missing: Sequence[str], skip: bool) -> None:
-    if missing and not skip:
-        first = folder.outputs[missing[0]]
+def _finish(folder: SitFolder, names: Sequence[str], skipped: Sequence[str], seconds: float) -> None:
+    """Write the final manifest and report; `names` are the images that were to be translated."""
+    if missing := set(folder.missing()) - set(skipped):
+        first = folder.outputs[min(missing)]
         raise UserError(f"{len(missing)} images are missing in {folder.root}, first {first}: run the command again")
-    folder.write_manifest(complete=not missing)
+    folder.write_manifest(complete=not skipped)
+    translated = len(names) - len(skipped)
+    print(
+        f"{len(folder.outputs) - len(skipped)} SiT images in {folder.root}: {translated} translated in {seconds:.1f} s "
+        f"({translated / max(seconds, 1e-9):.1f} images/s), {len(folder.outputs) - len(names)} were already there"
+    )
+    if skipped:
+        print(f"skipped, as they cannot be read: {len(skipped)} images; the data set is not complete:")
+        print("\n".join(f"  {folder.files.root / image}" for image in skipped))

@@ -38,10 +38,7 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
 
 
 def gram_matrix(features: Tensor) -> Tensor:
-    """F F^T / (h w) of each image: (B,C,h,w) -> (B,C,C), at least float32.
-
-    The sums go over up to half a million positions, too many for bfloat16.
-    """
+    """F F^T / (h w) of each image: (B,C,h,w) -> (B,C,C), at least float32 for sums over half a million positions."""
     flat = at_least_float32(features).permute(0, 2, 3, 1).flatten(1, 2)
     return torch.baddbmm(flat.new_empty(()), flat.transpose(1, 2), flat, beta=0, alpha=1 / flat.shape[1])
 
@@ -58,15 +55,12 @@ def style_loss(fake: Features, style_target: Mapping[int, Tensor], layers: Seque
 
 
 def perceptual_targets(features: Features, loss: LossConfig) -> list[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """What the content and style loss compare with, for source to target and for target to source.
+    """(content_target, style_target) of source to target and of target to source.
+
+    These are features of the images that are translated, and Gram matrices of the images of the other domain.
 
     Args:
         features: of the source images and then as many target images, as one batch.
-        loss: its content and style layers.
-
-    Returns:
-        Twice (content_target, style_target): features of the images that are translated, and Gram matrices of the
-        images of the other domain.
     """
     source, target = ({layer: maps.chunk(2)[half] for layer, maps in features.items()} for half in (0, 1))
     return [

@@ -1,8 +1,4 @@
-"""Generator and discriminator of one scale (method: specification section 2; parameter names as in published files).
-
-A network is described completely by its arguments; nothing is guessed from batch sizes or devices in here. The
-published rule that derives the norm from the batch size lives in `published_norm` and is applied once per run.
-"""
+"""Generator and discriminator of one scale (docs/method.md, section 2), with the parameter names of published files."""
 
 from __future__ import annotations
 
@@ -15,11 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import NetworkShape, Norm
-from core.double_backward import (
-    block_with_double_backward,
-    convolution_with_double_backward,
-    has_double_backward,
-)
+from core.double_backward import block_with_double_backward, convolution_with_double_backward, has_double_backward
 from utils.dtypes import at_least_float32
 
 LEAKY_SLOPE = 0.2
@@ -52,10 +44,10 @@ class ConvBlock(nn.Module):
 
 
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """The norm of `x`, put out in the precision of `x`; statistics, weight and bias are float32.
+    """The norm of `x` in the precision of `x`; statistics, weight and bias are float32.
 
     A weight near 1 rounded to bfloat16 moves in steps of 0.4 to 0.8 percent, more than an optimiser's step, and a
-    rounded mean or variance shifts a whole image. The CPU's group norm takes such a mixture, the GPU's does not.
+    rounded mean or variance shifts a whole image. A GPU's group norm does not take such a mixture.
     """
     if x.dtype == torch.float32 or not isinstance(norm, nn.GroupNorm):
         return norm(x)
@@ -78,10 +70,10 @@ def _build_trunk(module: nn.Module, shape: NetworkShape, in_channels: int, out_c
 
 
 class Generator(nn.Module):
-    """Moves an image to the other domain at one scale.
+    """Translates an image to the other domain at one scale: `forward(image, coarser)` returns (B,3,h,w) in (-1,1).
 
-    `forward(image, coarser)`: `image` (B,3,h,w) in [-1,1]; `coarser` the upsampled output of the scale below, same
-    shape, and None exactly at scale 0. Returns (B,3,h,w) in (-1,1).
+    `image` is (B,3,h,w) in [-1,1]; `coarser`, of the same shape, is the upsampled output of the scale below, and None
+    at scale 0.
     """
 
     def __init__(self, shape: NetworkShape) -> None:
@@ -91,7 +83,7 @@ class Generator(nn.Module):
         _build_trunk(self, shape, inputs, shape.image_channels, nn.Tanh())
 
     def blocks(self) -> list[ConvBlock]:
-        """The L blocks in order; tanh of the last one's output is the generator's output."""
+        """The L blocks in order; the generator's output is tanh of that of the last one."""
         return [self.head, *self.body, self.tail[0]]
 
     def join_inputs(self, image: Tensor, coarser: Tensor | None) -> Tensor:
@@ -102,16 +94,13 @@ class Generator(nn.Module):
 
     def forward(self, image: Tensor, coarser: Tensor | None) -> Tensor:
         features = self.body(self.head(self.join_inputs(image, coarser)))
-        # The last layer is cheap and its rounding would be seen in the image: bfloat16 is coarser than its 256 levels.
+        # The last layer is cheap, and bfloat16 is coarser than the 256 levels of an image.
         with torch.autocast(image.device.type, enabled=False):
             return self.tail(at_least_float32(features))
 
 
 class Discriminator(nn.Module):
-    """Critic of one scale: (B,3,h,w) in [-1,1] -> score map (B,1,h,w); its mean is the score.
-
-    The final LeakyReLU on the score is the published network's.
-    """
+    """Critic of one scale: (B,3,h,w) in [-1,1] -> score map (B,1,h,w), whose mean is the score."""
 
     def __init__(self, shape: NetworkShape) -> None:
         super().__init__()
@@ -119,7 +108,7 @@ class Discriminator(nn.Module):
         _build_trunk(self, shape, shape.image_channels, 1, nn.LeakyReLU(LEAKY_SLOPE))
 
     def forward(self, image: Tensor, differentiable_twice: bool = False) -> Tensor:
-        """`differentiable_twice`, for the gradient penalty: a first backward gives a gradient to the image alone."""
+        """`differentiable_twice`, for the gradient penalty: the first backward gives a gradient only to the image."""
         features = self.head(image, differentiable_twice)
         for block in self.body:
             features = block(features, differentiable_twice)
@@ -128,10 +117,9 @@ class Discriminator(nn.Module):
 
 
 def init_weights(network: nn.Module, generator: torch.Generator) -> None:
-    """Published initialisation: conv weights N(0, 0.02), norm weights N(1, 0.02), norm biases 0.
+    """Published initialisation: conv weights N(0, 0.02), norm weights N(1, 0.02), norm biases 0, conv biases PyTorch's.
 
-    Conv biases keep PyTorch's default distribution, drawn here from `generator` too, so that a run's networks depend
-    on its seed alone.
+    All are drawn from `generator`, so that a run's networks depend only on its seed.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -144,7 +132,7 @@ def init_weights(network: nn.Module, generator: torch.Generator) -> None:
 
 
 def freeze(network: nn.Module) -> nn.Module:
-    """Switch a finished network to eval mode, without gradients; returns it."""
+    """Switch a finished network to eval mode without gradients, and return it."""
     return network.eval().requires_grad_(False)
 
 

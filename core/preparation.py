@@ -1,4 +1,4 @@
-"""Checking everything that can be wrong with the input of a ProCST run, before anything is written."""
+"""Checks of the input of a ProCST run, before anything is written, and the networks that it does not train."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LABEL_FREE_IMAGES = 100  # target images of the label-free score where there is 
 
 
 def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Prepared:
-    """Check the input and build the networks that are not trained, and Q.
+    """Check the input, load the perceptual net and P, and build Q.
 
     Raises:
         UserError: names the file or flag.
@@ -48,26 +48,21 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
         seg_sit = _build_seg_sit(config, fresh)
         if recomputes_blocks(config.run.precision, rank.device):
             recompute_blocks(seg_sit)
-    workers = workers_for(config.loader.num_workers, rank.device, rank.count)
-
-    def domain(files: FileList, name: str, resize: tuple[int, int], labels: str) -> Domain:
-        return Domain(
-            files=files, name=name, seed=config.run.manual_seed, resize=resize, crop=config.source.crop_size,
-            labels=labels, resample=config.loader.resample, on_bad_image=config.loader.on_bad_image,
-            num_workers=workers, cache_dir=config.loader.cache_dir,
-        )  # fmt: skip
-
     use = "none" if not source.data_set.label_path else "check" if config.labels.no_semseg else "read"
     skip = config.loader.on_bad_image == "skip"
     check_samples(source, labels=use, flag="--src_labels", or_else=OR_SKIP, skip=skip)
     check_samples(target, labels="none", or_else=OR_SKIP, skip=skip)
-    perceptual = build_vgg(config.loss.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed)
+    shared = {
+        "seed": config.run.manual_seed, "crop": config.source.crop_size, "resample": config.loader.resample,
+        "on_bad_image": config.loader.on_bad_image, "cache_dir": config.loader.cache_dir,
+        "num_workers": workers_for(config.loader.num_workers, rank.device, rank.count),
+    }  # fmt: skip
     method = ProCST(
         config=config,
         rank=rank,
-        source=domain(source, "source", config.source.src_resize, use),
-        target=domain(target, "target", config.target.trg_resize, "none"),
-        perceptual=perceptual,
+        source=Domain(files=source, name="source", resize=config.source.src_resize, labels=use, **shared),
+        target=Domain(files=target, name="target", resize=config.target.trg_resize, **shared),
+        perceptual=build_vgg(config.loss.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed),
         seg_source=seg_source,
         seg_sit=seg_sit,
         seg_sit_is_fresh=fresh,
@@ -90,11 +85,7 @@ def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:
 
 
 def _load_seg_source(config: ProCSTConfig) -> nn.Module:
-    """P of a run, frozen, on the CPU.
-
-    Raises:
-        UserError: a missing or damaged file, or a net of another shape than configured.
-    """
+    """P, frozen, on the CPU."""
     path, wanted = Path(config.labels.semseg_weights), config.net.shape()
     if not path.exists():
         raise UserError(
@@ -126,11 +117,7 @@ def _training_command(config: ProCSTConfig) -> str:
 
 
 def _build_seg_sit(config: ProCSTConfig, fresh: bool) -> nn.Module:
-    """Q on the CPU, its backbone from the weights asked for unless a checkpoint fills it.
-
-    Raises:
-        UserError: the backbone weights cannot be loaded.
-    """
+    """Q on the CPU; a fresh one has the configured weights of its backbone, another one is filled by a checkpoint."""
     torch.manual_seed(seed_for(config.run.manual_seed, 5))
     net = build_segmentation_net(config.net.shape())
     if fresh and config.net.backbone_weights != "random":
@@ -142,20 +129,16 @@ def _build_seg_sit(config: ProCSTConfig, fresh: bool) -> nn.Module:
 
 
 def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[ProCSTConfig, Validator | None, str]:
-    """Resolve `--select_by`, and make what validates the last scale, with a line that says what is done.
-
-    Raises:
-        UserError: selection by mIoU where labels are missing, or `--validation_rate` where nothing is validated.
-    """
-    files, missing = _validation_list(target)
+    """The configuration with `--select_by` decided, the validator of the last scale, and a line that describes it."""
+    files, missing = _val_split(target)
     asked = config.validation.select_by
-    select_by = _resolve_selection(asked, files, missing, target)
+    select_by = _decided(asked, files, missing, target)
     config = replace(config, validation=replace(config.validation, select_by=select_by))
     if select_by == "none":
         if config.validation.validation_rate:
             raise UserError(
-                f"--validation_rate: {target.root} has no labelled val split, so nothing is validated; leave it out, "
-                "or validate without labels with --select_by label_free"
+                f"--validation_rate: {target.root} has no labelled val split, so nothing is validated; remove the "
+                "flag, or validate without labels with --select_by label_free"
             )
         reason = "as --select_by none says" if asked == "none" else "the target has no labelled val split"
         return config, None, f"no validation of the last scale: {reason}"
@@ -177,7 +160,7 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
     return config, validator, f"validating the last scale on {files.describe()}, best by {select_by}"
 
 
-def _validation_list(target: FileList) -> tuple[FileList | None, int]:
+def _val_split(target: FileList) -> tuple[FileList | None, int]:
     """The target's val split, None where there is none, and how many of its images have no label."""
     patterns = target.data_set.images.get("val", ())
     if not any(True for pattern in patterns for _ in target.root.glob(pattern)):
@@ -186,12 +169,8 @@ def _validation_list(target: FileList) -> tuple[FileList | None, int]:
     return files, len(missing_labels(files))
 
 
-def _resolve_selection(select_by: str, files: FileList | None, missing: int, target: FileList) -> str:
-    """What `--select_by` comes to with this target.
-
-    Raises:
-        UserError: selection by mIoU where labels are missing.
-    """
+def _decided(select_by: str, files: FileList | None, missing: int, target: FileList) -> str:
+    """`--select_by` with `auto` decided: `miou` where every image of the val split has a label, else `none`."""
     if select_by in ("none", "label_free"):
         return select_by
     if files is None or missing == len(files):
@@ -202,9 +181,8 @@ def _resolve_selection(select_by: str, files: FileList | None, missing: int, tar
             "--select_by label_free, which needs no labels, or none"
         )
     if missing:
-        # Some labels and not others is a broken download, and neither way of going on is what was meant.
         raise UserError(
-            f"--trg_data_dir {target.root}: {missing} of the {len(files)} val images have no label, so no mIoU can be "
-            "had; complete the labels, or use --select_by label_free or none"
+            f"--trg_data_dir {target.root}: {missing} of the {len(files)} val images have no label, so their mIoU is "
+            "unknown; complete the labels, or use --select_by label_free or none"
         )
     return "miou"

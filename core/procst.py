@@ -1,4 +1,4 @@
-"""ProCST as a method of training: the pyramid of cyclic generators, one stage for each scale (docs/method.md)."""
+"""ProCST as a `Method`: a pyramid of cyclic generators, one stage for each scale (docs/method.md, section 3)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from core.config import ProCSTConfig
-from core.contact_sheet import contact_sheet_path, save_contact_sheet
+from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.running import micro_batch_size, procst_runner
-from core.step import (
-    Batch,
-    ScaleNetworks,
-    ScaleOptimizers,
-    SegmentationNets,
-    StepResult,
-    training_step,
-)
+from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets, StepResult, training_step
 from data_handlers.domain import Domain, DomainBatch
 from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import array_pyramid
@@ -52,17 +45,17 @@ class PairBatch:
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """What was wrong with images that others were taken in place of."""
+        """See `training.method.Batch`."""
         return (*self.source.skipped, *self.target.skipped)
 
 
 def penalty_alphas(seed: int, scale: int, step: int) -> Tensor:
-    """The two interpolation factors of a step's gradient penalties, uniform in [0,1], from (seed, scale, step)."""
+    """The interpolation factors of a step's two gradient penalties (2,), uniform in [0,1], from (seed, scale, step)."""
     return torch.from_numpy(np.random.default_rng([seed, 2, scale, step]).random(2, dtype=np.float32))
 
 
 class ProCST(Method):
-    """Trains generators and discriminators scale by scale; at the last scale with label losses where nets are given.
+    """Trains generators and discriminators scale by scale; at the last scale with label losses if there is a P.
 
     Args:
         perceptual: frozen feature network, a `PerceptualNet`, on the CPU.
@@ -151,9 +144,8 @@ class ProCST(Method):
                 channels_last(net.to(self.device, self.dtype))
             self._synchronise(self.seg_sit.train())
             self.modules[SEG_SIT] = self.seg_sit
-            optimizer = segmentation_optimizer(self.seg_sit, **vars(self.config.sgd))
-            self.optimizers[SEG_SIT] = optimizer
-            self.segmentation = SegmentationNets(self.seg_source, self.seg_sit, optimizer)
+            self.optimizers[SEG_SIT] = segmentation_optimizer(self.seg_sit, **vars(self.config.sgd))
+            self.segmentation = SegmentationNets(self.seg_source, self.seg_sit, self.optimizers[SEG_SIT])
 
     def _synchronise(self, network: nn.Module) -> None:
         if self.rank.count > 1:
@@ -178,22 +170,18 @@ class ProCST(Method):
         """Source and target samples of each step, with labels where there are label losses."""
         config = self.config
         batch_size = config.schedule.batch_size_list[stage]
+        pyramid = partial(
+            array_pyramid,
+            num_scales=config.network.num_scales,
+            scale_factor=config.network.scale_factor,
+            up_to=stage,
+            resample=config.loader.resample,
+        )
         drawn = {
-            "stage": stage,
-            "steps": steps,
-            "batch_size": batch_size,
-            "part": self.rank.part(batch_size),
+            "stage": stage, "steps": steps, "batch_size": batch_size, "part": self.rank.part(batch_size),
             "steps_per_epoch": config.schedule.steps_per_epoch(stage, self.epoch_length),
-            "epoch_length": self.epoch_length,
-            "pyramid": partial(
-                array_pyramid,
-                num_scales=config.network.num_scales,
-                scale_factor=config.network.scale_factor,
-                up_to=stage,
-                resample=config.loader.resample,
-            ),
-            "pin_memory": self.device.type == "cuda",
-        }
+            "epoch_length": self.epoch_length, "pyramid": pyramid, "pin_memory": self.device.type == "cuda",
+        }  # fmt: skip
         source, target = self.domains["source"], self.domains["target"]
         labels = "read" if self.segmentation is not None else "none" if source.labels == "none" else "check"
         for one, other in zip(source.stream(**drawn, labels=labels), target.stream(**drawn), strict=True):
@@ -226,12 +214,11 @@ class ProCST(Method):
         return self._result.losses
 
     def _on_device(self, batch: PairBatch, alphas: Tensor) -> Batch:
-        """What a step sees, on the device and normalised; the label where the source has one."""
+        """The input of a step, on the device and normalised."""
 
         def images(levels: Sequence[Tensor]) -> list[Tensor]:
-            # Channels first for every network; the runner lays out anew where another layout pays.
-            moved = (to_device(level, self.device) for level in levels)
-            return [PROCST_INPUT(level, self.dtype).contiguous() for level in moved]
+            # Channels first; the runner changes the layout for networks that are faster with another.
+            return [PROCST_INPUT(to_device(level, self.device), self.dtype).contiguous() for level in levels]
 
         label = batch.source.label
         return Batch(
@@ -241,7 +228,7 @@ class ProCST(Method):
             label=None if label is None else to_device(label, self.device),
         )
 
-    # --- for people --------------------------------------------------------------------------------------------------
+    # --- reports -----------------------------------------------------------------------------------------------------
 
     def images(self) -> Mapping[str, Tensor]:
         """Images of the last step: source, SiT and back, target, TiS and back."""
@@ -262,7 +249,7 @@ class ProCST(Method):
 
     def write_summary(self, stage: int, folder: Path) -> str:
         """Draw the contact sheet of a finished scale."""
-        path = contact_sheet_path(folder, stage)
+        path = folder / f"contact_sheet_scale_{stage}.png"
         if path.exists():
             return ""
         save_contact_sheet(
@@ -272,15 +259,13 @@ class ProCST(Method):
         return f"scale {stage} finished, see {path}"
 
     def describe(self) -> list[str]:
-        """What is trained, on what and how."""
+        """See `Method.describe`."""
         config, stages = self.config, self.stages()
         lines = super().describe()
         if self.seg_sit is not None:
             lines.append(f"label losses of the last scale: {self.shape} from {config.labels.semseg_weights}")
             if config.schedule.warmup_epochs * stages[-1].steps_per_epoch >= stages[-1].steps:
-                lines.append(
-                    "WARNING: --warmup_epochs covers the whole last scale: no label loss reaches the generators"
-                )
+                lines.append("WARNING: --warmup_epochs covers the whole last scale: the generators get no label losses")
         if self.rank.count > 1:
             lines.append(f"{self.rank.count} processes share every batch")
         rounded = f" (discriminators {'too' if config.optim.bf16_discriminators else 'in float32'})"
@@ -289,9 +274,7 @@ class ProCST(Method):
         lines.append(f"norm {scales}: {', '.join(config.network.norm)}")
         lines.append(f"steps {scales}: {', '.join(str(stage.steps) for stage in stages)}")
         if config.loss.vgg_weights == "random":
-            lines.append(
-                "WARNING: --vgg_weights random: the perceptual net has random weights; the result will be worse"
-            )
+            lines.append("WARNING: --vgg_weights random: the result will be worse than with ImageNet weights")
         return lines
 
     def conclusion(self, folder: Path) -> str:

@@ -23,23 +23,19 @@ CHANNELS_LAST_GROUP = 8
 
 
 def procst_runner(precision: Precision, bf16_discriminators: bool = False) -> Runner:
-    """The `Runner` of a ProCST training.
+    """The `Runner` of a ProCST training; in bf16, discriminators stay in float32 unless `bf16_discriminators`.
 
-    Args:
-        bf16_discriminators: in bf16, discriminators are rounded, too. By default they are not: rounding changed their
-            losses by up to 6%, and the translation was worse than float32's in three of six runs
-            (benchmarks/RESULTS.md).
+    Rounding them changed their losses by up to 6%, and the translation was worse in three of six runs.
     """
     keep_float32 = () if bf16_discriminators else (Discriminator,)
     return Runner(precision, keep_float32=keep_float32, layout=image_layout)
 
 
 def image_layout(network: nn.Module, image: Tensor) -> torch.memory_format | None:
-    """Memory format of the images (B,3,h,w) that a generator or discriminator is given in training; else None.
+    """Memory format of the images (B,3,h,w) for a generator or discriminator in training; None for other networks.
 
-    Channels last saves a CPU's convolutions a copy in and out. It costs time in group norms, more than it saves where a
-    group has fewer than eight channels, and these sum less exactly the more pixels there are; batch norm of the image
-    itself loses most. So only group norms of wide groups and few pixels get it. On a GPU it was not measured.
+    Channels last speeds up a CPU's convolutions. Group norms of groups of fewer than eight channels, and batch norm of
+    the image, lose more time by it, and group norms are less exact the more pixels there are. GPUs were not measured.
     """
     if not isinstance(network, Generator | Discriminator):
         return None

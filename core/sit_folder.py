@@ -1,9 +1,9 @@
-"""The folder of an exported SiT data set: which files it holds, and what it must not overwrite."""
+"""The folder of an exported SiT data set: which files it holds, and checks that no other files are overwritten."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,15 @@ def output_names(files: FileList) -> dict[str, str]:
     """The output path of every image, relative to the output folder: its own path with the suffix `.png`.
 
     Raises:
-        UserError: two images differ in their suffix alone.
+        UserError: two images differ only in their suffix.
     """
-    outputs: dict[str, str] = {}
     images: dict[str, str] = {}
     for image in files.images:
         output = replace_suffix(image, ".png")
         if output in images:
             raise UserError(f"{files.root}: {images[output]} and {image} would both become {output}; rename one")
         images[output] = image
-        outputs[image] = output
-    return outputs
+    return {image: output for output, image in images.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,6 @@ class SitFolder:
     """The output folder of an export.
 
     Attributes:
-        root: the folder.
         files: the source images.
         outputs: see `output_names`.
         manifest: describes the data set; the values named by `KEPT` are those of every image in the folder.
@@ -58,34 +55,33 @@ class SitFolder:
         return {name.rpartition("/")[0] for name in self.outputs.values()}
 
     def check(self, keep_complete: bool) -> None:
-        """Check that an export overwrites neither the source nor foreign files, and mixes no two exports.
+        """Check that an export overwrites neither the source nor other files, and does not mix two exports.
 
         Args:
-            keep_complete: images that are already there are kept, as `--skip_created_files` says.
+            keep_complete: complete images are kept, as with `--skip_created_files`.
 
         Raises:
             UserError: it would.
         """
-        root = self.root
+        root, source = self.root, self.files.root
         check_folder(root, "--sit_output_path")
-        for folder in self.folders():
-            if os.path.realpath(root / folder) == os.path.realpath(self.files.root / folder):
-                raise UserError(f"--sit_output_path {root} would overwrite the source images; choose another folder")
+        if any(os.path.realpath(root / folder) == os.path.realpath(source / folder) for folder in self.folders()):
+            raise UserError(f"--sit_output_path {root} would overwrite the source images; choose another folder")
         if (root / MANIFEST).exists():
             self._check_manifest()
             return
         listing = Listing(root)
-        present = [(image, root / output) for image, output in self.outputs.items() if output in listing]
-        if present and not keep_complete:
-            raise UserError(
-                f"--sit_output_path {root} already holds images that this program did not write; choose another "
-                "folder, or keep the complete ones with --skip_created_files"
-            )
-        for image, path in present:
-            if not _may_be_translated(self.files.root / image, path):
+        for image, output in self.outputs.items():
+            if output not in listing:
+                continue
+            if not keep_complete:
                 raise UserError(
-                    f"{path} is no translation of {image} but another file; choose another --sit_output_path than "
-                    f"{root}"
+                    f"--sit_output_path {root} already holds images that this program did not write; choose another "
+                    "folder, or keep the complete ones with --skip_created_files"
+                )
+            if not _may_be_translation(root / output, source / image):
+                raise UserError(
+                    f"{root / output} is no translation of {image} but another file; choose another --sit_output_path"
                 )
 
     def _check_manifest(self) -> None:
@@ -98,13 +94,13 @@ class SitFolder:
                 )
 
     def make(self) -> None:
-        """Make the folders, without what an interrupted export left unfinished in them, and the manifest."""
+        """Make the folders, remove temporary files of an interrupted export, and write the manifest."""
         for folder in {"", *self.folders()}:
             remove_leftovers(make_folder(self.root / folder, "--sit_output_path"))
         self.write_manifest(complete=False)
 
     def write_manifest(self, complete: bool) -> None:
-        """Write the manifest, which says whether every image is there."""
+        """Write the manifest; `complete` says whether every image is there."""
         atomic_write_json(self.root / MANIFEST, {**self.manifest, "complete": complete})
 
     def incomplete(self) -> list[str]:
@@ -119,29 +115,17 @@ class SitFolder:
         try:
             return is_complete_rgb8(path, image_size(source))
         except UserError:
-            return False  # the source cannot be read, which its translation reports
+            return False  # translating the image reports that it cannot be read
 
-    def file_ids(self, images: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Inode and time of the outputs that exist: they tell whether a file was replaced."""
-        listing, ids = Listing(self.root), {}
-        for image in images:
-            if self.outputs[image] in listing:
-                status = (self.root / self.outputs[image]).stat()
-                ids[image] = (status.st_ino, status.st_mtime_ns)
-        return ids
-
-    def missing(self, ids_before: Mapping[str, tuple[int, int]]) -> list[str]:
-        """The images without an output; an output that was to be replaced and still has its `file_ids` is none."""
+    def missing(self) -> list[str]:
+        """The images without an output."""
         listing = Listing(self.root)
-        stale = {image for image, before in self.file_ids(list(ids_before)).items() if before == ids_before[image]}
-        return [image for image, output in self.outputs.items() if output not in listing or image in stale]
+        return [image for image, output in self.outputs.items() if output not in listing]
 
 
-def _may_be_translated(image: Path, path: Path) -> bool:
-    """Whether a file of unknown origin can be a translation, whole or truncated: not the source, not a label."""
+def _may_be_translation(path: Path, image: Path) -> bool:
+    """Whether a file of unknown origin can be a translation of `image`, whole or truncated: no copy, no label."""
     data = path.read_bytes()
     if len(data) < 33:
-        return data == b"" or data.startswith(SIGNATURE[: len(data)])
-    header = read_png_header(path)
-    fits = header == PngHeader(*image_size(image), 8, RGB)
-    return fits and data != image.read_bytes()
+        return SIGNATURE.startswith(data[: len(SIGNATURE)])
+    return read_png_header(path) == PngHeader(*image_size(image), 8, RGB) and data != image.read_bytes()

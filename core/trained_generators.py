@@ -19,9 +19,7 @@ FLAG = "--trained_procst_path"
 class TrainedGenerators:
     """Frozen source-to-target generators, coarse to fine, on the CPU.
 
-    Attributes:
-        config: of the run they come from; None for a file of the authors, which holds no configuration.
-        note: a line for the user, or ''.
+    `config` is None for a file of the authors, which holds no configuration; `note` is a line for the user, or ''.
     """
 
     generators: list[Generator]
@@ -37,7 +35,7 @@ def load_trained_generators(path: Path) -> TrainedGenerators:
     """Load what `--trained_procst_path` names.
 
     Raises:
-        UserError: missing, damaged, none of the three kinds, or a run that has not reached its last scale.
+        UserError: missing, damaged, none of the three kinds, or of a run that has not reached its last scale.
     """
     file = path
     if path.is_dir():
@@ -55,21 +53,16 @@ def load_trained_generators(path: Path) -> TrainedGenerators:
             f"{FLAG} {file}: a checkpoint of another training ({checkpoint.method}), which has no generators"
         )
     config = ProCSTConfig.from_json(checkpoint.config, file)
-    generators = generators_of(checkpoint, config, "Gst", file)
+    generators = _generators(checkpoint, config, file)
     if not all(parameter.isfinite().all() for generator in generators for parameter in generator.parameters()):
         raise UserError(f"{FLAG} {file}: the weights are not finite, the training diverged")
     note = "" if checkpoint.stage_finished else f"the last scale is still in training (step {checkpoint.step})"
     return TrainedGenerators(generators, config, note)
 
 
-def generators_of(checkpoint: Checkpoint, config: ProCSTConfig, name: str, origin: Path | str) -> list[Generator]:
-    """The frozen generators of one direction (`Gst` or `Gts`), scales 0..N, on the CPU.
-
-    Raises:
-        UserError: the run has not reached its last scale, or the weights do not fit their configuration.
-    """
+def _generators(checkpoint: Checkpoint, config: ProCSTConfig, origin: Path) -> list[Generator]:
     scales = range(config.network.num_scales + 1)
-    if missing := [scale for scale in scales if f"{name}.{scale}" not in checkpoint.modules]:
+    if missing := [scale for scale in scales if f"Gst.{scale}" not in checkpoint.modules]:
         raise UserError(
             f"{origin} has trained scale {missing[0] - 1} of 0..{scales[-1]} so far; images can be translated once the "
             "last scale is in training: continue the run with --continue_train_from_path"
@@ -77,6 +70,6 @@ def generators_of(checkpoint: Checkpoint, config: ProCSTConfig, name: str, origi
     generators = []
     for scale in scales:
         generator = Generator(config.network.shape(scale))
-        load_network(generator, checkpoint.modules[f"{name}.{scale}"], f"{origin}, {name} of scale {scale},")
+        load_network(generator, checkpoint.modules[f"Gst.{scale}"], f"{origin}, Gst of scale {scale},")
         generators.append(freeze(generator))
     return generators

@@ -47,20 +47,13 @@ class Affine:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns to read (core plus halo) and, inside what was read, those of the core."""
+    """Rows and columns to read (core plus halo), those of the core in what was read, and `target`, in the image."""
 
     rows: slice
     columns: slice
     core_rows: slice
     core_columns: slice
-
-    @property
-    def target(self) -> tuple[slice, slice]:
-        """Rows and columns of the core in the whole image."""
-        return (
-            slice(self.rows.start + self.core_rows.start, self.rows.start + self.core_rows.stop),
-            slice(self.columns.start + self.core_columns.start, self.columns.start + self.core_columns.stop),
-        )
+    target: tuple[slice, slice]
 
 
 def tiles(height: int, width: int, halo: int, max_pixels: int) -> Iterator[Tile]:
@@ -70,19 +63,19 @@ def tiles(height: int, width: int, halo: int, max_pixels: int) -> Iterator[Tile]
     """
     side = max(math.isqrt(max(max_pixels, MIN_TILE_PIXELS)) - 2 * halo, 16)
 
-    def spans(length: int) -> Iterator[tuple[slice, slice]]:
+    def spans(length: int) -> Iterator[tuple[slice, slice, slice]]:
         for start in range(0, length, side):
             stop = min(start + side, length)
             read = slice(max(start - halo, 0), min(stop + halo, length))
-            yield read, slice(start - read.start, stop - read.start)
+            yield read, slice(start - read.start, stop - read.start), slice(start, stop)
 
-    for rows, core_rows in spans(height):
-        for columns, core_columns in spans(width):
-            yield Tile(rows, columns, core_rows, core_columns)
+    for rows, core_rows, target_rows in spans(height):
+        for columns, core_columns, target_columns in spans(width):
+            yield Tile(rows, columns, core_rows, core_columns, (target_rows, target_columns))
 
 
 def _run_blocks(blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: Tensor) -> Tensor:
-    """Run the blocks on a tile; `norms` replaces the group norms."""
+    """Run the blocks on a tile, with `norms` in place of their group norms."""
     for block, norm in zip(blocks, norms, strict=True):
         x = block(x) if norm is None else block.conv(block.actvn(x * norm.scale + norm.shift))
     return x
@@ -119,17 +112,6 @@ def _affine(norm: nn.GroupNorm, sums: Tensor, pixels: int) -> Affine:
     return Affine(scale.float()[..., None, None], shift.float()[..., None, None])
 
 
-def _whole_image_norm(
-    norm: nn.GroupNorm, blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: Tensor, cover: Sequence[Tile]
-) -> Affine:
-    """The group norm after `blocks` with its statistics over the whole image."""
-    sums = torch.zeros(2, x.shape[0], norm.num_groups, dtype=torch.float64, device=x.device)
-    for tile in cover:
-        features = _run_blocks(blocks, norms, x[..., tile.rows, tile.columns])
-        sums += _group_sums(features[..., tile.core_rows, tile.core_columns], norm.num_groups)
-    return _affine(norm, sums, x.shape[-2] * x.shape[-1])
-
-
 @torch.no_grad()
 def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, max_pixels: int) -> Tensor:
     """The generator's output (B,3,h,w) for a whole image, computed on tiles of at most `max_pixels` pixels.
@@ -142,13 +124,19 @@ def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, m
     halo = sum(block.conv.padding[0] for block in blocks)
     cover = list(tiles(*x.shape[-2:], halo, max_pixels))
     norms: list[Affine | None] = []
-    for i, block in enumerate(blocks):
-        known = isinstance(block.norm, nn.GroupNorm)
-        norms.append(_whole_image_norm(block.norm, blocks[:i], norms, x, cover) if known else None)
+    for i, norm in enumerate(block.norm for block in blocks):
+        if not isinstance(norm, nn.GroupNorm):
+            norms.append(None)
+            continue
+        sums = 0
+        for tile in cover:
+            features = _run_blocks(blocks[:i], norms, x[..., tile.rows, tile.columns])
+            sums += _group_sums(features[..., tile.core_rows, tile.core_columns], norm.num_groups)
+        norms.append(_affine(norm, sums, x.shape[-2] * x.shape[-1]))
     output = torch.empty_like(image)
     for tile in cover:
         result = torch.tanh(_run_blocks(blocks, norms, x[..., tile.rows, tile.columns]))
-        output[..., tile.target[0], tile.target[1]] = result[..., tile.core_rows, tile.core_columns]
+        output[..., *tile.target] = result[..., tile.core_rows, tile.core_columns]
     return output
 
 
@@ -172,13 +160,12 @@ def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -
 
 
 class Translator:
-    """Translates image pyramids with a frozen cascade, tiling where an image is too large for memory.
+    """Translates image pyramids with a frozen cascade, on tiles where an image is too large for memory.
 
     Args:
         generators: frozen, coarse to fine, on `device`.
-        scale_factor: of the pyramid they were trained with.
         max_pixels: most pixels a generator may see at once; None measures free memory for each batch.
-        precision: of the arithmetic for whole images; tiles are computed in float32.
+        precision: of whole images; tiles are computed in float32.
     """
 
     def __init__(
@@ -194,11 +181,11 @@ class Translator:
         self.device = device
         self.max_pixels = max_pixels
         exact = precision == "fp32"
-        self.forward = forward_whole if exact and device.type == "cpu" else Runner(precision)
+        self.run_whole = forward_whole if exact and device.type == "cpu" else Runner(precision)
         self.layout = torch.contiguous_format if exact and device.type == "cuda" else torch.channels_last
 
-    def _budget(self, batch: int) -> int:
-        """Pixels of one image that fit, for a batch of that many."""
+    def _pixels_that_fit(self, batch: int) -> int:
+        """Pixels of each image of a batch that fit into memory."""
         if self.max_pixels is not None:
             return max(self.max_pixels // batch, 1)
         widest = max(generator.shape.channels for generator in self.generators)
@@ -220,39 +207,38 @@ class Translator:
         """Translate a batch of equally sized images.
 
         Args:
-            levels: uint8 pyramid levels 0..N, (B,h_i,w_i,3), on any device.
+            levels: uint8 pyramid levels 0..N, (B,h_i,w_i,3).
 
         Returns:
             uint8 (B,H,W,3): the pixels to save.
 
         Raises:
-            UserError: a group of channels is a single value, which cannot be normalised, or the GPU's memory does not
-                suffice even for the smallest tile.
+            UserError: the coarsest level is a single pixel, or the GPU's memory does not suffice for the smallest tile.
         """
         self._require_sizes(levels)
         moved = [level.to(self.device, non_blocking=True) for level in levels]
         inputs = [PROCST_INPUT(level).contiguous(memory_format=self.layout) for level in moved]
-        budget = self._budget(inputs[0].shape[0])
+        most_pixels = self._pixels_that_fit(len(inputs[0]))
         while True:
             try:
-                output = self._translate(inputs, budget)
+                output = self._translate(inputs, most_pixels)
                 return to_pixels(output).permute(0, 2, 3, 1).contiguous().cpu().numpy()
             except torch.cuda.OutOfMemoryError:
                 size = inputs[-1].shape[-2] * inputs[-1].shape[-1]
-                budget = min(budget, size) // 4
+                most_pixels = min(most_pixels, size) // 4
                 torch.cuda.empty_cache()
-                if budget < MIN_TILE_PIXELS:
+                if most_pixels < MIN_TILE_PIXELS:
                     raise UserError(
                         f"the GPU's memory does not suffice for images of {size} pixels; lower --batch_size, "
                         "free the GPU, or use --gpus cpu"
                     ) from None
-                log.warning("out of GPU memory; translating on tiles of %d pixels", budget)
+                log.warning("out of GPU memory; translating on tiles of %d pixels", most_pixels)
 
-    def _translate(self, inputs: Sequence[Tensor], budget: int) -> Tensor:
-        def forward(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
-            if image.shape[-2] * image.shape[-1] <= budget:
-                return self.forward(generator, image, coarser)
+    def _translate(self, inputs: Sequence[Tensor], most_pixels: int) -> Tensor:
+        def run(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
+            if image.shape[-2] * image.shape[-1] <= most_pixels:
+                return self.run_whole(generator, image, coarser)
             with exact_convolutions():
-                return forward_tiled(generator, image, coarser, budget)
+                return forward_tiled(generator, image, coarser, most_pixels)
 
-        return translate_pyramid(self.generators, inputs, self.scale_factor, forward)
+        return translate_pyramid(self.generators, inputs, self.scale_factor, run)

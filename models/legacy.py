@@ -11,15 +11,7 @@ from utils.errors import UserError
 from utils.pickled_modules import Record, read_pickled_modules
 from utils.tensor_files import load_network
 
-_LAYERS = (
-    "activation.LeakyReLU", "activation.ReLU", "activation.Sigmoid", "batchnorm.BatchNorm2d", "container.ModuleList",
-    "container.Sequential", "conv.Conv2d", "dropout.Dropout2d", "linear.Linear", "loss.CrossEntropyLoss",
-    "normalization.GroupNorm", "pooling.AdaptiveAvgPool2d", "pooling.MaxPool2d",
-)  # fmt: skip
-_CLASSES = (
-    *(f"semseg_models.deeplabv2.{name}" for name in ("ResNet101", "Bottleneck", "Classifier_Module2", "SEBlock")),
-    *(f"torch.nn.modules.{name}" for name in _LAYERS),
-)
+_CLASSES = [f"semseg_models.deeplabv2.{name}" for name in ("ResNet101", "Bottleneck", "Classifier_Module2", "SEBlock")]
 
 # The authors' names of the parts of DeepLabV2 -> ours; the stages of the backbone keep their names.
 _NAMES = (
@@ -31,7 +23,7 @@ _NAMES = (
     ("layer5.head.1.", "head.classify."),
 )
 
-# Settings that change what a module computes and do not show in the shapes of its weights.
+# Settings that change what a module computes but not the shapes of its weights.
 _SETTINGS = {
     "Conv2d": ("stride", "padding", "dilation", "groups", "padding_mode"),
     "BatchNorm2d": ("eps",),

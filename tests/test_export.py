@@ -161,7 +161,7 @@ def background(tmp_path):
         process.wait()
 
 
-STOPPED = "stopped; the images translated so far stay, go on with --skip_created_files"
+STOPPED = "stopped; the images translated so far stay, continue with --skip_created_files"
 KILLED = "was ended by signal 9 (SIGKILL, as the system does where memory runs out); the images translated so far stay"
 
 
@@ -205,7 +205,7 @@ def test_a_stop_in_one_process(finished_run, whole, tmp_path, run_script, monkey
     monkeypatch.setattr(SourceImages, "__getitem__", stop_at_third)
     result = run_script(create_sit_dataset, *export_flags(finished_run, tmp_path / "sit"))
     assert result.code == 75
-    assert "go on with --skip_created_files" in result.err
+    assert "continue with --skip_created_files" in result.err
     assert json.loads((tmp_path / "sit" / "sit_manifest.json").read_text())["complete"] is False
     monkeypatch.undo()
     assert 0 < len(pixels_of(tmp_path / "sit" / "images")) < COUNT
@@ -243,7 +243,7 @@ def test_the_death_of_a_loader_ends_the_export(finished_run, whole, tmp_path, ru
     result = run_script(create_sit_dataset, *export_flags(finished_run, tmp_path / "sit", num_workers=1))
     assert result.code == 75
     assert "DataLoader worker" in result.err
-    assert result.err.strip().splitlines()[-1].endswith("go on with --skip_created_files")
+    assert result.err.strip().splitlines()[-1].endswith("continue with --skip_created_files")
     monkeypatch.undo()
     assert_same_pixels(export(run_script, finished_run, tmp_path / "sit", skip_created_files=()), whole)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from core.batches import penalty_alphas
 from torch import nn
 
 from benchmarks.literal_step import literal_step
@@ -16,9 +15,10 @@ from core.cascade import cascade, generated_pyramid
 from core.config import NetworkShape, layers_at_scale, published_norm
 from core.losses import gradient_penalty, gram_matrix, total_variation
 from core.networks import Discriminator, Generator
+from core.procst import penalty_alphas
 from core.running import procst_runner
 from core.step import Batch, micro_batches, reference_momenta
-from data_handlers.images import normalise
+from data_handlers.images import PROCST_INPUT
 from data_handlers.label_maps import IGNORE
 from models.losses import cross_entropy
 from models.vgg import build_vgg
@@ -70,7 +70,7 @@ def test_level_sizes_round_up():
 
 
 def test_normalisation_is_that_of_the_method():
-    assert normalise(torch.tensor([0, 128, 255], dtype=torch.uint8)).tolist() == [-1.0, 0.0, 127 / 128]
+    assert PROCST_INPUT(torch.tensor([[[0, 128, 255]]], dtype=torch.uint8)).flatten().tolist() == [-1.0, 0.0, 127 / 128]
 
 
 @pytest.mark.parametrize("channels", [8, 12])
@@ -161,7 +161,7 @@ def test_alphas_depend_on_seed_scale_and_step_alone():
 
 
 def test_random_vgg_is_seeded_and_keeps_the_scale_of_activations():
-    image = normalise(torch.from_numpy(np.array(noise_image((64, 48), 0)))).permute(2, 0, 1)[None]
+    image = PROCST_INPUT(torch.from_numpy(np.array(noise_image((64, 48), 0))))[None]
     first, again, other = (build_vgg("random", (3, 15), seed)(image) for seed in (1, 1, 2))
     assert torch.equal(first[15], again[15])
     assert not torch.equal(first[15], other[15])

@@ -1,7 +1,7 @@
 """Files in which whole modules were pickled, read without importing or executing what they name.
 
-`torch.load(weights_only=True)` reads them. The module classes that may stand in a file are allowed by name and
-replaced by `Record`s, which only keep what the file says; any other class or function is refused.
+`torch.load(weights_only=True)` reads them. Module classes allowed by name become `Record`s, which keep what the file
+says; any other class or function is refused.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from utils.errors import UserError
 from utils.tensor_files import read_tensor_file
 
-_DATA_PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
+_LAYERS = (
+    "container.Sequential", "container.ModuleList", "conv.Conv2d", "linear.Linear", "batchnorm.BatchNorm2d",
+    "normalization.GroupNorm", "activation.ReLU", "activation.LeakyReLU", "activation.Sigmoid", "activation.Tanh",
+    "dropout.Dropout2d", "loss.CrossEntropyLoss", "pooling.AdaptiveAvgPool2d", "pooling.MaxPool2d",
+)  # fmt: skip
+_TORCH_CLASSES = ("torch.nn.parallel.data_parallel.DataParallel", *(f"torch.nn.modules.{name}" for name in _LAYERS))
 
 
 class _MalformedError(Exception):
-    """A record is not what a pickled module can be."""
+    """A record cannot be of a module."""
 
 
 class Record:
-    """What a file holds of a pickled module: the name of its class and its attributes.
-
-    Attributes:
-        attributes: as in the module's `__dict__`, with records in place of its submodules and tensors on the CPU.
-    """
+    """What a file holds of a pickled module: its `__dict__` as `attributes`, with records in place of submodules."""
 
     attributes: dict[str, Any]
 
@@ -48,7 +49,7 @@ class Record:
         return type(self).__name__
 
     def child(self, name: str) -> Record | None:
-        """Submodule of that name."""
+        """Submodule of that name, None where there is none."""
         return dict(self.children()).get(name)
 
     def children(self) -> Iterator[tuple[str, Record]]:
@@ -96,15 +97,15 @@ def read_pickled_modules(path: Path, class_names: Collection[str]) -> Any:
     """Read a file in which `torch.save` pickled a module, or a list of modules.
 
     Args:
-        class_names: full names of the module classes that may stand in the file. They need not exist.
+        class_names: full names of allowed classes, besides layers of PyTorch. They need not exist.
 
     Returns:
-        What the file holds, with `Record`s in place of modules; those of DataParallel are replaced by what they wrap.
+        What the file holds, with `Record`s in place of modules, and of what DataParallel wraps in place of it.
 
     Raises:
         UserError: missing, damaged, malformed, or naming any other class or function.
     """
-    stubs = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in {*class_names, _DATA_PARALLEL}]
+    stubs = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in (*class_names, *_TORCH_CLASSES)]
     with torch.serialization.safe_globals(stubs):
         content = read_tensor_file(path)
         if content is None:
