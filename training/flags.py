@@ -1,8 +1,8 @@
-"""From the fields of frozen dataclasses to a command line, and back to a configuration.
+"""Command-line flags and configurations from the fields of frozen dataclasses.
 
-A field is declared once, by `option`: its name is the flag's, its default and help are shown by `--help`, and it says
-whether it may change when a run is continued. A configuration is a frozen dataclass whose fields are such sections.
-Nothing here imports PyTorch, so that a mistyped flag is answered at once.
+A field is declared once, by `option`: its name is the flag's, `--help` shows its default and help, and it says whether
+it may change when a run is continued. A configuration is a frozen dataclass whose fields are such sections. Nothing
+here imports PyTorch, so that a mistyped flag is answered at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 Section = TypeVar("Section")
 Size = tuple[int, int]
-LARGEST = 1e15  # a larger setting is a mistake; the bound also keeps out NaN, infinity and integers beyond floats
+LARGEST = 1e15  # the bound refuses NaN, infinity and integers that no float can hold
 
 
 def option(
@@ -41,10 +41,10 @@ def option(
         type: of one value; by default that of `default`.
         nargs: as in argparse; several values become a tuple.
         required: `section_from` refuses an empty value.
-        may_change: a continued run may be given another value: where things are, how they are reported, and how they
-            are computed where another machine may lack something; never what is computed.
+        may_change: a continued run may be given another value, as the result does not depend on it, or the machine
+            decides it.
         hidden: `--help` does not show the flag.
-        keywords: the value is a path, unless it is one of these words or empty; a path becomes absolute.
+        keywords: the value is a path, which becomes absolute, unless it is one of these words or empty.
     """
     metadata = {
         "help": help, "type": type or default.__class__, "nargs": nargs, "choices": choices, "metavar": metavar,
@@ -64,12 +64,12 @@ def size_option(help: str) -> Any:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field, as a person types it."""
+    """The flag of a field."""
     return "--weight-decay" if name == "weight_decay" else f"--{name}"
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad command line in one line with exit code 2, like every other bad input."""
+    """Raises `UserError` for a bad command line."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
@@ -112,7 +112,7 @@ def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], 
 
 def _add(add_argument: Callable[..., Any], field: dataclasses.Field) -> None:
     option = field.metadata
-    names = [flag_of(field.name)] if "-" not in flag_of(field.name)[2:] else [flag_of(field.name), f"--{field.name}"]
+    names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])  # both spellings where they differ
     text = argparse.SUPPRESS if option["hidden"] else option["help"] + _shown_default(field)
     if option["type"] is bool:
         action = argparse.BooleanOptionalAction if option["may_change"] else "store_true"
@@ -139,21 +139,15 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     Raises:
         UserError: an unknown flag, a value of the wrong kind, or one that is not UTF-8.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    _require_utf8(arguments)
-    values = vars(parser.parse_args(arguments))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _require_utf8(arguments: Sequence[str]) -> None:
-    """Check that paths can be written to checkpoints, manifests and messages, all of which are UTF-8."""
-    flag = ""
+    arguments, flag = sys.argv[1:] if arguments is None else arguments, ""
     for argument in arguments:
         flag = argument.partition("=")[0] if argument.startswith("--") else flag
-        # Python passes bytes that are not UTF-8 on as lone surrogates.
+        # Checkpoints, manifests and messages are UTF-8; Python passes on other bytes as lone surrogates.
         if argument.encode("utf-8", "replace").decode() != argument:
             shown = argument.encode("utf-8", "backslashreplace").decode()
             raise UserError(f"{flag} {shown}: not UTF-8; rename the file or folder")
+    values = vars(parser.parse_args(arguments))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:
@@ -174,7 +168,7 @@ def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:
 
 
 class Config:
-    """Base of configurations: frozen dataclasses of sections, stored as JSON.
+    """Base of configurations: frozen dataclasses of sections.
 
     A subclass declares `groups`, the sections of `--help` by title, `first`, the flags shown first, and `resolve`.
     """
@@ -184,15 +178,11 @@ class Config:
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
-        """Refuse flags on the command line that contradict each other or could not act.
-
-        Raises:
-            UserError: names the flags.
-        """
+        """Raise `UserError` for flags on the command line that contradict each other or have no effect."""
 
     @classmethod
     def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:
-        """Replace values that stand for others, such as None or `auto`, where the other flags decide them."""
+        """Replace values such as None or `auto` where the other flags decide them."""
         return flags
 
     @classmethod
@@ -212,7 +202,7 @@ class Config:
         return {f.name: sections[str(f.type)] for f in dataclasses.fields(cls)}
 
     def flags(self) -> dict[str, Any]:
-        """Every field's value by name, as `from_flags` takes them."""
+        """The values of all fields by name."""
         sections = (getattr(self, field.name) for field in dataclasses.fields(self))
         return {n: getattr(section, n) for section in sections for n in options_of(type(section))}
 
@@ -221,7 +211,7 @@ class Config:
         return bool(options_of(*self._sections().values())[name].metadata["may_change"])
 
     def to_json(self) -> dict[str, Any]:
-        """Nested plain values, readable by `from_json`."""
+        """Nested plain values for `from_json`."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -243,10 +233,10 @@ class Config:
             raise UserError(f"{origin} is not a configuration of this version: {error}") from None
 
     def continued(self, given: Mapping[str, Any]) -> Any:
-        """This configuration of a run with the flags that may change when the run is continued.
+        """This configuration with the given flags, for a continued run.
 
         Raises:
-            UserError: a given flag would change what is computed.
+            UserError: a given flag may not change.
         """
         started = self.flags()
         try:
@@ -278,31 +268,19 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_positive(section: object, *names: str) -> None:
-    """Check that these fields of a section are greater than 0, or None.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Raise `UserError` unless these fields of a section are greater than 0, or None."""
     for name, value, shown in _values(section, names):
         check(0 < value < LARGEST, f"{flag_of(name)} is {shown}; it must be greater than 0 and below {LARGEST:g}")
 
 
 def check_not_negative(section: object, *names: str) -> None:
-    """Check that these fields of a section are 0 or greater, or None.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Raise `UserError` unless these fields of a section are 0 or greater, or None."""
     for name, value, shown in _values(section, names):
         check(0 <= value < LARGEST, f"{flag_of(name)} is {shown}; it must be 0 or greater and below {LARGEST:g}")
 
 
 def check_choices(section: object) -> None:
-    """Check the fields with choices, which a configuration read from a file may miss.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Raise `UserError` for a field whose value is none of its choices, as one read from a file may be."""
     for name, field in options_of(type(section)).items():
         choices, value = field.metadata["choices"] or (), getattr(section, name)
         known = not choices or value in (*choices, field.default)

@@ -1,12 +1,13 @@
 """Files in which whole modules were pickled, read without importing or executing what they name.
 
-`torch.load(weights_only=True)` reads them. The module classes that may stand in a file are allowed by name and
-replaced by `Record`s, which only keep what the file says; any other class or function is refused.
+`torch.load(weights_only=True)` reads them. Module classes that are allowed by name are replaced by `Record`s, which
+hold the attributes; any other class or function is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,13 @@ _DATA_PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
 
 
 class _MalformedError(Exception):
-    """A record is not what a pickled module can be."""
+    """A record cannot be that of a module."""
 
 
 class Record:
-    """What a file holds of a pickled module: the name of its class and its attributes.
+    """A pickled module: the name of its class and its attributes."""
 
-    Attributes:
-        attributes: as in the module's `__dict__`, with records in place of its submodules and tensors on the CPU.
-    """
-
-    attributes: dict[str, Any]
+    attributes: dict[str, Any]  # the module's `__dict__`, with records in place of submodules
 
     def __new__(cls) -> Record:  # unpickling does not call `__init__`
         record = super().__new__(cls)
@@ -56,13 +53,13 @@ class Record:
         return ((k, v) for k, v in self.attributes.get("_modules", {}).items() if isinstance(v, Record))
 
     def named_records(self, prefix: str = "") -> Iterator[tuple[str, Record]]:
-        """All submodules under the names that `nn.Module.named_modules` would give them."""
+        """All submodules by name, as `nn.Module.named_modules`."""
         for name, child in self.children():
             yield prefix + name, child
             yield from child.named_records(f"{prefix}{name}.")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All parameters and buffers under the names that `nn.Module.state_dict` would give them."""
+        """All parameters and buffers by name, as `nn.Module.state_dict`."""
         tensors = {}
         for prefix, record in (("", self), *((f"{name}.", child) for name, child in self.named_records())):
             for kind in ("_parameters", "_buffers"):
@@ -72,7 +69,7 @@ class Record:
         return tensors
 
     def _check(self, inside: tuple[Record, ...] = ()) -> None:
-        """Raise `_MalformedError` unless this record and those in it have the tables of a module, and form a tree."""
+        """Raise `_MalformedError` unless this record and those in it have the dicts of a module and form a tree."""
         if any(self is outer for outer in inside):
             raise _MalformedError("a module of it contains itself")
         for kind in ("_parameters", "_buffers", "_modules"):
@@ -86,7 +83,7 @@ class Record:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has a value of its own for each of its elements."""
+    """Whether a tensor is an ordinary one, with memory for each of its elements."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -96,10 +93,10 @@ def read_pickled_modules(path: Path, class_names: Collection[str]) -> Any:
     """Read a file in which `torch.save` pickled a module, or a list of modules.
 
     Args:
-        class_names: full names of the module classes that may stand in the file. They need not exist.
+        class_names: full names of the allowed module classes, which need not exist.
 
     Returns:
-        What the file holds, with `Record`s in place of modules; those of DataParallel are replaced by what they wrap.
+        The content with `Record`s in place of modules; a DataParallel is replaced by its module.
 
     Raises:
         UserError: missing, damaged, malformed, or naming any other class or function.
@@ -124,8 +121,7 @@ def _checked(entry: Any) -> Any:
 
 
 def _refused(path: Path) -> str:
-    try:
+    names: list[str] = []
+    with suppress(Exception):  # a reader of arbitrary bytes can fail in any way
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception:  # whatever a reader makes of arbitrary bytes
-        names = []
     return f"it names {names[0]}, which no such file needs" if names else "it holds more than modules and tensors"
