@@ -116,7 +116,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """The target images; labels are used for validation alone."""
+    """The target images; their labels are used for validation only."""
 
     target: str = option("cityscapes", "target data set", choices=sorted(DATA_SETS))
     trg_data_dir: str = path_option("data/cityscapes", "its root folder", metavar="DIR", may_change=True)
@@ -131,7 +131,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class NetConfig:
-    """A segmentation net and what its backbone starts from."""
+    """A segmentation net and the initial weights of its backbone."""
 
     model: str = option("DeepLabV2", "segmentation net", choices=tuple(MODEL_BACKBONES))
     backbone: str = option("", "its backbone (default: the model's published one)", choices=BACKBONES)

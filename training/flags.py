@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -98,15 +98,13 @@ def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], 
     """
     parser = Parser(description)
     options = options_of(*(section for sections in groups.values() for section in sections))
-    if first:
-        group = parser.add_argument_group("the flags that matter most")
-        for name in first:
-            _add(group.add_argument, options[name])
+    shown = {"the flags that matter most": list(first)} if first else {}
     for title, sections in groups.items():
+        shown[title] = [name for name in options_of(*sections) if name not in first]
+    for title, names in shown.items():
         group = parser.add_argument_group(title)
-        for name, field in options_of(*sections).items():
-            if name not in first:
-                _add(group.add_argument, field)
+        for name in names:
+            _add(group.add_argument, options[name])
     return parser
 
 
@@ -269,14 +267,19 @@ def check(condition: bool, message: str) -> None:
 
 def check_positive(section: object, *names: str) -> None:
     """Raise `UserError` unless these fields of a section are greater than 0, or None."""
-    for name, value, shown in _values(section, names):
-        check(0 < value < LARGEST, f"{flag_of(name)} is {shown}; it must be greater than 0 and below {LARGEST:g}")
+    _check_bounds(section, names, "greater than 0", lambda value: value > 0)
 
 
 def check_not_negative(section: object, *names: str) -> None:
     """Raise `UserError` unless these fields of a section are 0 or greater, or None."""
-    for name, value, shown in _values(section, names):
-        check(0 <= value < LARGEST, f"{flag_of(name)} is {shown}; it must be 0 or greater and below {LARGEST:g}")
+    _check_bounds(section, names, "0 or greater", lambda value: value >= 0)
+
+
+def _check_bounds(section: object, names: Sequence[str], words: str, holds: Callable[[float], bool]) -> None:
+    for name in names:
+        value = getattr(section, name)
+        fits = value is None or (holds(value) and value < LARGEST)
+        check(fits, f"{flag_of(name)} is {str(value)[:20]}; it must be {words} and below {LARGEST:g}")
 
 
 def check_choices(section: object) -> None:
@@ -285,8 +288,3 @@ def check_choices(section: object) -> None:
         choices, value = field.metadata["choices"] or (), getattr(section, name)
         known = not choices or value in (*choices, field.default)
         check(known, f"{flag_of(name)} {value}: must be one of {', '.join(map(str, choices))}")
-
-
-def _values(section: object, names: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
-    values = ((name, getattr(section, name)) for name in names)
-    return ((name, value, str(value)[:20]) for name, value in values if value is not None)

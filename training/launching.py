@@ -61,7 +61,7 @@ def _has_launcher() -> bool:
 
 
 def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
-    """Run `body` in this process, alone or as one of those that `launch`, torchrun or a batch system has started.
+    """Run `body` in this process, which may be one of several that `launch`, torchrun or a batch system has started.
 
     Args:
         body: is given this process's rank, whose device is not yet chosen; alone, it may `launch` others.

@@ -123,7 +123,7 @@ class Loop:
         self.saved = (self.stage, self.step)
 
     def begin_stage(self, stage: int, resumed: bool) -> None:
-        """Let the method make what the stage needs; `resumed` as of `Method.begin_stage`."""
+        """Begin a stage of the method; `resumed`: see `Method.begin_stage`."""
         self.stage, self.step, self.stage_finished, self.has_begun = stage, 0, False, True
         self.method.begin_stage(stage, resumed)
 
@@ -293,8 +293,8 @@ class Loop:
         self._note_skipped(progress, *validation.skipped)
         if score is None:
             say(f"WARNING: the labels of {validator.files.root} hold no pixel of a scored class: no best state")
-        earlier = [found["score"] for found in self.validations if found["score"] is not None]
-        best = score is not None and all(score > other for other in earlier)
+        earlier = self.best()
+        best = score is not None and (earlier is None or score > earlier["score"])
         where = {"stage": self.stage, "step": self.step, "score": score, "best": best}
         self.validations.append({**where, **report(validation, names)})
         if best:

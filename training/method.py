@@ -106,7 +106,7 @@ class Method:
         raise NotImplementedError
 
     def batches(self, stage: int, steps: range) -> Iterator[Batch]:
-        """The batches of these steps of the stage, in order; what a step sees depends on its number alone."""
+        """The batches of these steps of the stage, in order; a batch depends only on the number of its step."""
         raise NotImplementedError
 
     def step(self, batch: Batch, stage: int, step: int) -> Mapping[str, Tensor]:
@@ -119,7 +119,7 @@ class Method:
         raise NotImplementedError
 
     def end_stage(self, stage: int) -> None:
-        """Freeze what is final after the stage. Called for every finished stage when a run is resumed, too."""
+        """Freeze networks that are final after the stage; also called for finished stages when a run is resumed."""
 
     def write_summary(self, stage: int, folder: Path) -> str:
         """Write pictures at the end of a stage, unless they are there; returns a line to print, or ''."""
@@ -149,7 +149,7 @@ class Method:
         return " ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in list(losses.items())[:3])
 
     def describe(self) -> list[str]:
-        """Lines that say what is trained on what."""
+        """Lines about the data, the networks and the precision."""
         return [domain.files.describe() for domain in self.domains.values()]
 
     def publish(self, path: Path, info: Mapping[str, Any]) -> None:

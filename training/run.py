@@ -55,7 +55,7 @@ class Prepared:
     validation_line: str = ""
 
     def print_description(self) -> None:
-        """Say what is trained on what, and what validates it."""
+        """Print what is trained and validated on which data."""
         print("\n".join(filter(None, [*self.method.describe(), self.validation_line])))
 
 
@@ -228,7 +228,7 @@ class _Run:
 
 
 def agreed_precision(wanted: str, rank: Rank) -> Precision:
-    """What `--precision` stands for: the same in every process, and supported by its device.
+    """The precision of `--precision`: the same in every process, and supported by its device.
 
     Raises:
         UserError: the processes were given different ones, or this one's device does not support it.

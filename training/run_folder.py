@@ -1,4 +1,4 @@
-"""The folder of a run: found or made, locked, and the record `config.json` of what the run was made with."""
+"""The folder of a run: finding, making and locking it, and its record `config.json`."""
 
 from __future__ import annotations
 

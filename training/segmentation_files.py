@@ -17,7 +17,7 @@ from utils.tensor_files import UnavailableFileError, is_finite, load_network, re
 
 
 def run_identity(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies the files of a run: folder names may repeat, and a copied folder has the same number."""
+    """The name and number that identify the files of a run; folders may have the same name, and copies the number."""
     return {"run": folder.name, "run_id": info.get("run_id")}
 
 

@@ -85,21 +85,11 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def synchronise_batch_norms(network: nn.Module) -> nn.Module:
-    """Replace the batch norms in `network`, in place, by synchronised ones with the same tensors; returns it.
+    """Turn the batch norms in `network` into synchronised ones, in place; returns it.
 
-    Optimisers of its weights stay valid.
+    Only their class changes, as it has no state of its own; optimisers of the weights stay valid.
     """
-    for parent in list(network.modules()):
-        for name, norm in list(parent.named_children()):
-            if type(norm) is nn.BatchNorm2d:
-                setattr(parent, name, _synchronised(norm))
+    for norm in network.modules():
+        if type(norm) is nn.BatchNorm2d:
+            norm.__class__ = SynchronisedBatchNorm2d
     return network
-
-
-def _synchronised(norm: nn.BatchNorm2d) -> SynchronisedBatchNorm2d:
-    other = SynchronisedBatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
-    )
-    for name, tensor in (*norm.named_parameters(), *norm.named_buffers()):
-        setattr(other, name, tensor)
-    return other.train(norm.training)

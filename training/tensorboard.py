@@ -1,4 +1,4 @@
-"""TensorBoard of a run that goes on without it where its disk is full or gone."""
+"""TensorBoard logging that a full or missing disk ends without ending the run."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class TensorBoardLog:
         self._call("add_histogram_raw", tag, **counts)
 
     def flush(self) -> None:
-        """Write what has been logged."""
+        """Write the pending entries."""
         self._call("flush")
 
     def close(self) -> None:
-        """Write what has been logged, and no more."""
+        """Flush, and log no more."""
         self._call("close")
         self._writer = None
 

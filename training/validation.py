@@ -67,7 +67,7 @@ def predict(net: nn.Module, image: Tensor, scales: Sequence[float] = (1.0,), fli
 
 @dataclass(frozen=True)
 class Validation:
-    """What one pass over the validation images found.
+    """Result of one pass over the validation images.
 
     Attributes:
         scores: None where the images have no labels.
@@ -177,7 +177,7 @@ class Validator:
         )
 
     def score(self, validation: Validation) -> float | None:
-        """What picks the best net; None where the validation gives none."""
+        """The value that selects the best net, or None."""
         return validation.mean_iou if self.select_by == "miou" else validation.label_free
 
 
@@ -205,7 +205,7 @@ def _iou_by_name(scores: Scores | None, names: Sequence[str]) -> dict[str, float
 
 
 def summary(validation: Validation, names: Sequence[str]) -> str:
-    """One line: mIoU and the classes, or what is known without labels."""
+    """One line: mIoU and IoU of the classes, or the label-free scores."""
     free = f"label-free score {validation.label_free:.4f}, mean confidence {validation.mean_confidence:.3f}"
     if validation.scores is None:
         return free

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
             os.fchmod(file.fileno(), 0o666 & ~_UMASK)
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            _keep(path, keep)
+            os.replace(path, keep)  # a process that is killed here leaves `keep` alone
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -49,18 +48,6 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-
-
-def _keep(path: Path, name: Path) -> None:
-    """Give the file at `path` the other name, too; it has at least one name at any moment."""
-    link = name.with_name(f".{name.name}.{secrets.token_hex(4)}{TEMPORARY}")
-    try:
-        os.link(path, link)
-    except OSError:
-        os.replace(path, name)  # a file system without hard links
-        return
-    os.replace(link, name)
-    link.unlink(missing_ok=True)  # the rename did nothing where both were names of one file already
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -20,10 +20,6 @@ from utils.tensor_files import read_tensor_file
 _DATA_PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
 
 
-class _MalformedError(Exception):
-    """A record cannot be that of a module."""
-
-
 class Record:
     """A pickled module: the name of its class and its attributes."""
 
@@ -36,7 +32,7 @@ class Record:
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict):
-            raise _MalformedError(f"a {self.class_name} of it has a state of type {type(state).__name__}")
+            raise ValueError(f"a {self.class_name} of it has a state of type {type(state).__name__}")
         self.attributes = dict(state)
 
     @property
@@ -58,28 +54,24 @@ class Record:
             yield prefix + name, child
             yield from child.named_records(f"{prefix}{name}.")
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """All parameters and buffers by name, as `nn.Module.state_dict`."""
-        tensors = {}
-        for prefix, record in (("", self), *((f"{name}.", child) for name, child in self.named_records())):
-            for kind in ("_parameters", "_buffers"):
-                for name, value in record.attributes.get(kind, {}).items():
-                    if isinstance(value, Tensor):
-                        tensors[prefix + name] = value.detach()
+        own = {**self.attributes.get("_parameters", {}), **self.attributes.get("_buffers", {})}
+        tensors = {prefix + name: value.detach() for name, value in own.items() if isinstance(value, Tensor)}
+        for name, child in self.children():
+            tensors |= child.state_dict(f"{prefix}{name}.")
         return tensors
 
-    def _check(self, inside: tuple[Record, ...] = ()) -> None:
-        """Raise `_MalformedError` unless this record and those in it have the dicts of a module and form a tree."""
-        if any(self is outer for outer in inside):
-            raise _MalformedError("a module of it contains itself")
+    def _check(self) -> None:
+        """Raise `ValueError` unless this record and those in it have the dicts of a module."""
         for kind in ("_parameters", "_buffers", "_modules"):
             table = self.attributes.setdefault(kind, {})
             if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
-                raise _MalformedError(f"a {self.class_name} of it is malformed")
+                raise ValueError(f"a {self.class_name} of it is malformed")
             if any(isinstance(value, Tensor) and not _is_plain(value) for value in table.values()):
-                raise _MalformedError(f"a tensor of a {self.class_name} of it is malformed")
+                raise ValueError(f"a tensor of a {self.class_name} of it is malformed")
         for _, child in self.children():
-            child._check((*inside, self))
+            child._check()
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -108,8 +100,9 @@ def read_pickled_modules(path: Path, class_names: Collection[str]) -> Any:
             raise UserError(f"{path}: cannot be read as a trained model: {_refused(path)}; nothing was executed")
     try:
         return [_checked(entry) for entry in content] if isinstance(content, list) else _checked(content)
-    except (_MalformedError, RecursionError) as error:
-        reason = "its modules are nested too deeply" if isinstance(error, RecursionError) else error
+    except (ValueError, RecursionError) as error:
+        deep = "a module of it contains itself, or they are nested too deeply"
+        reason = deep if isinstance(error, RecursionError) else error
         raise UserError(f"{path}: cannot be read as a trained model: {reason}") from None
 
 
