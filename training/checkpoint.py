@@ -71,11 +71,7 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in _tensors([self.modules, self.optimizers, self.method_state]))
 
     def save(self, path: Path, keep: Path | None = None) -> None:
-        """Write to `path` atomically; a file that was there is kept under the name `keep`.
-
-        Raises:
-            UserError: the folder cannot be written to, or the disk is full.
-        """
+        """Write to `path` atomically; a file that was there is kept under the name `keep`. Raises `UserError`."""
         content = {"format": FORMAT, "version": VERSION, **_plain(vars(self))}
         atomic_write(path, lambda file: torch.save(content, file), keep)
 
@@ -114,11 +110,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_from(content: Any, path: Path) -> Checkpoint:
-    """The checkpoint in the content of a tensor file.
-
-    Raises:
-        UserError: it is no checkpoint, of another version, or incomplete.
-    """
+    """The checkpoint in the content of a tensor file. Raises `UserError` for other content."""
     if not is_checkpoint(content):
         raise UserError(f"{path} is not a checkpoint of this toolkit")
     version = content.get("version")
@@ -172,7 +164,7 @@ def read_newest(folder: Path) -> tuple[Checkpoint, Path]:
 
 
 def set_damaged_aside(used: Path) -> None:
-    """Rename a damaged `latest.pth`, which the next save would rename to `previous.pth`, if `used` is that file."""
+    """Rename the `latest.pth` that `read_newest` could not use, which the next save would keep as `previous.pth`."""
     latest = used.parent / LATEST
     if used.name == PREVIOUS and latest.is_file():
         os.replace(latest, used.parent / DAMAGED)

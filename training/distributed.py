@@ -23,11 +23,7 @@ CPU = torch.device("cpu")
 
 
 def environment_number(variable: str) -> int:
-    """The number in an environment variable that is set.
-
-    Raises:
-        UserError: it is no number.
-    """
+    """The number in an environment variable that is set. Raises `UserError` if it is none."""
     value = os.environ[variable]
     if not (value.isascii() and value.isdecimal()):
         raise UserError(f"the environment variable {variable} is {value!r}, not a number; unset it, or use torchrun")
@@ -92,11 +88,7 @@ class Rank:
         return values
 
     def require_equal(self, values: Mapping[str, Any]) -> None:
-        """Check that the processes agree on plain values, given by a name for the message.
-
-        Raises:
-            UserError: in each process that differs from the main one.
-        """
+        """Raise `UserError` in each process whose plain values, by a name for messages, differ from the main one's."""
         for name, value in self.broadcast(dict(values)).items():
             if values.get(name) != value:
                 raise UserError(

@@ -118,11 +118,7 @@ def bytes_in(folder: Path) -> int:
 
 
 def require_space(wanted: Mapping[str, tuple[Path, int]]) -> None:
-    """Print the bytes wanted in each folder and those that are free; folders may be on one disk.
-
-    Raises:
-        UserError: they do not fit.
-    """
+    """Print the bytes wanted and free in each folder, some on one disk. Raises `UserError` if they do not fit."""
     taken: dict[int, int] = {}
     for what, (folder, size) in wanted.items():
         path = folder.absolute()

@@ -127,8 +127,7 @@ def _shown_default(field: dataclasses.Field) -> str:
     default = field.default
     if default in (None, "", False, (), 0) or "(default" in field.metadata["help"]:
         return ""
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return f" (default: {f'{default:.4g}' if isinstance(default, float) else shown})"
+    return f" (default: {f'{default:.4g}' if isinstance(default, float) else _shown(default)})"
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -185,11 +184,7 @@ class Config:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> Any:
-        """The configuration for the given flags.
-
-        Raises:
-            UserError: names the flag that is out of range or contradicts another.
-        """
+        """The configuration for the given flags. Raises `UserError` for values out of range and contradictions."""
         defaults = {n: f.default for section in cls._sections().values() for n, f in options_of(section).items()}
         resolved = cls.resolve({**defaults, **flags})
         return cls(**{name: section_from(section, resolved) for name, section in cls._sections().items()})
@@ -214,11 +209,7 @@ class Config:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], origin: Path | str) -> Any:
-        """The configuration of `to_json`'s form, JSON lists included.
-
-        Raises:
-            UserError: names `origin` when a section or a value is missing, unknown or out of range.
-        """
+        """The configuration that `to_json` made. Raises `UserError`, which names `origin`, for other content."""
         try:
             sections = {}
             for name, section in cls._sections().items():
@@ -231,11 +222,7 @@ class Config:
             raise UserError(f"{origin} is not a configuration of this version: {error}") from None
 
     def continued(self, given: Mapping[str, Any]) -> Any:
-        """This configuration with the given flags, for a continued run.
-
-        Raises:
-            UserError: a given flag may not change.
-        """
+        """This configuration with the given flags. Raises `UserError` for one that a continued run may not change."""
         started = self.flags()
         try:
             wanted = type(self).from_flags({**started, **given})

@@ -188,11 +188,7 @@ def _pass_signals_on(folder: Path) -> list[int]:
 
 @contextmanager
 def _reporting_to_launcher() -> Iterator[None]:
-    """In a process of `launch`: receive its signals, and write it an exit code that a restart cannot mend.
-
-    Raises:
-        SystemExit: with code 0 in place of such a code.
-    """
+    """In a process of `launch`: receive its signals; report exit codes that a restart cannot mend, and exit with 0."""
     folder = Path(os.environ[FOLDER])
     if any(folder.glob("*.code")):
         raise SystemExit(0)  # all were restarted because others lost their connection to one that ended for good

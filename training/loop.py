@@ -87,11 +87,7 @@ class Loop:
         )
 
     def restore(self, checkpoint: Checkpoint, origin: Path) -> None:
-        """Continue from a checkpoint, which `origin` names in messages.
-
-        Raises:
-            UserError: it does not fit the configuration, or an input of the run has changed.
-        """
+        """Continue from a checkpoint. Raises `UserError`, which names `origin`, if it or an input does not fit."""
         inputs = self.method.inputs()
         for name, fingerprint in checkpoint.inputs.items():
             if inputs.get(name, fingerprint) != fingerprint:
@@ -128,11 +124,7 @@ class Loop:
         self.method.begin_stage(stage, resumed)
 
     def move_to_epoch(self, epoch: int) -> None:
-        """Set the step counter to the start of `epoch` (from 1) of the stage in training.
-
-        Raises:
-            UserError: the stage has no such epoch, or is finished.
-        """
+        """Set the step counter to the start of `epoch` (from 1) of this stage. Raises `UserError` if there is none."""
         stage = self.stages[self.stage]
         step = (epoch - 1) * stage.steps_per_epoch
         if self.stage_finished:

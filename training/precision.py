@@ -43,11 +43,7 @@ def bf16_pays(device: torch.device) -> bool:
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """`--precision` with `auto` resolved: bf16 where that pays on `device`, else fp32.
-
-    Raises:
-        UserError: the device does not support it.
-    """
+    """Resolve `auto` of `--precision`: bf16 where that pays, else fp32. Raises `UserError` if the device lacks it."""
     if wanted == "auto":
         return "bf16" if bf16_pays(device) else "fp32"
     if wanted == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):

@@ -71,11 +71,7 @@ class Progress:
         return sum(earlier.steps for earlier in self.stages[:stage]) + step
 
     def step(self, stage: int, step: int, losses: Mapping[str, Tensor]) -> None:
-        """Count a finished step: `step` of `stage`, 1 for the first.
-
-        Raises:
-            Diverged: a loss is not finite.
-        """
+        """Count a finished step of `stage`, 1 for the first. Raises `Diverged` for losses that are not finite."""
         if list(losses) != self._names:
             self.read_losses(stage, step - 1)  # a term was added or ended, as after a warm-up
             self._names = list(losses)

@@ -228,11 +228,7 @@ class _Run:
 
 
 def agreed_precision(wanted: str, rank: Rank) -> Precision:
-    """The precision of `--precision`: the same in every process, and supported by its device.
-
-    Raises:
-        UserError: the processes were given different ones, or this one's device does not support it.
-    """
+    """The precision of all processes. Raises `UserError` if they were given different ones or a device lacks it."""
     rank.require_equal({"--precision": wanted})
     return resolve_precision(rank.broadcast(resolve_precision(wanted, rank.device)), rank.device)
 

@@ -22,11 +22,7 @@ def run_identity(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
-    """Whether a file was written by the run of this `run_identity`.
-
-    Raises:
-        UnavailableFileError: it cannot be read at the moment.
-    """
+    """Whether the run of this `run_identity` wrote a file. Raises `UnavailableFileError` if it cannot be read now."""
     try:
         info = load_checkpoint(path).info
     except UnavailableFileError:

@@ -69,11 +69,7 @@ def atomic_write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing, unreadable or not JSON.
-    """
+    """Read a JSON file. Raises `UserError` if it is missing, unreadable or not JSON."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -83,11 +79,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_folder(path: Path, flag: str) -> None:
-    """Check that `path` is a folder that can be written to or can be made, without making it.
-
-    Raises:
-        UserError: names `flag`.
-    """
+    """Raise `UserError`, which names `flag`, unless `path` is a writable folder or can be made."""
     path = Path(path).absolute()
     nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -95,22 +87,14 @@ def check_folder(path: Path, flag: str) -> None:
 
 
 def check_output_file(path: Path, flag: str) -> None:
-    """Check that a file can be written to `path`, whose folder may have to be made.
-
-    Raises:
-        UserError: names `flag`.
-    """
+    """Raise `UserError`, which names `flag`, unless a file can be written to `path`, whose folder may be missing."""
     check_folder(path.parent, flag)
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; name a file")
 
 
 def make_folder(path: Path, flag: str) -> Path:
-    """Create the folder `path` with its parents, and check that files can be made in it.
-
-    Raises:
-        UserError: names `flag`.
-    """
+    """Create the folder `path` with its parents. Raises `UserError`, which names `flag`, if it cannot be written to."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -24,11 +24,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Inside the block no other process can lock the folder; the lock ends with the process.
-
-    Raises:
-        UserError: names `flag` when another process has locked it.
-    """
+    """Inside the block no other process can lock the folder. Raises `UserError`, which names `flag`, if one has."""
     path = Path(folder) / LOCK
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
