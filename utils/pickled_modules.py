@@ -1,13 +1,12 @@
 """Files in which whole modules were pickled, read without importing or executing what they name.
 
-`torch.load(weights_only=True)` reads them. Module classes that are allowed by name are replaced by `Record`s, which
-hold the attributes; any other class or function is refused.
+`torch.load(weights_only=True)` reads them. Module classes allowed by name become `Record`s, which keep what the file
+says; any other class or function is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,22 @@ from torch import Tensor, nn
 from utils.errors import UserError
 from utils.tensor_files import read_tensor_file
 
-_DATA_PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
+_LAYERS = (
+    "container.Sequential", "container.ModuleList", "conv.Conv2d", "linear.Linear", "batchnorm.BatchNorm2d",
+    "normalization.GroupNorm", "activation.ReLU", "activation.LeakyReLU", "activation.Sigmoid", "activation.Tanh",
+    "dropout.Dropout2d", "loss.CrossEntropyLoss", "pooling.AdaptiveAvgPool2d", "pooling.MaxPool2d",
+)  # fmt: skip
+_TORCH_CLASSES = ("torch.nn.parallel.data_parallel.DataParallel", *(f"torch.nn.modules.{name}" for name in _LAYERS))
+
+
+class _MalformedError(Exception):
+    """A record cannot be of a module."""
 
 
 class Record:
-    """A pickled module: the name of its class and its attributes."""
+    """What a file holds of a pickled module: its `__dict__` as `attributes`, with records in place of submodules."""
 
-    attributes: dict[str, Any]  # the module's `__dict__`, with records in place of submodules
+    attributes: dict[str, Any]
 
     def __new__(cls) -> Record:  # unpickling does not call `__init__`
         record = super().__new__(cls)
@@ -32,7 +40,7 @@ class Record:
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict):
-            raise ValueError(f"a {self.class_name} of it has a state of type {type(state).__name__}")
+            raise _MalformedError(f"a {self.class_name} of it has a state of type {type(state).__name__}")
         self.attributes = dict(state)
 
     @property
@@ -41,7 +49,7 @@ class Record:
         return type(self).__name__
 
     def child(self, name: str) -> Record | None:
-        """Submodule of that name."""
+        """Submodule of that name, None where there is none."""
         return dict(self.children()).get(name)
 
     def children(self) -> Iterator[tuple[str, Record]]:
@@ -49,33 +57,37 @@ class Record:
         return ((k, v) for k, v in self.attributes.get("_modules", {}).items() if isinstance(v, Record))
 
     def named_records(self, prefix: str = "") -> Iterator[tuple[str, Record]]:
-        """All submodules by name, as `nn.Module.named_modules`."""
+        """All submodules under the names that `nn.Module.named_modules` would give them."""
         for name, child in self.children():
             yield prefix + name, child
             yield from child.named_records(f"{prefix}{name}.")
 
-    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """All parameters and buffers by name, as `nn.Module.state_dict`."""
-        own = {**self.attributes.get("_parameters", {}), **self.attributes.get("_buffers", {})}
-        tensors = {prefix + name: value.detach() for name, value in own.items() if isinstance(value, Tensor)}
-        for name, child in self.children():
-            tensors |= child.state_dict(f"{prefix}{name}.")
+    def state_dict(self) -> dict[str, Tensor]:
+        """All parameters and buffers under the names that `nn.Module.state_dict` would give them."""
+        tensors = {}
+        for prefix, record in (("", self), *((f"{name}.", child) for name, child in self.named_records())):
+            for kind in ("_parameters", "_buffers"):
+                for name, value in record.attributes.get(kind, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[prefix + name] = value.detach()
         return tensors
 
-    def _check(self) -> None:
-        """Raise `ValueError` unless this record and those in it have the dicts of a module."""
+    def _check(self, inside: tuple[Record, ...] = ()) -> None:
+        """Raise `_MalformedError` unless this record and those in it have the tables of a module, and form a tree."""
+        if any(self is outer for outer in inside):
+            raise _MalformedError("a module of it contains itself")
         for kind in ("_parameters", "_buffers", "_modules"):
             table = self.attributes.setdefault(kind, {})
             if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
-                raise ValueError(f"a {self.class_name} of it is malformed")
+                raise _MalformedError(f"a {self.class_name} of it is malformed")
             if any(isinstance(value, Tensor) and not _is_plain(value) for value in table.values()):
-                raise ValueError(f"a tensor of a {self.class_name} of it is malformed")
+                raise _MalformedError(f"a tensor of a {self.class_name} of it is malformed")
         for _, child in self.children():
-            child._check()
+            child._check((*inside, self))
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one, with memory for each of its elements."""
+    """Whether a tensor has a value of its own for each of its elements."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -85,24 +97,23 @@ def read_pickled_modules(path: Path, class_names: Collection[str]) -> Any:
     """Read a file in which `torch.save` pickled a module, or a list of modules.
 
     Args:
-        class_names: full names of the allowed module classes, which need not exist.
+        class_names: full names of allowed classes, besides layers of PyTorch. They need not exist.
 
     Returns:
-        The content with `Record`s in place of modules; a DataParallel is replaced by its module.
+        What the file holds, with `Record`s in place of modules, and of what DataParallel wraps in place of it.
 
     Raises:
         UserError: missing, damaged, malformed, or naming any other class or function.
     """
-    stubs = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in {*class_names, _DATA_PARALLEL}]
+    stubs = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in (*class_names, *_TORCH_CLASSES)]
     with torch.serialization.safe_globals(stubs):
         content = read_tensor_file(path)
         if content is None:
             raise UserError(f"{path}: cannot be read as a trained model: {_refused(path)}; nothing was executed")
     try:
         return [_checked(entry) for entry in content] if isinstance(content, list) else _checked(content)
-    except (ValueError, RecursionError) as error:
-        deep = "a module of it contains itself, or they are nested too deeply"
-        reason = deep if isinstance(error, RecursionError) else error
+    except (_MalformedError, RecursionError) as error:
+        reason = "its modules are nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{path}: cannot be read as a trained model: {reason}") from None
 
 
@@ -114,7 +125,8 @@ def _checked(entry: Any) -> Any:
 
 
 def _refused(path: Path) -> str:
-    names: list[str] = []
-    with suppress(Exception):  # a reader of arbitrary bytes can fail in any way
+    try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:  # whatever a reader makes of arbitrary bytes
+        names = []
     return f"it names {names[0]}, which no such file needs" if names else "it holds more than modules and tensors"
