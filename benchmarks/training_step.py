@@ -40,9 +40,8 @@ from data_handlers.domain import Domain
 from models.resnet import recompute_blocks
 from training.flags import build_parser, option, parse, section_from
 from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
-from utils.devices import default_gpus, resolve_device
+from utils.devices import default_gpus, keep_freed_memory, resolve_device
 from utils.errors import run_cli
-from utils.memory import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 

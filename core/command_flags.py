@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from data_handlers.choices import ON_BAD_IMAGE
 from data_handlers.datasets import DATA_SETS
-from training.choices import PRECISIONS
+from training.config import PRECISIONS
 from training.flags import Size, check, check_not_negative, check_positive, option, size_option
 
 MIN_TILE_PIXELS = 96 * 96

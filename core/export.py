@@ -32,12 +32,11 @@ from data_handlers.pyramid import image_pyramid
 from training.distributed import Rank
 from training.launching import in_processes, is_launched, launch
 from training.precision import resolve_precision, set_convolution_precision
-from utils.devices import cpus_per_device, default_gpus, default_workers, resolve_devices
+from utils.devices import cpus_per_device, default_gpus, default_workers, keep_freed_memory, resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write
 from utils.loaders import load_in_order
 from utils.locks import say
-from utils.memory import keep_freed_memory
 from utils.stopping import STOPPED, LoaderDied, Stopped, StopRequests, is_loader_death
 
 CONTINUE = "the images translated so far stay, continue with --skip_created_files"

@@ -23,14 +23,13 @@ from data_handlers.domain import Domain, DomainBatch
 from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import array_pyramid
 from models.segmentation import segmentation_optimizer
-from training.distributed import Rank
-from training.local_batch import LocalBatch
+from training.distributed import LocalBatch, Rank
 from training.method import Method, Stage
 from training.precision import channels_last
 from training.synchronised_norm import synchronise_batch_norms
+from utils.devices import to_device
 from utils.seeds import seed_for
 from utils.tensor_files import weights_fingerprint
-from utils.transfer import to_device
 
 NETWORKS = ("Dst", "Gst", "Dts", "Gts")
 SEG_SIT = "seg_sit"

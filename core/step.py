@@ -23,7 +23,7 @@ from core.losses import gradient_penalty, mean_score, perceptual_targets, style_
 from core.networks import Discriminator, Generator, without_gradients
 from data_handlers.label_maps import IGNORE
 from models.losses import cross_entropy
-from training.local_batch import WHOLE, LocalBatch, all_reduce_and_step, zero_gradients
+from training.distributed import WHOLE, LocalBatch, all_reduce_and_step, zero_gradients
 from utils.batch_norms import bn_momentum, frozen_bn_stats
 
 # Image (B,3,h,w) in [-1,1] -> feature maps by position in VGG16's `features`; collects no gradients itself.

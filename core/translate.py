@@ -25,8 +25,8 @@ from core.command_flags import MIN_TILE_PIXELS
 from core.networks import ConvBlock, Generator
 from data_handlers.images import PROCST_INPUT
 from training.precision import Precision, Runner, exact_convolutions
+from utils.devices import available_memory
 from utils.errors import UserError
-from utils.memory import available_memory
 
 log = logging.getLogger(__name__)
 

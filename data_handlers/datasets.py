@@ -21,7 +21,7 @@ This module imports nothing heavy, as the command lines read the names of the da
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from data_handlers.choices import LABELS, Labels
@@ -54,8 +54,7 @@ class DataSet:
         id_map: label id -> trainId; empty for a data set whose labels exist as trainIds only.
         void_ids: label ids that are known and ignored. An id in neither `id_map` nor `void_ids` means that the wrong
             file is read, and is refused. None ignores every id that `id_map` does not list.
-        resize: (W,H) images are resized to for training.
-        crop: (W,H) of the random crop for training.
+        resize, crop: (W,H) that images are resized to for training, and of the random crop.
         labels: what the values of the label files are: `ids` of the data set, which `id_map` maps, or `trainids`, that
             is 0..C-1 for C class names and 255 for ignored pixels.
         labels_flag: command line flag that set `labels` (see `with_labels`); '' where the declaration did.
@@ -85,8 +84,8 @@ class DataSet:
     class_names: tuple[str, ...] = CLASS_NAMES
     void_ids: frozenset[int] | None = None
     held_out: int = 0
-    never_used: frozenset[str] = field(default=frozenset())
-    not_for_training: frozenset[str] = field(default=frozenset())
+    never_used: frozenset[str] = frozenset()
+    not_for_training: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         largest = max((*self.id_map.values(), *self.classes), default=0)
@@ -159,10 +158,7 @@ DATA_SETS = {
     "cityscapes": DataSet(
         name="cityscapes",
         images={
-            "train": (
-                "leftImg8bit/train/*/*_leftImg8bit.png",
-                "leftImg8bit/train_extra/*/*_leftImg8bit.png",
-            ),
+            "train": ("leftImg8bit/train/*/*_leftImg8bit.png", "leftImg8bit/train_extra/*/*_leftImg8bit.png"),
             "val": ("leftImg8bit/val/*/*_leftImg8bit.png",),
         },
         label_path=(("leftImg8bit/", "gtFine/"), ("_leftImg8bit.png", "_gtFine_labelIds.png")),

@@ -21,11 +21,11 @@ from data_handlers.images import (
     read_label_values,
 )
 from data_handlers.lists import FileList
+from utils.devices import to_device
 from utils.errors import UserError
 from utils.loaders import load_in_order
 from utils.locks import say
 from utils.sizes import evenly_spaced
-from utils.transfer import to_device
 
 CHECKED_IMAGES = 5
 CHECKED_LABELS = 20  # a multiple of the number of images, so that these are among them

@@ -27,8 +27,7 @@ from models.resnet import RESNETS, ResNet, recompute_blocks
 from processes import in_processes
 from steps import GOLDEN_FILES, GoldenStep, meta_of, relative_l2, zero_gradient_biases
 from training.checkpoint import LATEST, load_checkpoint
-from training.distributed import Rank
-from training.local_batch import LocalBatch
+from training.distributed import LocalBatch, Rank
 from training.run import agreed_precision
 from training.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from training.validation import Validator

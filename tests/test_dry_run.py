@@ -13,7 +13,7 @@ import train_procst
 from commands import procst_flags
 from refusals import check_refusal, tree
 from training import dry_run
-from training.record import git_commit
+from training.run_folder import git_commit
 from utils.errors import UserError
 from worlds import write_gta5
 

@@ -115,7 +115,7 @@ def test_a_cpu_that_does_not_describe_itself(text, cpu):
 
 
 def test_choices_need_no_pytorch():
-    code = "import sys, training.choices; sys.exit('torch' in sys.modules)"
+    code = "import sys, training.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
 
 
@@ -128,7 +128,7 @@ def test_nets_that_do_not_want_channels_last():
 
 FAULTS = """
 import ctypes, resource, sys
-from utils.memory import keep_freed_memory
+from utils.devices import keep_freed_memory
 kept = sys.argv[1] == "keep" and keep_freed_memory()
 c = ctypes.CDLL(None)
 c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

@@ -23,7 +23,7 @@ from data_handlers.label_maps import IGNORE
 from models.losses import cross_entropy
 from models.vgg import build_vgg
 from steps import RandomStep, build, check_same
-from training.local_batch import LocalBatch, backward_and_step
+from training.distributed import LocalBatch, backward_and_step
 from utils.sizes import level_size
 from worlds import noise_image
 

@@ -1,1 +1,1 @@
-"""What every training shares: loop, checkpoints, run folders, flags, validation, progress, several processes."""
+"""The parts that all trainings share: loop, checkpoints, run folders, flags, validation, progress, processes."""

@@ -1,4 +1,4 @@
-"""The one checkpoint format: state dicts, plain values and the configuration, loadable with `weights_only=True`.
+"""The checkpoint format: state dicts, plain values and the configuration, loadable with `weights_only=True`.
 
 A run folder holds `latest.pth` (everything needed to continue), `previous.pth` (the one before it), the checkpoints
 that a method keeps at the end of its stages, and `best.pth` (the best state by validation, without optimisers).
@@ -31,21 +31,20 @@ BEST = "best.pth"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A training state, complete: everything else follows from the configuration and the step, randomness included.
+    """The state of a training; all random numbers follow from the configuration and the step.
 
     Attributes:
         method: name of the method that wrote it.
         config: of the run, as `Config.to_json` gives it.
         stage: index of the stage in training.
         step: finished steps of that stage.
-        stage_finished: whether the stage has ended.
         modules: state dicts of all networks of the stages so far, by name.
         optimizers: state dicts of the optimisers of the stage in training; empty in a file for use.
-        method_state: the small extra state of the method: tensors and plain values.
+        method_state: `Method.state_dict`.
         inputs: fingerprints of what the run learns from (file lists, starting weights), by a name for messages.
-        segmentation: the segmentation net that is validated: its `module` in `modules` and its `shape`; empty without.
+        segmentation: the segmentation net that is validated: its `module` in `modules` and its `shape`, or empty.
         info: plain values about the run that wrote it (`run`, `run_id`, `data_set`, `miou`).
-        validations: what the validations found, in order; see `training.validation.report`.
+        validations: results of the validations, in order; see `training.validation.report`.
         skipped: what was wrong with images that were replaced (`--on_bad_image skip`).
     """
 
@@ -64,25 +63,21 @@ class Checkpoint:
     skipped: Sequence[str] = ()
 
     def for_use(self) -> Checkpoint:
-        """The same without what only continuing the training needs."""
+        """The same without the state that only a continued training needs."""
         return dataclasses.replace(self, optimizers={}, method_state={})
 
     def size(self) -> int:
-        """Bytes of its tensors, which is nearly the size of its file."""
+        """Bytes of its tensors; its file is little larger."""
         return sum(tensor.nbytes for tensor in _tensors([self.modules, self.optimizers, self.method_state]))
 
     def save(self, path: Path, keep: Path | None = None) -> None:
-        """Write to `path` atomically; what stood there stays under the name `keep`.
-
-        Raises:
-            UserError: the folder cannot be written to, or the disk is full.
-        """
+        """Write to `path` atomically; a file that was there is kept under the name `keep`. Raises `UserError`."""
         content = {"format": FORMAT, "version": VERSION, **_plain(vars(self))}
         atomic_write(path, lambda file: torch.save(content, file), keep)
 
 
 def _plain(value: Any) -> Any:
-    """The value with every mapping as a dict and every other sequence as a list; tensors as they are."""
+    """The value with mappings as dicts and sequences as lists, as `weights_only=True` reads them."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
@@ -97,7 +92,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def is_checkpoint(content: object) -> bool:
-    """Whether the content of a tensor file is that of a checkpoint of this toolkit."""
+    """Whether a tensor file with this content is a checkpoint of this toolkit."""
     return isinstance(content, Mapping) and content.get("format") == FORMAT
 
 
@@ -105,8 +100,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, tensors on the CPU.
 
     Raises:
-        UserError: missing, of another program or of another version, or incomplete.
-        DamagedFileError: it is not as it was written.
+        UserError: missing, of another version, or incomplete.
+        DamagedFileError: damaged, or of another program.
     """
     content = read_tensor_file(path)
     if content is None:  # checkpoints hold nothing but tensors and plain values
@@ -115,11 +110,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_from(content: Any, path: Path) -> Checkpoint:
-    """The checkpoint that a tensor file's content is.
-
-    Raises:
-        UserError: it is none, or one of another version, or incomplete.
-    """
+    """The checkpoint in the content of a tensor file. Raises `UserError` for other content."""
     if not is_checkpoint(content):
         raise UserError(f"{path} is not a checkpoint of this toolkit")
     version = content.get("version")
@@ -129,32 +120,28 @@ def checkpoint_from(content: Any, path: Path) -> Checkpoint:
         checkpoint = Checkpoint(**{f.name: content[f.name] for f in dataclasses.fields(Checkpoint)})
     except KeyError as error:
         raise UserError(f"{path} is incomplete: {error} is missing") from None
-    kinds = (
-        (str, "method"), (int, "stage", "step"), (list, "validations", "skipped"),
-        (dict, "config", "modules", "optimizers", "method_state", "inputs", "segmentation", "info"),
-    )  # fmt: skip
-    for kind, *names in kinds:
-        for name in names:
-            if not isinstance(getattr(checkpoint, name), kind):
-                raise UserError(f"{path} is incomplete: its {name} is no {kind.__name__}")
+    kinds = {"method": str, "stage": int, "step": int, "stage_finished": bool, "validations": list, "skipped": list}
+    for name, value in vars(checkpoint).items():
+        kind = kinds.get(name, dict)
+        if not isinstance(value, kind):
+            raise UserError(f"{path} is incomplete: its {name} is no {kind.__name__}")
     if checkpoint.stage < 0 or checkpoint.step < 0:
         raise UserError(f"{path} claims step {checkpoint.step} of stage {checkpoint.stage}, which no run has")
     return checkpoint
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a state to continue from."""
+    """Whether a folder holds a checkpoint to continue from."""
     return (folder / LATEST).is_file() or (folder / PREVIOUS).is_file()
 
 
 def read_newest(folder: Path) -> tuple[Checkpoint, Path]:
-    """A run's newest checkpoint that is whole, and its path.
+    """A run's newest undamaged checkpoint, and its path; a line on stderr says if that is not `latest.pth`.
 
-    A line on stderr says where that is not the newest. Changes nothing; a damaged newest one has to be set aside
-    before the next save: see `set_damaged_aside`.
+    Call `set_damaged_aside` before the next save.
 
     Raises:
-        UserError: there is none that can be read.
+        UserError: none can be read.
     """
     latest, previous = folder / LATEST, folder / PREVIOUS
     problem = f"{latest} is missing"  # the run was killed between the two names of a save
@@ -177,7 +164,7 @@ def read_newest(folder: Path) -> tuple[Checkpoint, Path]:
 
 
 def set_damaged_aside(used: Path) -> None:
-    """Rename the `latest.pth` that `read_newest` could not use: the next save would put it in the good one's place."""
+    """Rename the `latest.pth` that `read_newest` could not use, which the next save would keep as `previous.pth`."""
     latest = used.parent / LATEST
     if used.name == PREVIOUS and latest.is_file():
         os.replace(latest, used.parent / DAMAGED)

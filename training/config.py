@@ -1,4 +1,4 @@
-"""The groups of flags that every training shares, each declared once. Nothing here imports PyTorch."""
+"""The groups of flags that trainings share. Nothing here imports PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from data_handlers.choices import LABELS, ON_BAD_IMAGE, RESAMPLINGS
 from data_handlers.datasets import DATA_SETS
 from models.shapes import BACKBONES, MODEL_BACKBONES, SMALLEST_CROP, SegmentationShape, default_backbone
-from training.choices import PRECISIONS, SELECT_BY
 from training.flags import (
     Size,
     check,
@@ -20,6 +19,9 @@ from training.flags import (
     path_option,
     size_option,
 )
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+SELECT_BY = ("auto", "miou", "label_free", "none")
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,7 @@ class StartFlags:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Machine, seed, outputs and reporting of a run.
-
-    Attributes:
-        gpus: indices of CUDA devices, or `cpu`; empty for the first GPU, or the CPU where there is none.
-        precision: arithmetic of the networks; `auto` until the run starts.
-    """
+    """Machine, seed, outputs and reporting of a run."""
 
     gpus: tuple[str, ...] = option(
         (), "indices of CUDA devices, or cpu; several share every batch, one process each (default: the first GPU, or "
@@ -77,14 +74,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How images are read.
-
-    Attributes:
-        num_workers: loader processes for each data set and device; None for as many as suit the machine.
-        cache_dir: folder of caches of the resized images, or ''.
-        resample: `exact` is Pillow's bicubic filter, `fast` is at most one level of 255 off.
-        on_bad_image: `stop`, or `skip`: another image takes the place of one that cannot be used.
-    """
+    """How images are read."""
 
     num_workers: int | None = option(
         None, "loader processes for each data set (default: 6, or as many as CPUs; half of them on a CPU)", type=int,
@@ -126,7 +116,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """The target images; labels are used for validation alone."""
+    """The target images; their labels are used for validation only."""
 
     target: str = option("cityscapes", "target data set", choices=sorted(DATA_SETS))
     trg_data_dir: str = path_option("data/cityscapes", "its root folder", metavar="DIR", may_change=True)
@@ -141,7 +131,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class NetConfig:
-    """A segmentation net and what its backbone starts from."""
+    """A segmentation net and the initial weights of its backbone."""
 
     model: str = option("DeepLabV2", "segmentation net", choices=tuple(MODEL_BACKBONES))
     backbone: str = option("", "its backbone (default: the model's published one)", choices=BACKBONES)
@@ -190,7 +180,7 @@ class ValidationConfig:
 
 
 def resolve_net(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of `NetConfig` with the backbone and its weights decided: a net without a backbone starts at random."""
+    """Decide the backbone and its weights in the flags of `NetConfig`; without a backbone the weights are random."""
     backbone = flags["backbone"] or default_backbone(flags["model"])
     at_random = flags["no_pretrained_backbone"] or (backbone == "none" and flags["backbone_weights"] == "imagenet")
     weights = "random" if at_random else flags["backbone_weights"]
@@ -198,11 +188,7 @@ def resolve_net(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_common(given: Mapping[str, Any]) -> None:
-    """Refuse flags on the command line that contradict each other, of the groups declared here.
-
-    Raises:
-        UserError: names the flags.
-    """
+    """Raise `UserError` for flags of these groups on the command line that contradict each other."""
     contradictions = (
         ("run_dir", "continue_train_from_path"),
         ("run_dir", "checkpoints_dir"),
@@ -219,25 +205,15 @@ def check_common(given: Mapping[str, Any]) -> None:
 
 
 def check_crop(crop: Size, smallest: int = SMALLEST_CROP) -> None:
-    """Check that a crop leaves a segmentation net something to train on.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Raise `UserError` unless a crop is large enough for a segmentation net."""
     check(min(crop) >= smallest, f"--crop_size {crop[0]} {crop[1]}: both sides must be at least {smallest}")
 
 
 def check_crop_fits(crop: Size, name: str, resize: Size) -> None:
-    """Check that a crop fits into the resized image.
-
-    Raises:
-        UserError: names the flags.
-    """
-    check(
-        crop[0] <= resize[0] and crop[1] <= resize[1],
-        f"--crop_size {crop[0]} {crop[1]} does not fit into --{name} {resize[0]} {resize[1]}; lower the crop or raise "
-        "the resize",
-    )
+    """Raise `UserError` unless a crop fits into the image resized to `--{name}`."""
+    fits = crop[0] <= resize[0] and crop[1] <= resize[1]
+    sizes = f"--crop_size {crop[0]} {crop[1]} does not fit into --{name} {resize[0]} {resize[1]}"
+    check(fits, f"{sizes}; lower the crop or raise the resize")
 
 
 def _check_sizes(section: object, name: str, crop: Size | None) -> None:

@@ -1,45 +1,38 @@
-"""Several processes that train together, one for each device, on one machine or on several.
+"""Processes that compute one step together, one for each device: collectives, and the local part of a batch.
 
-`training.launching` starts those of this machine. In each of them, and in those that `torchrun` or a batch system has
-started with `RANK`, `WORLD_SIZE` and `LOCAL_RANK` in the environment, `joined` connects it with the others.
+`training.launching` starts and connects them.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
+from data_handlers.classes import IGNORE
 from utils.devices import cpus_per_device
 from utils.errors import UserError
-from utils.stopping import Stopped
 
 CPU = torch.device("cpu")
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# Processes wait for each other while one builds a cache or writes a checkpoint. One that died is noticed at once.
-TIMEOUT = timedelta(hours=3)
-CLOSING = 5.0  # seconds in which connections are closed after an error
+
+
+def environment_number(variable: str) -> int:
+    """The number in an environment variable that is set. Raises `UserError` if it is none."""
+    value = os.environ[variable]
+    if not (value.isascii() and value.isdecimal()):
+        raise UserError(f"the environment variable {variable} is {value!r}, not a number; unset it, or use torchrun")
+    return int(value)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those that train together; alone by default.
-
-    Attributes:
-        index: from 0, over all machines.
-        count: of processes, over all machines.
-        device: the one it computes on.
-    """
+    """This process: its index and the number of processes, over all machines, and the device it computes on."""
 
     index: int = 0
     count: int = 1
@@ -51,7 +44,7 @@ class Rank:
         return self.index == 0
 
     def part(self, batch: int) -> range:
-        """The samples of a batch that are this process's: contiguous, and as many as every other's, or one more."""
+        """The samples of a batch that this process computes; contiguous, and their numbers differ by at most one."""
         size, rest = divmod(batch, self.count)
         start = self.index * size + min(self.index, rest)
         return range(start, start + size + (self.index < rest))
@@ -95,11 +88,7 @@ class Rank:
         return values
 
     def require_equal(self, values: Mapping[str, Any]) -> None:
-        """Check that the processes agree on plain values, given by a name for the message.
-
-        Raises:
-            UserError: in each process that differs from the main one.
-        """
+        """Raise `UserError` in each process whose plain values, by a name for messages, differ from the main one's."""
         for name, value in self.broadcast(dict(values)).items():
             if values.get(name) != value:
                 raise UserError(
@@ -115,8 +104,8 @@ class Rank:
         """
         if self.count == 1:
             return replace(self, device=devices[0])
-        local = _number("LOCAL_RANK")
-        here = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else None
+        local = environment_number("LOCAL_RANK")
+        here = environment_number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else None
         if local >= len(devices) or (here is not None and here != len(devices)):
             runs = f"{here} processes" if here is not None else f"a process of LOCAL_RANK {local}"
             raise UserError(f"--gpus names {len(devices)} devices, but this machine runs {runs}; name one for each")
@@ -128,129 +117,64 @@ class Rank:
         return replace(self, device=device)
 
 
-def group_size() -> int:
-    """Processes that were started to work together, this one included, by the environment."""
-    return _number("WORLD_SIZE") if all(name in os.environ for name in VARIABLES) else 1
+@dataclass(frozen=True)
+class LocalBatch:
+    """The samples of a global batch that this process computes while other processes compute the others.
 
+    Losses are multiplied by `fraction` before the backward pass, and gradients are summed over the processes, not
+    averaged: a synchronised batch norm passes gradients between processes, so each sample needs its weight in the
+    global batch. All processes then take the same step.
 
-def is_restarted() -> bool:
-    """Whether torchrun has started this process again after one of the group died."""
-    return _restarts() != "0"
-
-
-def _restarts() -> str:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-
-
-def _has_torchrun() -> bool:
-    """Whether torchrun, or `training.launching`, has started this process and watches it."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _number(variable: str) -> int:
-    value = os.environ[variable]
-    if not (value.isascii() and value.isdecimal()):
-        raise UserError(f"the environment variable {variable} is {value!r}, not a number; unset it, or use torchrun")
-    return int(value)
-
-
-@contextmanager
-def joined(if_lost: str = "") -> Iterator[Rank]:
-    """Connect with the other processes, if there are any, for the time of the block; device not yet chosen.
-
-    At the end of the block, and at a `Stopped`, on which all agree, processes wait for each other, so that none is
-    ended while it writes. Bad input that all of them meet is reported by the one that meets it first.
-
-    Args:
-        if_lost: what to do where the connection to the others is lost, as the end of a message.
-
-    Raises:
-        UserError: the variables are wrong, or the others cannot be reached or are gone and are not restarted.
-        SystemExit: code 2 where another process reports bad input; code 1 where another process is gone, after which
-            torchrun starts all again.
+    Attributes:
+        fraction: number of local samples over that of the global batch, in (0,1].
+        all_reduce: replaces tensors, in place, by their sums over the processes; None for a single process.
     """
-    if group_size() == 1:
-        yield Rank()
-        return
-    rank = Rank(_number("RANK"), group_size())
-    _end_with_launcher()
-    store = _connect(rank)
-    with _disconnected_at_the_end():
-        try:
-            yield rank
-            rank.barrier()
-        except Stopped:
-            rank.barrier()
-            raise
-        except UserError:
-            if _is_first(store):
-                raise
-            raise SystemExit(2) from None
-        except Exception as error:
-            if not _is_lost_connection(error):
-                raise
-            if _has_torchrun():
-                raise SystemExit(1) from None
-            raise UserError(
-                "the connection to the other processes was lost: one of them was ended, or its machine cannot be "
-                f"reached; {if_lost}"
-            ) from None
+
+    fraction: float = 1.0
+    all_reduce: Callable[[Sequence[Tensor]], None] | None = None
+
+    @staticmethod
+    def of(rank: Rank, batch_size: int) -> LocalBatch:
+        """The local part of a batch of `batch_size` samples over all processes."""
+        return WHOLE if rank.count == 1 else LocalBatch(len(rank.part(batch_size)) / batch_size, rank.all_reduce)
+
+    def labelled_fraction(self, label: Tensor) -> Tensor | float:
+        """Weight of a local mean over labelled pixels in the global mean.
+
+        Args:
+            label: trainIds (B,h,w) of the local samples, 255 = ignore.
+
+        Returns:
+            Labelled pixels of `label` over those of the global batch, a float64 scalar; 1.0 for a single process.
+        """
+        if self.all_reduce is None:
+            return 1.0
+        here = (label != IGNORE).sum().double()
+        everywhere = here.clone()
+        self.all_reduce([everywhere])
+        return here / everywhere.clamp(min=1)
 
 
-@contextmanager
-def _disconnected_at_the_end() -> Iterator[None]:
-    """Close all connections, without which gloo's threads end the process by SIGABRT."""
-    try:
-        yield
-    except BaseException:
-        # NCCL may wait for processes that are gone.
-        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
-        closing.start()
-        closing.join(CLOSING)
-        raise
-    dist.destroy_process_group()
+WHOLE = LocalBatch()
 
 
-def _connect(rank: Rank) -> dist.Store:
-    # NCCL for what is on GPUs, gloo for what is in memory, whatever --gpus will say.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    try:
-        store, _, _ = next(dist.rendezvous("env://", rank.index, rank.count, timeout=timedelta(minutes=10)))
-        # torchrun's store outlives a restart; gloo would look for those that were connected before it.
-        store = dist.PrefixStore(f"start_{_restarts()}", store)
-        dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.count, timeout=TIMEOUT)
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:150]
-        raise UserError(
-            f"process {rank.index} of {rank.count} cannot reach the others at MASTER_ADDR "
-            f"{os.environ.get('MASTER_ADDR', '(not set)')}, MASTER_PORT {os.environ.get('MASTER_PORT', '(not set)')} "
-            f"({reason})"
-        ) from None
-    return store
+def zero_gradients(*optimizers: Optimizer) -> None:
+    """Set the gradients of the optimisers' parameters to None."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
 
 
-def _is_first(store: dist.Store) -> bool:
-    """Whether this process is the first to fail."""
-    try:
-        return store.add("procst/failures", 1) == 1
-    except RuntimeError:
-        return True  # the process that holds the store is gone
+def all_reduce_and_step(local: LocalBatch, *optimizers: Optimizer) -> None:
+    """Sum the gradients over the processes and step every optimiser."""
+    if local.all_reduce is not None:
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        local.all_reduce([p.grad for p in parameters if p.grad is not None])
+    for optimizer in optimizers:
+        optimizer.step()
 
 
-def _is_lost_connection(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
-
-
-def _end_with_launcher() -> None:
-    """Ask this process to stop when torchrun, which started it, has been killed."""
-    if not _has_torchrun():
-        return
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+def backward_and_step(loss: Tensor, local: LocalBatch, *optimizers: Optimizer) -> None:
+    """Step every optimiser on the gradients of `loss` alone, summed over the processes."""
+    zero_gradients(*optimizers)
+    loss.backward()
+    all_reduce_and_step(local, *optimizers)

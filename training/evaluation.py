@@ -31,12 +31,18 @@ ENCODERS = {"labelids": to_label_ids, "trainids": np.asarray, "colour": colouris
 
 
 def evaluate(flags: EvaluationFlags) -> None:
-    """Print the scores of a net, and write them and its predictions where that is asked for.
+    """Print the scores of a net; write them with `--json`, and its predictions with `--save_predictions`.
 
     Raises:
         UserError: names the file or flag.
     """
-    _check_outputs(flags)
+    predictions = Path(flags.save_predictions) if flags.save_predictions else None
+    if flags.json:
+        check_output_file(Path(flags.json), "--json")
+    if predictions:
+        check_folder(predictions, "--save_predictions")
+        if predictions.is_dir() and any(predictions.iterdir()):
+            raise UserError(f"--save_predictions {predictions} is not empty; nothing is overwritten, name a new folder")
     device = resolve_device(flags.gpus)
     data_set = with_labels(DATA_SETS[flags.data_set], flags.labels, "--labels")
     files = validation_images(data_set, flags.data_dir, "--data_dir", val_list=flags.list, val_count=flags.val_count)
@@ -63,16 +69,17 @@ def evaluate(flags: EvaluationFlags) -> None:
     net.to(device)
     if device.type == "cpu":
         channels_last(net)
-    if flags.save_predictions:
-        make_folder(Path(flags.save_predictions), "--save_predictions")
+    if predictions:
+        make_folder(predictions, "--save_predictions")
     if flags.json:
         make_folder(Path(flags.json).parent, "--json")
     print(f"{shape} on {files.describe()}", flush=True)
     with tqdm(total=len(files), unit="img", dynamic_ncols=True) as bar:
 
         def on_prediction(image: LabelledImage, prediction: Tensor) -> None:
-            if flags.save_predictions:
-                _save(flags, image.name, prediction.cpu().numpy())
+            if predictions:
+                path = predictions / PurePosixPath(image.name).with_suffix(".png")
+                _save(path, ENCODERS[flags.prediction_format or "labelids"](prediction.cpu().numpy()))
             bar.update()
 
         with out_of_memory_means(lambda: f" for --scales {max(flags.scales)}; use smaller ones, or --gpus cpu"):
@@ -94,18 +101,8 @@ def evaluate(flags: EvaluationFlags) -> None:
         atomic_write_json(Path(flags.json), content)
 
 
-def _check_outputs(flags: EvaluationFlags) -> None:
-    if flags.json:
-        check_output_file(Path(flags.json), "--json")
-    if flags.save_predictions:
-        folder = Path(flags.save_predictions)
-        check_folder(folder, "--save_predictions")
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"--save_predictions {folder} is not empty; nothing is overwritten, name a new folder")
-
-
 def _scored_classes(wanted: int, data_set: DataSet, num_classes: int) -> tuple[int, ...]:
-    """The trainIds that the mean goes over, by what `--classes` says."""
+    """The trainIds that the mean goes over, from `--classes`."""
     if wanted == 19:
         return tuple(range(num_classes))
     if wanted and num_classes < 19:
@@ -113,11 +110,8 @@ def _scored_classes(wanted: int, data_set: DataSet, num_classes: int) -> tuple[i
     return tuple(c for c in SUBSETS.get(wanted, data_set.classes) if c < num_classes)
 
 
-def _save(flags: EvaluationFlags, name: str, prediction: np.ndarray) -> None:
-    """Write a prediction, trainIds uint8 (H,W), as a PNG under its image's relative path."""
-    path = Path(flags.save_predictions) / PurePosixPath(name).with_suffix(".png")
+def _save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    pixels = ENCODERS[flags.prediction_format or "labelids"](prediction)
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
     atomic_write_bytes(path, buffer.getvalue())

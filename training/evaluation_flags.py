@@ -16,11 +16,7 @@ ENCODINGS = ("labelids", "trainids", "colour")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFlags:
-    """What is scored, on what and how.
-
-    Attributes:
-        classes: how many classes the mean goes over; 0 for those that the data set is scored on.
-    """
+    """The net, the data set and how it is scored."""
 
     weights: str = option(
         "", "a net of train_semseg_on_source.py (file or run folder), of train_procst.py (checkpoint or run folder: "

@@ -1,8 +1,8 @@
-"""From the fields of frozen dataclasses to a command line, and back to a configuration.
+"""Command-line flags and configurations from the fields of frozen dataclasses.
 
-A field is declared once, by `option`: its name is the flag's, its default and help are shown by `--help`, and it says
-whether it may change when a run is continued. A configuration is a frozen dataclass whose fields are such sections.
-Nothing here imports PyTorch, so that a mistyped flag is answered at once.
+A field is declared once, by `option`: its name is the flag's, `--help` shows its default and help, and it says whether
+it may change when a run is continued. A configuration is a frozen dataclass whose fields are such sections. Nothing
+here imports PyTorch, so that a mistyped flag is answered at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 Section = TypeVar("Section")
 Size = tuple[int, int]
-LARGEST = 1e15  # a larger setting is a mistake; the bound also keeps out NaN, infinity and integers beyond floats
+LARGEST = 1e15  # the bound refuses NaN, infinity and integers that no float can hold
 
 
 def option(
@@ -41,10 +41,10 @@ def option(
         type: of one value; by default that of `default`.
         nargs: as in argparse; several values become a tuple.
         required: `section_from` refuses an empty value.
-        may_change: a continued run may be given another value: where things are, how they are reported, and how they
-            are computed where another machine may lack something; never what is computed.
+        may_change: a continued run may be given another value, as the result does not depend on it, or the machine
+            decides it.
         hidden: `--help` does not show the flag.
-        keywords: the value is a path, unless it is one of these words or empty; a path becomes absolute.
+        keywords: the value is a path, which becomes absolute, unless it is one of these words or empty.
     """
     metadata = {
         "help": help, "type": type or default.__class__, "nargs": nargs, "choices": choices, "metavar": metavar,
@@ -64,12 +64,12 @@ def size_option(help: str) -> Any:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field, as a person types it."""
+    """The flag of a field."""
     return "--weight-decay" if name == "weight_decay" else f"--{name}"
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad command line in one line with exit code 2, like every other bad input."""
+    """Raises `UserError` for a bad command line."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
@@ -98,21 +98,19 @@ def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], 
     """
     parser = Parser(description)
     options = options_of(*(section for sections in groups.values() for section in sections))
-    if first:
-        group = parser.add_argument_group("the flags that matter most")
-        for name in first:
-            _add(group.add_argument, options[name])
+    shown = {"the flags that matter most": list(first)} if first else {}
     for title, sections in groups.items():
+        shown[title] = [name for name in options_of(*sections) if name not in first]
+    for title, names in shown.items():
         group = parser.add_argument_group(title)
-        for name, field in options_of(*sections).items():
-            if name not in first:
-                _add(group.add_argument, field)
+        for name in names:
+            _add(group.add_argument, options[name])
     return parser
 
 
 def _add(add_argument: Callable[..., Any], field: dataclasses.Field) -> None:
     option = field.metadata
-    names = [flag_of(field.name)] if "-" not in flag_of(field.name)[2:] else [flag_of(field.name), f"--{field.name}"]
+    names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])  # both spellings where they differ
     text = argparse.SUPPRESS if option["hidden"] else option["help"] + _shown_default(field)
     if option["type"] is bool:
         action = argparse.BooleanOptionalAction if option["may_change"] else "store_true"
@@ -129,8 +127,7 @@ def _shown_default(field: dataclasses.Field) -> str:
     default = field.default
     if default in (None, "", False, (), 0) or "(default" in field.metadata["help"]:
         return ""
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return f" (default: {f'{default:.4g}' if isinstance(default, float) else shown})"
+    return f" (default: {f'{default:.4g}' if isinstance(default, float) else _shown(default)})"
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -139,21 +136,15 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     Raises:
         UserError: an unknown flag, a value of the wrong kind, or one that is not UTF-8.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    _require_utf8(arguments)
-    values = vars(parser.parse_args(arguments))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _require_utf8(arguments: Sequence[str]) -> None:
-    """Check that paths can be written to checkpoints, manifests and messages, all of which are UTF-8."""
-    flag = ""
+    arguments, flag = sys.argv[1:] if arguments is None else arguments, ""
     for argument in arguments:
         flag = argument.partition("=")[0] if argument.startswith("--") else flag
-        # Python passes bytes that are not UTF-8 on as lone surrogates.
+        # Checkpoints, manifests and messages are UTF-8; Python passes on other bytes as lone surrogates.
         if argument.encode("utf-8", "replace").decode() != argument:
             shown = argument.encode("utf-8", "backslashreplace").decode()
             raise UserError(f"{flag} {shown}: not UTF-8; rename the file or folder")
+    values = vars(parser.parse_args(arguments))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:
@@ -174,7 +165,7 @@ def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:
 
 
 class Config:
-    """Base of configurations: frozen dataclasses of sections, stored as JSON.
+    """Base of configurations: frozen dataclasses of sections.
 
     A subclass declares `groups`, the sections of `--help` by title, `first`, the flags shown first, and `resolve`.
     """
@@ -184,24 +175,16 @@ class Config:
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
-        """Refuse flags on the command line that contradict each other or could not act.
-
-        Raises:
-            UserError: names the flags.
-        """
+        """Raise `UserError` for flags on the command line that contradict each other or have no effect."""
 
     @classmethod
     def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:
-        """Replace values that stand for others, such as None or `auto`, where the other flags decide them."""
+        """Replace values such as None or `auto` where the other flags decide them."""
         return flags
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> Any:
-        """The configuration for the given flags.
-
-        Raises:
-            UserError: names the flag that is out of range or contradicts another.
-        """
+        """The configuration for the given flags. Raises `UserError` for values out of range and contradictions."""
         defaults = {n: f.default for section in cls._sections().values() for n, f in options_of(section).items()}
         resolved = cls.resolve({**defaults, **flags})
         return cls(**{name: section_from(section, resolved) for name, section in cls._sections().items()})
@@ -212,7 +195,7 @@ class Config:
         return {f.name: sections[str(f.type)] for f in dataclasses.fields(cls)}
 
     def flags(self) -> dict[str, Any]:
-        """Every field's value by name, as `from_flags` takes them."""
+        """The values of all fields by name."""
         sections = (getattr(self, field.name) for field in dataclasses.fields(self))
         return {n: getattr(section, n) for section in sections for n in options_of(type(section))}
 
@@ -221,16 +204,12 @@ class Config:
         return bool(options_of(*self._sections().values())[name].metadata["may_change"])
 
     def to_json(self) -> dict[str, Any]:
-        """Nested plain values, readable by `from_json`."""
+        """Nested plain values for `from_json`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], origin: Path | str) -> Any:
-        """The configuration of `to_json`'s form, JSON lists included.
-
-        Raises:
-            UserError: names `origin` when a section or a value is missing, unknown or out of range.
-        """
+        """The configuration that `to_json` made. Raises `UserError`, which names `origin`, for other content."""
         try:
             sections = {}
             for name, section in cls._sections().items():
@@ -243,11 +222,7 @@ class Config:
             raise UserError(f"{origin} is not a configuration of this version: {error}") from None
 
     def continued(self, given: Mapping[str, Any]) -> Any:
-        """This configuration of a run with the flags that may change when the run is continued.
-
-        Raises:
-            UserError: a given flag would change what is computed.
-        """
+        """This configuration with the given flags. Raises `UserError` for one that a continued run may not change."""
         started = self.flags()
         try:
             wanted = type(self).from_flags({**started, **given})
@@ -278,37 +253,25 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_positive(section: object, *names: str) -> None:
-    """Check that these fields of a section are greater than 0, or None.
-
-    Raises:
-        UserError: names the flag.
-    """
-    for name, value, shown in _values(section, names):
-        check(0 < value < LARGEST, f"{flag_of(name)} is {shown}; it must be greater than 0 and below {LARGEST:g}")
+    """Raise `UserError` unless these fields of a section are greater than 0, or None."""
+    _check_bounds(section, names, "greater than 0", lambda value: value > 0)
 
 
 def check_not_negative(section: object, *names: str) -> None:
-    """Check that these fields of a section are 0 or greater, or None.
+    """Raise `UserError` unless these fields of a section are 0 or greater, or None."""
+    _check_bounds(section, names, "0 or greater", lambda value: value >= 0)
 
-    Raises:
-        UserError: names the flag.
-    """
-    for name, value, shown in _values(section, names):
-        check(0 <= value < LARGEST, f"{flag_of(name)} is {shown}; it must be 0 or greater and below {LARGEST:g}")
+
+def _check_bounds(section: object, names: Sequence[str], words: str, holds: Callable[[float], bool]) -> None:
+    for name in names:
+        value = getattr(section, name)
+        fits = value is None or (holds(value) and value < LARGEST)
+        check(fits, f"{flag_of(name)} is {str(value)[:20]}; it must be {words} and below {LARGEST:g}")
 
 
 def check_choices(section: object) -> None:
-    """Check the fields with choices, which a configuration read from a file may miss.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Raise `UserError` for a field whose value is none of its choices, as one read from a file may be."""
     for name, field in options_of(type(section)).items():
         choices, value = field.metadata["choices"] or (), getattr(section, name)
         known = not choices or value in (*choices, field.default)
         check(known, f"{flag_of(name)} {value}: must be one of {', '.join(map(str, choices))}")
-
-
-def _values(section: object, names: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
-    values = ((name, getattr(section, name)) for name in names)
-    return ((name, value, str(value)[:20]) for name, value in values if value is not None)

@@ -19,7 +19,7 @@ from utils.files import atomic_write_json
 from utils.locks import say
 from utils.seeds import seed_for
 from utils.stopping import LoaderDied, Stopped, is_loader_death
-from utils.tensor_files import load_network, weights_fingerprint
+from utils.tensor_files import is_finite, load_network, weights_fingerprint
 
 CONTINUE, SAVE, STOP = range(3)
 
@@ -28,12 +28,11 @@ class Loop:
     """Trains a method through its stages and keeps the run folder.
 
     Args:
-        method: what is trained.
         run: seed and rates of the run's configuration.
         folder: existing folder for checkpoints.
-        validator: validates `method.eval_net()`; None goes without.
-        info: plain values that the files of the run carry.
-        stop: asked after every step whether to save and stop.
+        validator: validates `method.eval_net()`; None for no validation.
+        info: plain values for the checkpoints; see `Checkpoint.info`.
+        stop: called after every step; whether to save and stop.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Loop:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> Checkpoint:
-        """The present state; its tensors are shared with the networks, so it is to be saved before the next step."""
+        """The present state, whose tensors are those of the networks: save it before the next step."""
         method, net, segmentation = self.method, self.method.eval_net(), {}
         if net is not None:
             (name,) = (name for name, module in method.modules.items() if module is net)
@@ -88,30 +87,21 @@ class Loop:
         )
 
     def restore(self, checkpoint: Checkpoint, origin: Path) -> None:
-        """Continue from a checkpoint, which `origin` names in messages.
-
-        Raises:
-            UserError: it does not fit the configuration, or what is learnt from has changed.
-        """
+        """Continue from a checkpoint. Raises `UserError`, which names `origin`, if it or an input does not fit."""
         inputs = self.method.inputs()
         for name, fingerprint in checkpoint.inputs.items():
             if inputs.get(name, fingerprint) != fingerprint:
                 raise UserError(f"{origin}: the {name} is not the one the run was started with; restore it to continue")
+        where = f"step {checkpoint.step} of stage {checkpoint.stage}"
         if checkpoint.stage >= len(self.stages) or checkpoint.step > self.stages[checkpoint.stage].steps:
-            raise UserError(
-                f"{origin} claims step {checkpoint.step} of stage {checkpoint.stage}, which its configuration does not "
-                "have"
-            )
+            raise UserError(f"{origin} claims {where}, which its configuration does not have")
         for stage in range(checkpoint.stage + 1):
             self.begin_stage(stage, resumed=True)
             if stage < checkpoint.stage or checkpoint.stage_finished:
                 self.method.end_stage(stage)
         modules, optimizers = self.method.modules, self.method.optimizers
         if checkpoint.modules.keys() != modules.keys() or checkpoint.optimizers.keys() != optimizers.keys():
-            raise UserError(
-                f"{origin} does not hold the networks and optimisers of step {checkpoint.step} of stage "
-                f"{checkpoint.stage}"
-            )
+            raise UserError(f"{origin} does not hold the networks and optimisers of {where}")
         for name, module in modules.items():
             load_network(module, checkpoint.modules[name], f"{origin}, {name},")
         for name, optimizer in optimizers.items():
@@ -129,16 +119,12 @@ class Loop:
         self.saved = (self.stage, self.step)
 
     def begin_stage(self, stage: int, resumed: bool) -> None:
-        """Let the method make what the stage needs; `resumed` as of `Method.begin_stage`."""
+        """Begin a stage of the method; `resumed`: see `Method.begin_stage`."""
         self.stage, self.step, self.stage_finished, self.has_begun = stage, 0, False, True
         self.method.begin_stage(stage, resumed)
 
     def move_to_epoch(self, epoch: int) -> None:
-        """Set the step counter to the start of `epoch` (from 1) of the stage in training.
-
-        Raises:
-            UserError: the stage has no such epoch, or is finished.
-        """
+        """Set the step counter to the start of `epoch` (from 1) of this stage. Raises `UserError` if there is none."""
         stage = self.stages[self.stage]
         step = (epoch - 1) * stage.steps_per_epoch
         if self.stage_finished:
@@ -146,22 +132,21 @@ class Loop:
         if epoch < 1 or step >= stage.steps:
             raise UserError(f"--resume_to_epoch {epoch}: {stage.name} has {stage.steps} steps, and epochs count from 1")
         self.step = step
-        self.validations = [
-            found for found in self.validations if (found["stage"], found["step"]) <= (self.stage, step)
-        ]
+        self.validations = [v for v in self.validations if (v["stage"], v["step"]) <= (self.stage, step)]
 
     def _save(self, progress: Progress, *names: str) -> None:
-        """Write the state under each name, unless the training has diverged: a good checkpoint must outlive that.
-
-        All processes have to call it; the main one writes.
+        """Write the state under each name. All processes have to call it; the main one writes.
 
         Raises:
-            Diverged: a loss or a weight is not finite.
+            Diverged: a loss or a weight is not finite; nothing is written.
         """
         progress.read_losses(self.stage, self.step)
         self.skipped = list(dict.fromkeys(reason for part in self.rank.gather(self.skipped) for reason in part))
         if self.rank.is_main:
-            self._require_finite_weights()
+            for name, module in self.method.modules.items():
+                if not is_finite(module):
+                    where = f"step {self.step} of {self.stages[self.stage].name}"
+                    raise Diverged(f"{name} has weights that are not finite after {where}")
             checkpoint = self.checkpoint()
             for name in names:
                 if name == BEST:
@@ -170,13 +155,6 @@ class Loop:
                     checkpoint.save(self.folder / name, self.folder / PREVIOUS if name == LATEST else None)
         self.saved, self._saved_at = (self.stage, self.step), time.monotonic()
 
-    def _require_finite_weights(self) -> None:
-        for name, module in self.method.modules.items():
-            if not all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values()):
-                raise Diverged(
-                    f"{name} has weights that are not finite after step {self.step} of {self.stages[self.stage].name}"
-                )
-
     # --- training ----------------------------------------------------------------------------------------------------
 
     def run(self, progress: Progress) -> None:
@@ -184,8 +162,8 @@ class Loop:
 
         Raises:
             UserError: an image or label cannot be used, the run folder cannot be written to, or the training diverged.
-            Stopped: it was asked to, or a loader process died; the state is saved.
-            LoaderDied: a loader process died where no state could be saved.
+            Stopped: a stop was requested, or a loader process died; the state is saved.
+            LoaderDied: a loader process died where the state cannot be saved.
         """
         try:
             self._run(progress)
@@ -218,7 +196,8 @@ class Loop:
         self._require_equal_weights()
         if self.best() is not None:
             self._publish(BEST)  # the run may have been killed before it could
-        if self._is_validation_step(stage) and (self.stage, self.step) not in self._validated():
+        validated = {(found["stage"], found["step"]) for found in self.validations}
+        if self._is_validation_step(stage) and (self.stage, self.step) not in validated:
             self._validate(progress)  # the run was stopped during this validation
         batches = iter(self.method.batches(self.stage, range(self.step, stage.steps)))
         while self.step < stage.steps:
@@ -226,7 +205,10 @@ class Loop:
                 batch = next(batches)
             except (LoaderDied, RuntimeError, OSError, EOFError) as error:
                 self._stop_for_loader(error, progress)
-            self._seed_step()
+            # The seed depends on the step, so that dropout of a continued run equals that of an uninterrupted one.
+            # Other processes draw for other samples; the main one's seed is that of a single process.
+            others = (self.rank.index,) if self.rank.index else ()
+            torch.manual_seed(seed_for(self.run_config.manual_seed, 4, self.stage, self.step, *others))
             losses = self.method.step(batch, self.stage, self.step)
             self.step += 1
             progress.step(self.stage, self.step, losses)
@@ -241,24 +223,11 @@ class Loop:
             if validates:
                 self._validate(progress)
 
-    def _seed_step(self) -> None:
-        """Seed dropout by the step's number, so that a continued run draws what an uninterrupted one would have drawn.
-
-        Processes draw for other samples, so each has a seed of its own; the main one's is that of a single process.
-        """
-        others = (self.rank.index,) if self.rank.index else ()
-        torch.manual_seed(seed_for(self.run_config.manual_seed, 4, self.stage, self.step, *others))
-
     def _stop_for_loader(self, error: Exception, progress: Progress) -> None:
-        """Save and stop where a loader process died between two steps; several processes are restarted instead.
-
-        Raises:
-            Stopped: the state is saved.
-            LoaderDied: it cannot be, as other processes are in a step that this one cannot take.
-        """
+        """Save and stop where a loader process died between two steps."""
         if not is_loader_death(error):
             raise error
-        if self.rank.count > 1:
+        if self.rank.count > 1:  # the others are in a step that this one cannot take; all are restarted
             raise LoaderDied(str(error)) from None
         self._save(progress, LATEST)
         raise Stopped(f"{error}; {self._how_to_continue()}") from None
@@ -270,12 +239,12 @@ class Loop:
         )
 
     def _stop_if(self, wanted: bool) -> None:
-        """End the training, whose present state is saved."""
+        """End the training after the state has been saved."""
         if wanted:
             raise Stopped(self._how_to_continue())
 
     def _action(self, stage: Stage) -> int:
-        """What this process wants done after a step; all processes do the most that one of them wants."""
+        """What this process wants after a step; all processes take the largest value."""
         if self.stop():
             return STOP
         if self.step == stage.steps:
@@ -291,7 +260,7 @@ class Loop:
                 progress.say(f"skipped: {reason}")
 
     def _require_equal_weights(self) -> None:
-        """Check that all processes start from the same weights; from then on they compute the same changes."""
+        """Check that all processes start from the same weights; they apply the same updates from then on."""
         if self.rank.count > 1:
             weights = {f"weights of {name}": weights_fingerprint(net) for name, net in self.method.modules.items()}
             self.rank.require_equal({"checkpoint's step": (self.stage, self.step), **weights})
@@ -303,15 +272,12 @@ class Loop:
             return False
         return self.step > 0 and (self.step % stage.validate_every == 0 or self.step == stage.steps)
 
-    def _validated(self) -> set[tuple[int, int]]:
-        return {(found["stage"], found["step"]) for found in self.validations}
-
     def _validate(self, progress: Progress) -> None:
-        """Validate the method's net; write this state as the best one if it is the best so far."""
+        """Validate the method's net; save this state as the best one if it is the best so far."""
         validator = self.validator
-        alone = self.rank.count == 1  # several processes have to come to the end of it together
+        alone = self.rank.count == 1  # several processes have to finish it together
         with progress.untimed():
-            # The state was saved before; a validation that is broken off is made again.
+            # The state was saved before; an interrupted validation is repeated.
             validation = validator(self.method.eval_net(), lambda *_: self._stop_if(alone and self.stop()))
         score = validator.score(validation)
         names = validator.files.data_set.class_names
@@ -319,9 +285,8 @@ class Loop:
         self._note_skipped(progress, *validation.skipped)
         if score is None:
             say(f"WARNING: the labels of {validator.files.root} hold no pixel of a scored class: no best state")
-        best = score is not None and all(
-            score > found["score"] for found in self.validations if found["score"] is not None
-        )
+        earlier = self.best()
+        best = score is not None and (earlier is None or score > earlier["score"])
         where = {"stage": self.stage, "step": self.step, "score": score, "best": best}
         self.validations.append({**where, **report(validation, names)})
         if best:
@@ -334,7 +299,7 @@ class Loop:
         self._stop_if(bool(self.rank.all_reduce_max(int(self.stop()))))
 
     def best(self) -> Mapping[str, Any] | None:
-        """The validation that found the best state, None before there is one."""
+        """The validation of the best state, None before there is one."""
         return next((found for found in reversed(self.validations) if found["best"]), None)
 
     def _publish(self, name: str) -> None:
@@ -343,10 +308,7 @@ class Loop:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`load_state_dict`, with every buffer laid out in memory as its weight is.
-
-    Fused optimisers pair weights and buffers by their place in memory, and a checkpoint may be of another layout.
-    """
+    """`load_state_dict`, with every buffer in the memory layout of its weight, which fused optimisers require."""
     optimizer.load_state_dict(dict(state))
     for weight, held in optimizer.state.items():
         for name, value in held.items():

@@ -1,6 +1,6 @@
-"""What a method of training is: networks, optimisers, batches and one step. `training.loop` does the rest.
+"""The interface of a training method: networks, optimisers, batches and one step. `training.loop` trains it.
 
-A new method is one short class that derives from `Method`; `uda/source.py` is the shortest example.
+A new method is one class that derives from `Method`; `uda/source.py` is the shortest example.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from training.flags import Config
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A part of a training with a length of its own: a scale, a round, a phase.
+    """A part of a training: a scale, a round, a phase.
 
     Attributes:
         name: for messages, such as `scale 0`.
-        steps: of the stage.
-        steps_per_epoch: of its epochs.
         batch_size: samples in a step, over all processes.
         tag: prefix of its losses' names in TensorBoard, such as `Scale0/`.
         validate_every: steps between two validations, 0 for none; the last step is validated, too.
@@ -46,32 +44,26 @@ class Stage:
 
 
 class Batch(Protocol):
-    """What `Method.batches` yields and `Method.step` takes; the loop reads `skipped` alone.
+    """What `Method.batches` yields and `Method.step` takes."""
 
-    Attributes:
-        skipped: what was wrong with images that others were taken in place of.
-    """
-
-    skipped: Sequence[str]
+    skipped: Sequence[str]  # what was wrong with images that were replaced
 
 
 class Method:
-    """A method of training, as the loop sees it.
+    """Base class of training methods.
 
-    Every random number of a step follows from the run's seed, the stage and the step: PyTorch's generators are seeded
-    before each step, and everything else draws from seeds of its own. So a run that was interrupted continues bit for
-    bit.
+    All random numbers of a step must follow from the run's seed, the stage and the step, so that an interrupted run
+    continues bit for bit. The loop seeds PyTorch's generators before each step.
 
     Attributes:
         name: for checkpoints.
         batch_flag: the flag of its batch size, for messages.
-        config: of the run.
         rank: this process among those that share every batch, and its device.
         modules: all networks with state, by name: those in training, finished ones, teachers. They are saved, checked
             for finite values and compared between processes.
         optimizers: those of the stage in training, by name.
         domains: the lists of images that are read, by name.
-        shape: of the segmentation net that `eval_net` returns, None without.
+        shape: of the segmentation net that `eval_net` returns, or None.
         dtype: of weights and network inputs; tests train in float64.
         unused: names of trainable tensors (`module.parameter`) that no loss reaches in this configuration, each with
             the reason; a name may end in `*`.
@@ -108,29 +100,29 @@ class Method:
         """Make the networks that the stage adds and its optimisers.
 
         Args:
-            resumed: a checkpoint of this stage or of a later one is about to be loaded: nothing is to be computed or
-                written that it holds already.
+            resumed: a checkpoint of this stage or of a later one will be loaded: compute and write nothing that it
+                holds.
         """
         raise NotImplementedError
 
     def batches(self, stage: int, steps: range) -> Iterator[Batch]:
-        """The batches of these steps of the stage, in order; what a step sees depends on its number alone."""
+        """The batches of these steps of the stage, in order; a batch depends only on the number of its step."""
         raise NotImplementedError
 
     def step(self, batch: Batch, stage: int, step: int) -> Mapping[str, Tensor]:
-        """Train on a batch: losses, backward, optimisers, EMA. It neither reads values back to the host nor does I/O.
+        """Train on a batch: losses, backward, optimisers, EMA, without reading back to the host and without I/O.
 
         Returns:
             The losses to be logged, scalars on the device without gradient. Those of several processes are summed, so
-            each is weighted by its process's part of the batch.
+            each has the weight of its local batch.
         """
         raise NotImplementedError
 
     def end_stage(self, stage: int) -> None:
-        """Freeze what is final after the stage. Called for every finished stage when a run is resumed, too."""
+        """Freeze networks that are final after the stage; also called for finished stages when a run is resumed."""
 
     def write_summary(self, stage: int, folder: Path) -> str:
-        """Write files for people at the end of a stage, if they are not there yet; returns a line to print, or ''."""
+        """Write pictures at the end of a stage, unless they are there; returns a line to print, or ''."""
         return ""
 
     def eval_net(self) -> nn.Module | None:
@@ -145,7 +137,7 @@ class Method:
         """Restore what `state_dict` returned."""
 
     def inputs(self) -> dict[str, str]:
-        """Fingerprints of what is learnt from, by a name for messages; they must stay when the run is continued."""
+        """Fingerprints of the inputs, by a name for messages; a continued run must have the same."""
         return {f"list of {name} images": domain.files.fingerprint() for name, domain in self.domains.items()}
 
     def images(self) -> Mapping[str, Tensor]:
@@ -157,14 +149,14 @@ class Method:
         return " ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in list(losses.items())[:3])
 
     def describe(self) -> list[str]:
-        """Lines that say what is trained on what."""
+        """Lines about the data, the networks and the precision."""
         return [domain.files.describe() for domain in self.domains.values()]
 
     def publish(self, path: Path, info: Mapping[str, Any]) -> None:
-        """Copy the net in the checkpoint at `path` to where users look for it: a new best state, or the last one.
+        """Copy the net in the checkpoint at `path`, a new best state or the last one, to the configured output.
 
         Args:
-            info: of the run, as its checkpoints carry it.
+            info: `Checkpoint.info` of the run.
         """
 
     def conclusion(self, folder: Path) -> str:

@@ -1,10 +1,11 @@
-"""Statistics of dense predictions: the confusion matrix, scores read off it, and scores that need no labels.
+"""Metrics of dense predictions: confusion matrix, IoU and accuracy, and statistics that need no labels.
 
 Everything is counted on the device, and memory does not grow with the number of images.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,7 @@ CONFIDENCE_BINS = 20
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
-    """Count label-prediction pairs in one pass on the tensors' device, without reading anything back.
-
-    Rows are labels, columns are predictions.
+    """Count label-prediction pairs; rows are labels, columns are predictions. Nothing is read back to the host.
 
     Args:
         prediction: integers in [0, classes), any shape.
@@ -27,16 +26,13 @@ def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
         int64 (classes, classes).
     """
     counted = label < classes
-    # Pixels that do not count go into one bin behind the matrix, so no pixel has to be selected.
+    # The last bin takes the pixels that do not count, so no pixel has to be selected.
     pair = torch.where(counted, label.long() * classes + prediction.long(), classes * classes)
-    return count_values(pair, classes * classes + 1)[:-1].reshape(classes, classes)
+    return _bincount(pair, classes * classes + 1)[:-1].reshape(classes, classes)
 
 
-def count_values(values: Tensor, bins: int) -> Tensor:
-    """How often 0, 1, ..., `bins` - 1 occur in int64 `values`, int64 (bins,), without reading anything back.
-
-    `torch.bincount` has the GPU tell the host the largest value first.
-    """
+def _bincount(values: Tensor, bins: int) -> Tensor:
+    """As `torch.bincount`, which reads the largest value back to the host first."""
     flat = values.flatten()
     counts = torch.zeros(bins, dtype=torch.int64, device=values.device)
     return counts.scatter_add_(0, flat, torch.ones_like(flat))
@@ -46,16 +42,14 @@ def count_values(values: Tensor, bins: int) -> Tensor:
 class Scores:
     """Scores of a confusion matrix over a subset of classes.
 
-    Pixels labelled with a class outside the subset are ignored. Predictions outside the subset stay: they are errors of
-    the labelled class. A class with no labelled pixel is absent: it has no IoU and is left out of the means, whether or
-    not it was predicted.
+    Pixels labelled with a class outside the subset are ignored. Predictions outside the subset count as errors of the
+    labelled class. A class without a labelled pixel is absent: it has no IoU and is left out of the means, even if it
+    was predicted.
 
     Attributes:
-        classes: the subset, in order.
-        iou: intersection over union of each class of `classes`, None where absent.
+        iou: intersection over union of each of `classes`, None where absent.
         mean_iou: mean over the classes present; None if there is none.
-        pixel_accuracy: share of counted pixels predicted right; None if no pixel was counted.
-        absent: classes of the subset without a labelled pixel.
+        pixel_accuracy: fraction of counted pixels predicted right; None if no pixel was counted.
     """
 
     classes: tuple[int, ...]
@@ -86,7 +80,7 @@ def scores_of(matrix: Tensor, classes: Sequence[int]) -> Scores:
 
 
 class PredictionStatistics:
-    """What a net's predictions tell without labels, accumulated over pixels on the device."""
+    """Sums over the pixels of a net's predictions that need no labels."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.pixels = 0
@@ -100,17 +94,18 @@ class PredictionStatistics:
         confidence = probability.amax(dim=0)
         self.pixels += confidence.numel()
         self.probability_sum += probability.sum(dim=(1, 2))
-        self.entropy_sum += _entropy(probability, dim=0).sum()
+        self.entropy_sum += _entropy(probability).sum()
         self.confidence_sum += confidence.sum()
-        # A net that diverged predicts NaN: that shows in the means, the bins only have to stay bins.
+        # A net that diverged predicts NaN, which the means show.
         bins = (confidence.nan_to_num(0.0) * CONFIDENCE_BINS).long().clamp_(max=CONFIDENCE_BINS - 1)
-        self.confidence_histogram += count_values(bins, CONFIDENCE_BINS)
+        self.confidence_histogram += _bincount(bins, CONFIDENCE_BINS)
 
     def all_reduce(self, all_reduce: Callable[[Sequence[Tensor]], None]) -> None:
-        """Make this the statistics of several processes' images; `all_reduce` sums tensors in place over them."""
-        pixels = torch.tensor(float(self.pixels), dtype=torch.float64, device=self.entropy_sum.device)
-        sums = (self.probability_sum, self.entropy_sum, self.confidence_sum, self.confidence_histogram)
-        all_reduce([pixels, *sums])
+        """Sum over the images of all processes; `all_reduce` sums tensors in place over them."""
+        pixels = self.entropy_sum.new_tensor(self.pixels)
+        all_reduce([
+            pixels, self.probability_sum, self.entropy_sum, self.confidence_sum, self.confidence_histogram,
+        ])  # fmt: skip
         self.pixels = int(pixels)
 
     def mean_confidence(self) -> float:
@@ -118,15 +113,16 @@ class PredictionStatistics:
         return float(self.confidence_sum) / self.pixels
 
     def mutual_information(self) -> float:
-        """Entropy of the mean prediction minus mean entropy of the predictions, as a share of the largest possible.
+        """Entropy of the mean prediction minus mean entropy of the predictions, divided by log(C): 0 to 1.
 
-        Between 0 and 1. High where single pixels are decided (confident) and all classes are used (balanced): a net
-        that calls everything road is confident, but has no class balance and gets 0.
+        It is high where predictions are confident and all classes are used: a net that predicts road everywhere is
+        confident, but gets 0.
         """
         mean = self.probability_sum / self.pixels
-        information = _entropy(mean, dim=0) - self.entropy_sum / self.pixels
-        return float(information) / torch.log(torch.tensor(float(len(mean)))).item()
+        information = _entropy(mean) - self.entropy_sum / self.pixels
+        return float(information) / math.log(len(mean))
 
 
-def _entropy(probability: Tensor, dim: int) -> Tensor:
-    return -torch.special.xlogy(probability, probability).sum(dim=dim)
+def _entropy(probability: Tensor) -> Tensor:
+    """Over the first dimension."""
+    return -torch.special.xlogy(probability, probability).sum(dim=0)

@@ -1,8 +1,8 @@
 """The arithmetic of a run: its precision, and how networks are called in it.
 
-Weights, optimiser state and losses are float32 in every precision. In bf16 convolutions and matrix products see their
-inputs and weights rounded to bfloat16 (8 significant bits and the exponent range of float32, so that no loss scaling is
-needed); losses convert the outputs to float32.
+Weights, optimiser state and losses are float32 in every precision. In bf16 the inputs and weights of convolutions and
+matrix products are rounded to bfloat16 (8 significant bits and the exponent range of float32, so that no loss scaling
+is needed); losses convert the outputs to float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Layout = Callable[[nn.Module, Tensor], torch.memory_format | None]
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16, so that PyTorch need not emulate it."""
+    """Whether the device has instructions for bfloat16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
@@ -43,11 +43,7 @@ def bf16_pays(device: torch.device) -> bool:
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """`--precision` with `auto` resolved: bf16 where that pays on `device`, else fp32.
-
-    Raises:
-        UserError: the device does not support the precision asked for.
-    """
+    """Resolve `auto` of `--precision`: bf16 where that pays, else fp32. Raises `UserError` if the device lacks it."""
     if wanted == "auto":
         return "bf16" if bf16_pays(device) else "fp32"
     if wanted == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
@@ -61,18 +57,14 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
 
 
 def set_convolution_precision(precision: Precision) -> None:
-    """Let float32 convolutions of this process on a GPU round to TF32 (11 significant bits) unless in fp32.
-
-    This includes the float32 convolutions of a bf16 run. Matrix products, such as those of the Gram matrices, are never
-    rounded.
-    """
+    """Let a GPU round float32 convolutions to TF32 (11 significant bits) in tf32 and bf16; matrix products never."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Inside the block float32 convolutions are not rounded to TF32, whatever precision the run trains in."""
+    """Inside the block float32 convolutions are not rounded to TF32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -82,10 +74,7 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Choose between a GPU's deterministic algorithms and its fastest ones; a CPU is deterministic in both cases.
-
-    PyTorch warns where an operation has no deterministic algorithm.
-    """
+    """Choose a GPU's deterministic algorithms, where they exist, or its fastest ones; a CPU is always deterministic."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -95,8 +84,7 @@ def set_determinism(deterministic: bool) -> None:
 def recomputes_blocks(precision: Precision, device: torch.device) -> bool:
     """Whether a segmentation net in training recomputes its residual blocks in the backward pass to save memory.
 
-    Batch norm needs the whole batch, so micro-batches cannot save memory there. In bf16 activations take half of the
-    memory, and time is saved instead.
+    Batch norm needs the whole batch, which rules out micro-batches. In bf16 activations take half of the memory.
     """
     return device.type == "cuda" and precision != "bf16"
 

@@ -6,45 +6,39 @@ import os
 import re
 import secrets
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-from training.checkpoint import Checkpoint, read_newest
+from training.checkpoint import BEST
 from training.config import StartFlags
-from training.distributed import Rank, is_restarted
+from training.distributed import Rank
 from training.dry_run import dry_run
 from training.flags import Config, section_from
-from training.launching import in_processes, is_launched, launch
+from training.launching import in_processes, is_launched, is_restarted, launch
 from training.loop import Loop
 from training.method import Method
 from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
 from training.progress import Progress
-from training.record import environment, write_record
-from training.run_folder import checkpoint_ids, folder_to_continue, lock_run_folder, log_name, print_skipped
+from training.run_folder import (
+    Continued,
+    environment,
+    lock_run_folder,
+    log_name,
+    run_name,
+    run_to_continue,
+    write_record,
+)
 from training.validation import Validator
-from utils.devices import default_gpus, training_devices
+from utils.devices import default_gpus, keep_freed_memory, training_devices
 from utils.errors import UserError, out_of_memory_means
-from utils.files import check_folder, remove_leftovers
-from utils.memory import keep_freed_memory
-from utils.stopping import LoaderDied, Stopped, StopRequests, is_loader_death
+from utils.files import check_folder
+from utils.stopping import Stopped, StopRequests, is_loader_death
 
 # Environment variable: the folder of a new run, for the processes that train it together and are started again.
 RUN_DIR = "PROCST_RUN_DIR"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Continued:
-    """The run that is continued: its newest checkpoint, the file that holds it, and `checkpoint_ids` of its folder."""
-
-    checkpoint: Checkpoint
-    origin: Path
-    ids_before: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +46,7 @@ class Prepared:
     """A method whose input has been checked; nothing is written yet.
 
     Attributes:
-        validator: validates its segmentation net, None goes without.
+        validator: validates its segmentation net; None for no validation.
         validation_line: says what validates it, or why nothing does.
     """
 
@@ -60,12 +54,13 @@ class Prepared:
     validator: Validator | None = None
     validation_line: str = ""
 
+    def print_description(self) -> None:
+        """Print what is trained and validated on which data."""
+        print("\n".join(filter(None, [*self.method.describe(), self.validation_line])))
 
-class Prepare(Protocol):
-    """Checks everything that can be wrong with the input of a run and makes its method."""
 
-    def __call__(self, config: Any, rank: Rank, continued: Continued | None) -> Prepared:
-        """Raises `UserError`, which names the file or flag."""
+# Checks everything that can be wrong with the input of a run (`UserError`) and makes its method.
+Prepare = Callable[[Any, Rank, Continued | None], Prepared]
 
 
 def train(
@@ -78,7 +73,7 @@ def train(
         given: the flags on the command line.
 
     Raises:
-        UserError: bad input; a checkpoint that stands stays.
+        UserError: bad input; the checkpoints stay.
         Stopped: the run was asked to stop, and its state is saved.
     """
 
@@ -107,12 +102,14 @@ class _Run:
         if is_restarted() and not (run_dir or flags.continue_train_from_path):
             raise UserError("--run_dir is needed where processes are restarted: without it, each start is a new run")
         stop = StopRequests(quiet=is_launched() or not self.rank.is_main)
-        continued = _continued(folder_to_continue(flags.continue_train_from_path, run_dir), self.method_class.name)
+        continued = run_to_continue(flags.continue_train_from_path, run_dir, self.method_class.name)
         config = self._config(continued)
-        gpus = config.run.gpus or default_gpus()
-        devices = training_devices(gpus)
+        devices = training_devices(config.run.gpus or default_gpus())
         if self.rank.count == 1 and len(devices) > 1:
-            self._launch(config, devices, run_dir or flags.continue_train_from_path)
+            # A new run gets its folder's name here, so that restarted processes find it.
+            folder = Path(config.run.checkpoints_dir).absolute() / run_name(self.method_class.task(config))
+            known = run_dir or flags.continue_train_from_path
+            launch(self.script, devices, environment={} if known else {RUN_DIR: str(folder)})
             return
         self.rank = self.rank.at(devices)
         if not config.run.gpus and self.rank.is_main:
@@ -132,7 +129,8 @@ class _Run:
                 check_folder(Path(getattr(config.run, name)), f"--{name}")
         self._require_one_run(prepared)
         if flags.dry_run:
-            self._dry_run(prepared, continued, Path(run_dir or config.run.checkpoints_dir))
+            folder = continued.origin.parent if continued else Path(run_dir or config.run.checkpoints_dir)
+            self._dry_run(prepared, folder, continued is not None)
         else:
             self._train(prepared, continued, run_dir, flags.resume_to_epoch, stop)
 
@@ -141,19 +139,12 @@ class _Run:
             processes = {"num_processes": self.rank.count} if self.rank.count > 1 else {}
             return self.config_class.from_flags({**self.given, **processes})
         stored = self.config_class.from_json(continued.checkpoint.config, continued.origin)
-        names = {name for name in self.given if name not in StartFlags.__dataclass_fields__}
-        return stored.continued({name: self.given[name] for name in names})
-
-    def _launch(self, config: Any, devices: Sequence[torch.device], known: str) -> None:
-        """Start one process for each device; a new run gets its folder's name here, so that a restart finds it."""
-        parent = Path(config.run.checkpoints_dir)
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.method_class.task(config)}"
-        environment = {} if known else {RUN_DIR: str(parent.absolute() / name)}
-        launch(self.script, devices, environment=environment)
+        starting = StartFlags.__dataclass_fields__
+        return stored.continued({name: value for name, value in self.given.items() if name not in starting})
 
     @contextmanager
     def _naming_stored_flags(self, continued: Continued | None) -> Iterator[None]:
-        """Say of bad input that a continued run's configuration names, and not the command line, that it does."""
+        """In messages about a flag that the run's configuration gives, and not the command line, say so."""
         try:
             yield
         except UserError as error:
@@ -163,10 +154,9 @@ class _Run:
             raise UserError(f"{flag[0]} of the run's configuration{str(error)[flag.end() :]}") from None
 
     def _require_one_run(self, prepared: Prepared) -> None:
-        """Check that all processes were asked for the same run and see the same files."""
+        """Check that all processes have the same configuration and see the same files."""
         config = prepared.method.config
-        changing = {name for name, value in config.flags().items() if config.may_change(name)}
-        values = {f"configuration (--{n})": v for n, v in config.flags().items() if n not in changing}
+        values = {f"configuration (--{n})": v for n, v in config.flags().items() if not config.may_change(n)}
         self.rank.require_equal({**values, **prepared.method.inputs()})
         smallest = min(stage.batch_size for stage in prepared.method.stages())
         if smallest < self.rank.count:
@@ -175,35 +165,27 @@ class _Run:
                 "the batch sizes are totals; raise it, or name fewer GPUs"
             )
 
-    def _dry_run(self, prepared: Prepared, continued: Continued | None, folder: Path) -> None:
-        folder = continued.origin.parent if continued else folder
+    def _dry_run(self, prepared: Prepared, folder: Path, continued: bool) -> None:
         loop = Loop(method=prepared.method, run=prepared.method.config.run, folder=folder)
         if self.rank.is_main:
-            print("\n".join(filter(None, [*prepared.method.describe(), prepared.validation_line])))
+            prepared.print_description()
         with out_of_memory_means(lambda: _less_memory(loop)):
-            dry_run(loop, continued=continued is not None, with_best=prepared.validator is not None)
+            dry_run(loop, continued=continued, with_best=prepared.validator is not None)
 
     def _train(
         self, prepared: Prepared, continued: Continued | None, run_dir: str, resume_to_epoch: int, stop: StopRequests
     ) -> None:
         rank, method = self.rank, prepared.method
-        config, folder = method.config, None
+        config, folder, task = method.config, None, method.task(method.config)
         # The main process builds the caches, the others open them.
         if not rank.is_main:
             rank.barrier()
         method.domains = {name: domain.with_cache() for name, domain in method.domains.items()}
         if rank.is_main:
             rank.barrier()
-            # Everything that can be wrong with the input has been checked; only now is a run folder made.
-            folder = lock_run_folder(
-                origin=continued.origin if continued else None,
-                ids_before=continued.ids_before if continued else {},
-                run_dir=run_dir,
-                parent=Path(config.run.checkpoints_dir),
-                task=method.task(config),
-                stack=self.stack,
-            )
-            remove_leftovers(folder)
+            # All input has been checked; only now is a run folder made.
+            parent = Path(config.run.checkpoints_dir)
+            folder = lock_run_folder(continued, run_dir=run_dir, parent=parent, task=task, stack=self.stack)
         folder = rank.broadcast(folder)
         run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
         info = {"run": folder.name, "run_id": run_id}
@@ -216,7 +198,7 @@ class _Run:
             content = {"method": method.name, "config": config.to_json(), "inputs": method.inputs()}
             where = {"stage": loop.stage, "step": loop.step}
             write_record(folder, content, {**where, **environment(rank.device, rank.count)})
-            print("\n".join(filter(None, [*method.describe(), prepared.validation_line])))
+            prepared.print_description()
             print(f"run folder: {folder}", flush=True)
         progress = Progress(
             method=method,
@@ -231,49 +213,28 @@ class _Run:
             with out_of_memory_means(lambda: _less_memory(loop)):
                 loop.run(progress)
         except Exception as error:
-            if is_loader_death(error) or isinstance(error, LoaderDied):
+            if is_loader_death(error):
                 _end_for_loader(error, rank)
             raise
         finally:
             progress.close()
         if rank.is_main:
-            print_skipped(loop.skipped)
+            if loop.skipped:
+                print(f"{len(loop.skipped)} images or labels could not be used and were skipped:")
+                print("\n".join(f"  {reason}" for reason in loop.skipped))
             if best := loop.best():
-                print(f"best state by {prepared.validator.select_by}: {folder / 'best.pth'}, of step {best['step']}")
+                print(f"best state by {prepared.validator.select_by}: {folder / BEST}, of step {best['step']}")
             print(f"finished; {method.conclusion(folder)}")
 
 
 def agreed_precision(wanted: str, rank: Rank) -> Precision:
-    """What `--precision` stands for: the same in every process, and supported by its device.
-
-    Raises:
-        UserError: the processes were asked for different ones, or this one's device does not support it.
-    """
+    """The precision of all processes. Raises `UserError` if they were given different ones or a device lacks it."""
     rank.require_equal({"--precision": wanted})
     return resolve_precision(rank.broadcast(resolve_precision(wanted, rank.device)), rank.device)
 
 
-def _continued(folder: Path | None, method: str) -> Continued | None:
-    if folder is None:
-        return None
-    ids_before = checkpoint_ids(folder)
-    checkpoint, origin = read_newest(folder)
-    if checkpoint.method != method:
-        raise UserError(
-            f"{origin} is a checkpoint of another training ({checkpoint.method}); continue it with its script"
-        )
-    if not checkpoint.optimizers:
-        raise UserError(f"{origin} holds a finished net and no training state")
-    return Continued(checkpoint=checkpoint, origin=origin, ids_before=ids_before)
-
-
 def _end_for_loader(error: Exception, rank: Rank) -> None:
-    """End where a loader process died within a step: the last checkpoint stands.
-
-    Raises:
-        Stopped: this process is alone.
-        SystemExit: with code 1, for which a launcher starts all processes again.
-    """
+    """End where a loader process died within a step; code 1 makes a launcher start all processes again."""
     line = f"{error}; the last checkpoint stays, run the same command again"
     if rank.count == 1:
         raise Stopped(line) from None

@@ -1,27 +1,61 @@
-"""The folder a training works in: a new one, or the one of the run that it continues."""
+"""The folder of a run: finding, making and locking it, and its record `config.json`."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
-from collections.abc import Sequence
+import subprocess
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from training.checkpoint import LATEST, PREVIOUS, has_checkpoint, set_damaged_aside
-from training.record import CONFIG
+import torch
+import torchvision
+
+from training.checkpoint import LATEST, PREVIOUS, Checkpoint, has_checkpoint, read_newest, set_damaged_aside
 from utils.errors import UserError
-from utils.files import TEMPORARY, check_folder, make_folder, new_run_folder
+from utils.files import TEMPORARY, atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
 from utils.locks import LOCK, locked
 
+CONFIG = "config.json"
+STARTS = "starts"
 
-def folder_to_continue(continued: str, run_dir: str) -> Path | None:
-    """The folder of the run that `--continue_train_from_path` or `--run_dir` continues, None for a new run.
+
+@dataclass(frozen=True, kw_only=True)
+class Continued:
+    """The run that is continued: its newest checkpoint, the file that holds it, and `_checkpoint_ids` of its folder."""
+
+    checkpoint: Checkpoint
+    origin: Path
+    ids_before: dict[str, tuple[int, int]]
+
+
+def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
+    """The run that `--continue_train_from_path` or `--run_dir` continues, None for a new run.
 
     Raises:
-        UserError: `--continue_train_from_path` holds no checkpoint, or `--run_dir` is no folder for a run.
+        UserError: the path holds no checkpoint of this method with a training state, or `--run_dir` holds other files.
     """
+    folder = _folder_to_continue(path, run_dir)
+    if folder is None:
+        return None
+    ids_before = _checkpoint_ids(folder)
+    checkpoint, origin = read_newest(folder)
+    if checkpoint.method != method:
+        raise UserError(
+            f"{origin} is a checkpoint of another training ({checkpoint.method}); continue it with its script"
+        )
+    if not checkpoint.optimizers:
+        raise UserError(f"{origin} holds a finished net and no training state")
+    return Continued(checkpoint=checkpoint, origin=origin, ids_before=ids_before)
+
+
+def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
     if continued:
         path = Path(continued)
         if path.is_file() and path.name != LATEST:
@@ -48,15 +82,20 @@ def folder_to_continue(continued: str, run_dir: str) -> Path | None:
     return None
 
 
+def run_name(task: str) -> str:
+    """Name of a new run folder: the time and the task."""
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}"
+
+
 def log_name(folder: Path) -> str:
-    """Name of a run's TensorBoard log: its folder's, with a part that tells apart those whose names a user chose."""
+    """Name of a run's TensorBoard log: its folder's name, with a hash of the path if a user chose the name."""
     if re.match(r"\d{4}-\d\d-\d\d_", folder.name):
         return folder.name
     return f"{folder.name}_{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}"
 
 
-def checkpoint_ids(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of the checkpoints in a folder: they tell whether these are still the ones that were read."""
+def _checkpoint_ids(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of the checkpoints in a folder; they show whether another process has replaced one."""
     found = {}
     for name in (LATEST, PREVIOUS):
         with suppress(FileNotFoundError):
@@ -65,45 +104,84 @@ def checkpoint_ids(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def lock_run_folder(
-    *,
-    origin: Path | None,
-    ids_before: dict[str, tuple[int, int]],
-    run_dir: str,
-    parent: Path,
-    task: str,
-    stack: ExitStack,
-) -> Path:
+def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, task: str, stack: ExitStack) -> Path:
     """The run's folder, locked for this process until `stack` is closed; made here for a new run.
 
     Args:
-        origin: checkpoint the run continues from, as `read_newest` named it, or None.
-        ids_before: the `checkpoint_ids` of its folder before it was read.
-        run_dir: `--run_dir`.
+        run_dir: `--run_dir`, or ''.
         parent: `--checkpoints_dir`, where new runs go without `--run_dir`.
         task: ends the name of a new folder there.
 
     Raises:
-        UserError: another process works in it, or it cannot be made.
+        UserError: another process works or has worked in it, or it cannot be made.
     """
-    if origin is not None:
-        stack.enter_context(locked(origin.parent, "--run_dir" if run_dir else "--continue_train_from_path"))
-        if checkpoint_ids(origin.parent) != ids_before:
-            raise UserError(f"{origin.parent}: another process has continued this run meanwhile; run the command again")
-        set_damaged_aside(origin)
-        return origin.parent
-    if run_dir:
-        folder = make_folder(Path(run_dir), "--run_dir").resolve()
+    if continued:
+        folder, flag = continued.origin.parent, "--run_dir" if run_dir else "--continue_train_from_path"
     else:
-        folder = new_run_folder(parent, "--checkpoints_dir", task)
-    stack.enter_context(locked(folder, "--run_dir"))
-    if has_checkpoint(folder):
-        raise UserError(f"--run_dir {folder}: another process has started this run meanwhile; run the command again")
+        folder, flag = make_folder(Path(run_dir), "--run_dir").resolve() if run_dir else _new(parent, task), "--run_dir"
+    stack.enter_context(locked(folder, flag))
+    if _checkpoint_ids(folder) != (continued.ids_before if continued else {}):
+        raise UserError(f"{flag} {folder}: another process has trained this run meanwhile; run the command again")
+    if continued:
+        set_damaged_aside(continued.origin)
+    remove_leftovers(folder)
     return folder
 
 
-def print_skipped(reasons: Sequence[str]) -> None:
-    """List what `--on_bad_image skip` replaced."""
-    if reasons:
-        print(f"{len(reasons)} images or labels could not be used and were skipped:")
-        print("\n".join(f"  {reason}" for reason in reasons))
+def _new(parent: Path, task: str) -> Path:
+    """Make a run folder; another run may have started in the same second."""
+    folder = make_folder(parent, "--checkpoints_dir") / run_name(task)
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            folder = folder.with_name(f"{folder.name}_2")
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Versions, devices and the commit of this checkout, as far as results depend on them."""
+    found: dict[str, Any] = {
+        "commit": git_commit(Path(__file__).parent),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "system": platform.platform(),
+        "device": str(device),
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        found |= {
+            "device_name": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the checkout a folder is in, with `+changes` where files differ from it; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_record(folder: Path, content: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+    """Write `config.json`: `content`, which holds for the whole run, and a list of all its starts with this one."""
+    path, starts = folder / CONFIG, []
+    if path.exists():
+        with suppress(UserError, AttributeError):  # a damaged record does not prevent continuing the run
+            starts = list(read_json(path).get(STARTS, ()))
+    now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start}
+    atomic_write_json(path, {**content, STARTS: [*starts, now]})

@@ -13,23 +13,16 @@ from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint, load_checkpoint
 from utils.errors import UserError
-from utils.tensor_files import UnavailableFileError, load_network, read_tensor_file
+from utils.tensor_files import UnavailableFileError, is_finite, load_network, read_tensor_file
 
 
 def run_identity(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells the files of a run from those of others, by its folder and the `info` of its checkpoint.
-
-    The folder's name alone may be another run's, too; the number alone may be a copied folder's.
-    """
+    """The name and number that identify the files of a run; folders may have the same name, and copies the number."""
     return {"run": folder.name, "run_id": info.get("run_id")}
 
 
 def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
-    """Whether a file was written by the run of this `run_identity`.
-
-    Raises:
-        UnavailableFileError: it cannot be read at the moment.
-    """
+    """Whether the run of this `run_identity` wrote a file. Raises `UnavailableFileError` if it cannot be read now."""
     try:
         info = load_checkpoint(path).info
     except UnavailableFileError:
@@ -40,7 +33,7 @@ def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
 
 
 def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
-    """Load a trained net, whichever of the known files holds it.
+    """Load a trained net.
 
     Args:
         path: a checkpoint of this toolkit (the net that it validates), the authors' pickle, or a run folder (its best
@@ -68,7 +61,7 @@ def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.
             f"{flag} {path}: holds no segmentation net this program knows (a checkpoint of its own, or the authors' "
             "pretrained_semseg_on_*.pth)"
         )
-    if not all(bool(tensor.isfinite().all()) for tensor in net.state_dict().values()):
+    if not is_finite(net):
         raise UserError(f"{flag} {path}: the weights are not finite, the training diverged")
     return shape, net
 

@@ -1,7 +1,7 @@
 """Batch norm over the samples of all processes.
 
-PyTorch's `SyncBatchNorm` needs CUDA and cannot be differentiated twice, which the gradient penalty asks for. This one
-is made of plain tensor operations and one sum over the processes, whose gradient is the same sum of gradients.
+PyTorch's `SyncBatchNorm` needs CUDA and cannot be differentiated twice, as the gradient penalty requires. This one
+consists of plain tensor operations and one all_reduce, whose gradient is the all_reduce of the gradients.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes of the default group, differentiable any number of times.
+class _AllReduce(torch.autograd.Function):
+    """The sum of a tensor over all processes, differentiable any number of times.
 
-    Every process must come here, forwards and backwards, and all in the same order.
+    Every process must call it, forwards and backwards, and all in the same order.
     """
 
     @staticmethod
@@ -26,28 +26,26 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, upstream: Tensor) -> Tensor:
-        return _SumOverProcesses.apply(upstream)
+        return _AllReduce.apply(upstream)
 
 
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` that normalises, in train mode, by the samples of all processes together.
+    """`nn.BatchNorm2d` that in train mode normalises by the samples of all processes together.
 
-    Processes may have different numbers of samples, but each at least one. In eval mode no process waits for another.
-    Parameters, running statistics and their names are those of `nn.BatchNorm2d`, and so are the values for the batch of
-    all processes, but for rounding.
+    Processes may have different numbers of samples, but each at least one. In eval mode nothing is exchanged.
+    Parameters and running statistics have the names of `nn.BatchNorm2d`, and the values that it would compute for the
+    batch of all processes, but for rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,h,w) -> the same shape and precision; statistics are at least float32."""
-        return self._normalised(x) if self.training else super().forward(x)
-
-    @torch.compiler.disable
-    def _normalised(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             features = x if x.dtype in (torch.float32, torch.float64) else x.float()
             mean, variance, count = _moments(features)
             if self.track_running_stats:
-                self._remember(mean.detach(), variance.detach(), count)
+                self._update_running_statistics(mean.detach(), variance.detach(), count)
             scale = (variance + self.eps).rsqrt()
             if self.affine:
                 scale = scale * self.weight
@@ -58,7 +56,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
             return torch.addcmul(shift[:, None, None], features, scale[:, None, None]).to(x.dtype)
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         self.num_batches_tracked.add_(1)
         unbiased = variance * (count / (count - 1).clamp(min=1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -68,18 +66,16 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (C,), biased variance (C,) and number of values of each channel, over the samples of all processes.
 
-    Each process enters its own moments into its row of a table; the sum of the tables holds all rows. Sums of squares
-    would need one number less, but cancel where the mean is large.
+    Each process writes its moments into its row of a table of zeros; the sum of the tables holds all rows. Sums of
+    squares would need one number less, but cancel where the mean is large.
     """
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     count = torch.full_like(mean, x.numel() / x.shape[1])
     row = torch.stack([mean, variance, count])
     before = dist.get_rank()
     after = dist.get_world_size() - before - 1
-    table = _SumOverProcesses.apply(
-        torch.cat([row.new_zeros(before, *row.shape), row[None], row.new_zeros(after, *row.shape)])
-    )
-    means, variances, counts = table.unbind(dim=1)
+    table = torch.cat([row.new_zeros(before, *row.shape), row[None], row.new_zeros(after, *row.shape)])
+    means, variances, counts = _AllReduce.apply(table).unbind(dim=1)
     counts = counts.detach()
     total = counts.sum(dim=0)
     weights = counts / total
@@ -89,23 +85,11 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def synchronise_batch_norms(network: nn.Module) -> nn.Module:
-    """Replace the batch norms in `network`, in place, by synchronised ones with the same tensors; returns it.
+    """Turn the batch norms in `network` into synchronised ones, in place; returns it.
 
-    An optimiser of its weights stays valid.
+    Only their class changes, as it has no state of its own; optimisers of the weights stay valid.
     """
-    for parent in list(network.modules()):
-        for name, norm in list(parent.named_children()):
-            if type(norm) is nn.BatchNorm2d:
-                setattr(parent, name, _synchronised(norm))
+    for norm in network.modules():
+        if type(norm) is nn.BatchNorm2d:
+            norm.__class__ = SynchronisedBatchNorm2d
     return network
-
-
-def _synchronised(norm: nn.BatchNorm2d) -> SynchronisedBatchNorm2d:
-    other = SynchronisedBatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
-    )
-    for name, parameter in norm.named_parameters():
-        setattr(other, name, parameter)
-    for name, buffer in norm.named_buffers():
-        setattr(other, name, buffer)
-    return other.train(norm.training)

@@ -1,9 +1,8 @@
-"""TensorBoard of a run that goes on without it where its disk is full or gone."""
+"""TensorBoard logging that a full or missing disk ends without ending the run."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from utils.locks import say
 
 
 class TensorBoardLog:
-    """A `SummaryWriter` that gives up, with one line on stderr, at the first `OSError`.
+    """A `SummaryWriter` that stops logging, with one line on stderr, at the first `OSError`.
 
     Args:
         folder: of the event files.
@@ -24,7 +23,7 @@ class TensorBoardLog:
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         self.folder = folder
         self._writer: SummaryWriter | None = None
-        threading.excepthook = _report
+        threading.excepthook = _without_writer_errors
         try:
             self._writer = SummaryWriter(str(folder), purge_step=purge_step)
         except OSError as error:
@@ -34,25 +33,20 @@ class TensorBoardLog:
         """Log a number."""
         self._call("add_scalar", tag, value, step)
 
-    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log several numbers, each under its tag."""
-        for tag, value in values.items():
-            self.add_scalar(tag, value, step)
-
     def add_image(self, tag: str, image: Any, step: int, dataformats: str = "CHW") -> None:
         """Log a picture, float in [0,1] or uint8."""
         self._call("add_image", tag, image, step, dataformats=dataformats)
 
     def add_histogram_raw(self, tag: str, **counts: Any) -> None:
-        """Log a histogram that has been counted already; see `SummaryWriter.add_histogram_raw`."""
+        """Log a histogram from its counts; see `SummaryWriter.add_histogram_raw`."""
         self._call("add_histogram_raw", tag, **counts)
 
     def flush(self) -> None:
-        """Write what has been logged."""
+        """Write the pending entries."""
         self._call("flush")
 
     def close(self) -> None:
-        """Write what has been logged, and no more."""
+        """Flush, and log no more."""
         self._call("close")
         self._writer = None
 
@@ -68,7 +62,7 @@ class TensorBoardLog:
         say(f"WARNING: cannot log to {self.folder} ({error.strerror or error}); the run goes on without TensorBoard")
 
 
-def _report(args: threading.ExceptHookArgs) -> None:
-    """Leave out the traceback of TensorBoard's writer thread: the next call on its log raises the same error."""
+def _without_writer_errors(args: threading.ExceptHookArgs) -> None:
+    """Print no traceback of TensorBoard's writer thread: the next call on its log raises the same error."""
     if not type(args.thread).__module__.startswith("tensorboard.") or not issubclass(args.exc_type, OSError):
         threading.__excepthook__(args)

@@ -1,8 +1,9 @@
-"""Scoring a segmentation net on whole images, while it trains and afterwards: predictions, scores, tables, pictures."""
+"""Validation of a segmentation net on whole images: predictions, scores, and their reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,9 +41,9 @@ def predict(net: nn.Module, image: Tensor, scales: Sequence[float] = (1.0,), fli
 
     Args:
         net: in eval mode; images (B,3,h,w) -> logits (B,C,h,w).
-        image: (1,3,H,W), what the net's `network_input` makes of pixels.
-        scales: input sizes relative to the image; probabilities are brought back bilinearly.
-        flip: predict the mirror image of every scale, too.
+        image: (1,3,H,W), from the net's `network_input`.
+        scales: input sizes relative to the image; probabilities are resized bilinearly to the image's size.
+        flip: predict the mirror image at every scale, too.
 
     Returns:
         (C,H,W), summing to 1 over C.
@@ -66,7 +67,7 @@ def predict(net: nn.Module, image: Tensor, scales: Sequence[float] = (1.0,), fli
 
 @dataclass(frozen=True)
 class Validation:
-    """What one pass over the validation images found.
+    """Result of one pass over the validation images.
 
     Attributes:
         scores: None where the images have no labels.
@@ -75,7 +76,7 @@ class Validation:
         mean_confidence: mean probability of the predicted class.
         confidence_histogram: pixels in each of `CONFIDENCE_BINS` equal bins of 0..1.
         pictures: uint8 (h,w,3) rows: image, label where there is one, prediction.
-        skipped: what was wrong with images that were left out, of this process's share.
+        skipped: what was wrong with images that this process left out.
     """
 
     scores: Scores | None
@@ -93,7 +94,7 @@ class Validation:
 
 
 def scored_classes(num_classes: int, *data_sets: DataSet) -> tuple[int, ...]:
-    """The classes that all data sets are scored on and the net can predict."""
+    """The trainIds that all data sets are scored on and the net can predict."""
     return tuple(c for c in data_sets[0].classes if c < num_classes and all(c in d.classes for d in data_sets))
 
 
@@ -127,24 +128,42 @@ class Validator:
     flip: bool = False
 
     def __call__(self, net: nn.Module, on_prediction: OnPrediction = lambda image, prediction: None) -> Validation:
-        """Predict every image once, at native size, each process its share. The pictures are of this process's images.
+        """Predict every image once, at native size, each process its share.
 
         Args:
-            net: its `network_input` turns the pixels into what it expects. It is in eval mode meanwhile and in its
-                former mode afterwards.
+            net: has a `network_input`. It is in eval mode meanwhile and in its former mode afterwards.
             on_prediction: called with every image of this process and its predicted trainIds, uint8 (H,W); what it
                 raises ends the validation.
 
         Raises:
             UserError: an image or label, or with `skip_unusable` none of them, can be used, or the net has diverged.
         """
-        files = replace(self.files, images=self.files.images[self.rank.index :: self.rank.count])
-        skipped: list[str] | None = [] if self.skip_unusable else None
-        images = open_labelled(files, self.num_workers, self.rank.device, self.with_labels, self.or_else, skipped)
-        with exact_convolutions():
-            matrix, statistics, pictures = self._count(net, images, on_prediction)
-        self.rank.all_reduce([matrix])
-        statistics.all_reduce(self.rank.all_reduce)
+        rank, skipped = self.rank, [] if self.skip_unusable else None
+        files = replace(self.files, images=self.files.images[rank.index :: rank.count])
+        images = open_labelled(files, self.num_workers, rank.device, self.with_labels, self.or_else, skipped)
+        statistics, pictures = PredictionStatistics(self.num_classes, rank.device), []
+        matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=rank.device)
+        finite = torch.ones((), dtype=torch.bool, device=rank.device)
+        # Nothing is read back to the host before the end, except for pictures.
+        with exact_convolutions(), _in_eval_mode(net):
+            for image in images:
+                pixels = net.network_input(image.pixels[None], next(net.parameters()).dtype)
+                probability = predict(net, pixels, self.scales, self.flip)
+                finite &= probability.isfinite().all()
+                statistics.add(probability)
+                prediction = probability.argmax(dim=0)
+                if image.label is not None:
+                    matrix += confusion_matrix(prediction, image.label, self.num_classes)
+                prediction = prediction.to(torch.uint8)
+                if len(pictures) < PICTURES:
+                    pictures.append(_picture(image, prediction))
+                on_prediction(image, prediction)
+        if not bool(finite):
+            raise UserError(
+                "the segmentation net's predictions are not finite: its training diverged, lower --lr_semseg"
+            )
+        rank.all_reduce([matrix])
+        statistics.all_reduce(rank.all_reduce)
         if not statistics.pixels:
             raise UserError(f"none of the {len(self.files)} validation images of {self.files.root} can be used")
         return Validation(
@@ -157,69 +176,52 @@ class Validator:
             skipped=tuple(skipped or ()),
         )
 
-    def _count(
-        self, net: nn.Module, images: Iterable[LabelledImage], on_prediction: OnPrediction
-    ) -> tuple[Tensor, PredictionStatistics, list[np.ndarray]]:
-        """Confusion matrix, statistics and a few pictures of the images; nothing is read back before the end."""
-        device, dtype, training = self.rank.device, next(net.parameters()).dtype, net.training
-        matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=device)
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        statistics, pictures = PredictionStatistics(self.num_classes, device), []
-        net.eval()
-        try:
-            for image in images:
-                probability = predict(net, net.network_input(image.pixels[None], dtype), self.scales, self.flip)
-                finite &= probability.isfinite().all()
-                prediction = probability.argmax(dim=0)
-                statistics.add(probability)
-                if image.label is not None:
-                    matrix += confusion_matrix(prediction, image.label, self.num_classes)
-                prediction = prediction.to(torch.uint8)
-                if len(pictures) < PICTURES:
-                    pictures.append(_picture(image, prediction))
-                on_prediction(image, prediction)
-        finally:
-            net.train(training)
-        if not bool(finite):
-            raise UserError(
-                "the segmentation net's predictions are not finite: its training diverged, lower --lr_semseg"
-            )
-        return matrix, statistics, pictures
-
     def score(self, validation: Validation) -> float | None:
-        """What the best net is picked by; None where the validation gives none."""
+        """The value that selects the best net, or None."""
         return validation.mean_iou if self.select_by == "miou" else validation.label_free
+
+
+@contextmanager
+def _in_eval_mode(net: nn.Module) -> Iterator[None]:
+    training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(training)
 
 
 def _picture(sample: LabelledImage, prediction: Tensor) -> np.ndarray:
     pixels = sample.pixels.cpu().numpy()
-    columns = [pixels]
-    if sample.label is not None:
-        columns.append(colourise(sample.label.cpu().numpy()))
-    columns.append(colourise(prediction.cpu().numpy()))
+    labels = [prediction] if sample.label is None else [sample.label, prediction]
+    columns = [pixels, *(colourise(label.cpu().numpy()) for label in labels)]
     width = min(PICTURE_WIDTH, pixels.shape[1])
     size = (width, max(1, round(pixels.shape[0] * width / pixels.shape[1])))
     return np.concatenate([np.asarray(Image.fromarray(column).resize(size)) for column in columns], axis=1)
 
 
+def _iou_by_name(scores: Scores | None, names: Sequence[str]) -> dict[str, float | None]:
+    return {names[c]: value for c, value in zip(scores.classes, scores.iou, strict=True)} if scores else {}
+
+
 def summary(validation: Validation, names: Sequence[str]) -> str:
-    """One line: mIoU and the classes, or what is known without labels."""
+    """One line: mIoU and IoU of the classes, or the label-free scores."""
     free = f"label-free score {validation.label_free:.4f}, mean confidence {validation.mean_confidence:.3f}"
-    scores = validation.scores
-    if scores is None:
+    if validation.scores is None:
         return free
-    if scores.mean_iou is None:
+    if validation.mean_iou is None:
         return f"no pixel of the scored classes is labelled; {free}"
-    parts = [f"{names[c]} {100 * v:.1f}" for c, v in zip(scores.classes, scores.iou, strict=True) if v is not None]
-    return f"mIoU {100 * scores.mean_iou:.2f} ({', '.join(parts)}); {free}"
+    iou = _iou_by_name(validation.scores, names)
+    parts = [f"{name} {100 * value:.1f}" for name, value in iou.items() if value is not None]
+    return f"mIoU {100 * validation.mean_iou:.2f} ({', '.join(parts)}); {free}"
 
 
 def score_table(scores: Scores, names: Sequence[str]) -> str:
     """A table of the classes in percent, the means, the absent classes and the convention."""
     width = max(len(names[c]) for c in scores.classes)
     lines = [f"{'class':<{width}}  IoU %"]
-    for c, value in zip(scores.classes, scores.iou, strict=True):
-        lines.append(f"{names[c]:<{width}}  " + ("absent" if value is None else f"{100 * value:6.2f}"))
+    for name, value in _iou_by_name(scores, names).items():
+        lines.append(f"{name:<{width}}  " + ("absent" if value is None else f"{100 * value:6.2f}"))
     if scores.mean_iou is None:
         return "\n".join([*lines, "no pixel of the scored classes is labelled: there is no mIoU", CONVENTION])
     present = len(scores.classes) - len(scores.absent)
@@ -230,16 +232,27 @@ def score_table(scores: Scores, names: Sequence[str]) -> str:
     return "\n".join([*lines, CONVENTION])
 
 
+def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
+    """Plain values of a validation, for files."""
+    scores = validation.scores
+    return {
+        "miou": validation.mean_iou,
+        "pixel_accuracy": scores and scores.pixel_accuracy,
+        "label_free": validation.label_free,
+        "mean_confidence": validation.mean_confidence,
+        "iou": _iou_by_name(scores, names),
+        "absent": [names[c] for c in scores.absent] if scores else [],
+    }
+
+
 def log_validation(writer: TensorBoardLog, validation: Validation, step: int, names: Sequence[str]) -> None:
     """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
-    writer.add_scalar("Validation/LabelFree", validation.label_free, step)
-    writer.add_scalar("Validation/MeanConfidence", validation.mean_confidence, step)
-    if validation.scores is not None and validation.scores.mean_iou is not None:
-        writer.add_scalar("Validation/mIoU", validation.scores.mean_iou, step)
-        writer.add_scalar("Validation/PixelAccuracy", validation.scores.pixel_accuracy, step)
-        for c, value in zip(validation.scores.classes, validation.scores.iou, strict=True):
-            if value is not None:
-                writer.add_scalar(f"Validation/IoU/{names[c]}", value, step)
+    found = report(validation, names)
+    values = {"LabelFree": found["label_free"], "MeanConfidence": found["mean_confidence"], "mIoU": found["miou"]}
+    values |= {"PixelAccuracy": found["pixel_accuracy"], **{f"IoU/{n}": value for n, value in found["iou"].items()}}
+    for name, value in values.items():
+        if value is not None:
+            writer.add_scalar(f"Validation/{name}", value, step)
     counts = validation.confidence_histogram
     edges = np.linspace(0.0, 1.0, CONFIDENCE_BINS + 1)
     centres = (edges[:-1] + edges[1:]) / 2
@@ -250,17 +263,3 @@ def log_validation(writer: TensorBoardLog, validation: Validation, step: int, na
     )  # fmt: skip
     for index, picture in enumerate(validation.pictures):
         writer.add_image(f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")
-
-
-def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
-    """Plain values of a validation, for files."""
-    scores = validation.scores
-    iou = {} if scores is None else {names[c]: v for c, v in zip(scores.classes, scores.iou, strict=True)}
-    return {
-        "miou": validation.mean_iou,
-        "pixel_accuracy": None if scores is None else scores.pixel_accuracy,
-        "label_free": validation.label_free,
-        "mean_confidence": validation.mean_confidence,
-        "iou": iou,
-        "absent": [] if scores is None else [names[c] for c in scores.absent],
-    }

@@ -17,17 +17,16 @@ from data_handlers.domain import Domain, DomainBatch
 from models.losses import cross_entropy
 from models.segmentation import HEAD_RATE, segmentation_optimizer
 from training.checkpoint import load_checkpoint
-from training.distributed import Rank
-from training.local_batch import LocalBatch, backward_and_step
+from training.distributed import LocalBatch, Rank, backward_and_step
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
 from training.segmentation_files import is_of_run
 from training.synchronised_norm import synchronise_batch_norms
 from uda.config import SourceTrainingConfig
+from utils.devices import to_device
 from utils.files import make_folder
 from utils.locks import say
 from utils.tensor_files import DamagedFileError, UnavailableFileError
-from utils.transfer import to_device
 
 NET = "net"
 

@@ -1,4 +1,4 @@
-"""What a forward pass does to the running statistics of batch norms."""
+"""Context managers for the running statistics of batch norms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
 
 @contextmanager
 def frozen_bn_stats(network: nn.Module) -> Iterator[None]:
-    """Inside the block batch norms in train mode normalise by the batch and leave their running statistics alone."""
+    """Inside the block batch norms in train mode normalise by the batch and do not update running statistics."""
     norms = _batch_norms(network)
     for norm in norms:
         norm.track_running_stats = False
@@ -27,7 +27,7 @@ def frozen_bn_stats(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def bn_momentum(network: nn.Module, momentum: float) -> Iterator[None]:
-    """Inside the block the running statistics of batch norms move to those of a batch by `momentum`, in [0,1]."""
+    """Inside the block batch norms have this momentum, in [0,1]."""
     norms = _batch_norms(network)
     before = [norm.momentum for norm in norms]
     for norm in norms:
@@ -41,10 +41,10 @@ def bn_momentum(network: nn.Module, momentum: float) -> Iterator[None]:
 
 @contextmanager
 def with_spare_statistics(network: nn.Module) -> Iterator[None]:
-    """As `frozen_bn_stats`, but the batch norms update a copy of their running statistics, which is thrown away.
+    """As `frozen_bn_stats`, but the batch norms update a temporary copy of their running statistics.
 
-    `torch.utils.checkpoint` requires that a recomputation saves as many tensors for the backward pass as the first
-    forward pass did, and a batch norm saves its running statistics.
+    `torch.utils.checkpoint` requires that a recomputation saves the same tensors for the backward pass as the first
+    forward pass, and a batch norm saves its running statistics.
     """
     norms = _batch_norms(network)
     held = [dict(norm.named_buffers()) for norm in norms]

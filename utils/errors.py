@@ -1,4 +1,4 @@
-"""Errors a person can act on, and how a command line reports them."""
+"""Errors for the user, and how a command line reports them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from utils.streams import safe_streams
 
 
 class UserError(Exception):
-    """Bad input from outside: the message is one line that says what, which file or flag, and what to do."""
+    """Bad input: the message is one line that says what, which file or flag, and what to do."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on the CPU or on a GPU."""
-    # PyTorch raises a class of its own for GPUs and a plain RuntimeError for the CPU.
+    """Whether an error means that memory ran out; PyTorch raises a plain `RuntimeError` for the CPU."""
     text = str(error)
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
@@ -36,11 +35,10 @@ def out_of_memory_means(what_to_do: Callable[[], str]) -> Iterator[None]:
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """Run a script's `main` and exit.
 
-    `Stopped`, of a run that saved its state when it was asked to stop, and the death of a loader process become one
-    line and exit code 75. A file or folder that the system refuses, where nobody has put it into better words, is a
-    `UserError`, too.
+    A `UserError`, or an `OSError` of a file, becomes one line on stderr and exit code 2; Ctrl-C exit code 130;
+    `Stopped` and the death of a loader process one line and exit code 75.
     """
     with safe_streams():
         code, line = _run(main)
@@ -50,7 +48,7 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
 
 
 def _run(main: Callable[[], None]) -> tuple[int, str]:
-    """Exit code and last line. The error is gone on return, and with it what `main` held open, as loader processes."""
+    """Exit code and last line. On return the error is released, and with it the loader processes of `main`."""
     try:
         main()
     except UserError as error:

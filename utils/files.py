@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +13,7 @@ from utils.errors import UserError
 
 TEMPORARY = ".procst-tmp"
 
-# mkstemp makes private files (0600); other users of a shared data folder must be able to read ours as any other file.
+# mkstemp makes private files (0600); ours get the usual permissions.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -23,11 +21,10 @@ os.umask(_UMASK)
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
     """Let `write` fill a temporary file beside `path`, fsync it, then rename it to `path`.
 
-    The temporary name starts with a dot, so that data set scans that skip hidden files never see it. On any failure
-    the temporary file is removed and what stood at `path` is untouched.
+    The temporary file is hidden, and is removed on any failure, when `path` keeps its former content.
 
     Args:
-        keep: in the same folder; what stood at `path` stays under this name.
+        keep: another name in the same folder, under which a former file at `path` is kept.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
@@ -42,7 +39,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
             os.fchmod(file.fileno(), 0o666 & ~_UMASK)
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            _keep(path, keep)
+            os.replace(path, keep)  # a process that is killed here leaves `keep` alone
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -53,21 +50,9 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
             Path(temporary).unlink(missing_ok=True)
 
 
-def _keep(path: Path, name: Path) -> None:
-    """Give the file at `path` the other name, too; it has one of the two at any moment."""
-    link = name.with_name(f".{name.name}.{secrets.token_hex(4)}{TEMPORARY}")
-    try:
-        os.link(path, link)
-    except OSError:
-        os.replace(path, name)  # a file system without hard links: for a moment the file has the other name alone
-        return
-    os.replace(link, name)
-    link.unlink(missing_ok=True)  # where both were names of one file already, the rename did nothing
-
-
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed `atomic_write` left in `folder`; not while another one writes there."""
-    # `Path.glob` takes long where a million images lie.
+    """Delete the temporary files that a killed `atomic_write` left in `folder`; no other may write there now."""
+    # `Path.glob` is slow in a folder of a million images.
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         if name.startswith(".") and name.endswith(TEMPORARY):
             (Path(folder) / name).unlink(missing_ok=True)
@@ -84,11 +69,7 @@ def atomic_write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing, unreadable or not JSON.
-    """
+    """Read a JSON file. Raises `UserError` if it is missing, unreadable or not JSON."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -98,11 +79,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_folder(path: Path, flag: str) -> None:
-    """Check that `make_folder` can do its work, without making anything.
-
-    Raises:
-        UserError: names `flag` when the nearest existing folder above is no folder or cannot be written to.
-    """
+    """Raise `UserError`, which names `flag`, unless `path` is a writable folder or can be made."""
     path = Path(path).absolute()
     nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -110,22 +87,14 @@ def check_folder(path: Path, flag: str) -> None:
 
 
 def check_output_file(path: Path, flag: str) -> None:
-    """Check that a file can be written to `path` after `make_folder` made its folder.
-
-    Raises:
-        UserError: names `flag` when `path` is a folder, or its folder cannot be made or written to.
-    """
+    """Raise `UserError`, which names `flag`, unless a file can be written to `path`, whose folder may be missing."""
     check_folder(path.parent, flag)
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; name a file")
 
 
 def make_folder(path: Path, flag: str) -> Path:
-    """Create the folder `path` (and its parents) and make sure that files can be made in it.
-
-    Raises:
-        UserError: names `flag` when the folder cannot be created or written to.
-    """
+    """Create the folder `path` with its parents. Raises `UserError`, which names `flag`, if it cannot be written to."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -133,20 +102,3 @@ def make_folder(path: Path, flag: str) -> Path:
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot create or write to this folder ({error.strerror})") from None
     return Path(path)
-
-
-def new_run_folder(parent: Path, flag: str, task: str) -> Path:
-    """Make a folder named by time and task; a number is added where another run started in the same second.
-
-    Raises:
-        UserError: `parent`, which `flag` names, cannot be written to.
-    """
-    parent = make_folder(parent, flag)
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}"
-    for suffix in ("", *(f"_{n}" for n in range(2, 100))):
-        try:
-            (parent / (name + suffix)).mkdir()
-        except FileExistsError:
-            continue
-        return parent / (name + suffix)
-    raise UserError(f"{flag} {parent}: a hundred runs started in the same second")

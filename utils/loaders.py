@@ -1,7 +1,4 @@
-"""Loading samples in worker processes, in order, such that a worker that dies ends the run in good order.
-
-Exact resume makes a dead worker cheap: the run saves, exits with code 75, and the same command goes on.
-"""
+"""Loading samples in worker processes, in order. When a worker dies, the run saves and exits with code 75."""
 
 from __future__ import annotations
 
@@ -20,10 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from utils.errors import UserError
 from utils.stopping import LoaderDied, is_loader_death
 
-MOST_SKIPPED = 10  # so many unusable samples one after the other are a fault of the disk, not of the files
-# A batch that a worker could not send is dropped, which only shows in its absence. Five minutes are far longer than a
-# batch takes on a slow, shared disk, and a network disk that stalls is usually back by then.
-TIMEOUT = 300  # seconds
+MOST_SKIPPED = 10  # so many unusable samples in a row are a fault of the disk, not of the files
+TIMEOUT = 300  # seconds for a batch: a batch that a worker could not send is missing without an error
 GRACE = 5.0  # seconds in which workers end by themselves
 
 
@@ -38,21 +33,21 @@ def load_in_order(
     pin_memory: bool = False,
     prefetch: int = 2,
 ) -> Iterator[Any]:
-    """Yield the samples of a data set, or batches of them, in the given order. To be used in the main thread.
+    """Yield the samples of a data set, or batches of them, in the given order. Call it in the main thread.
 
-    A data set returns a `UserError` for a sample that cannot be used; raised in a worker, its message would come
-    wrapped in a traceback.
+    A data set returns, and does not raise, a `UserError` for a sample that cannot be used: a worker would add a
+    traceback to its message.
 
     Args:
         order: index of every sample; with `collate`, the indices of every batch.
-        collate: makes a batch of samples, in the worker. It returns a `UserError` where one of them is one.
-        skip_unusable: yield the `UserError`s among the samples, for the caller to note, instead of raising them.
-        or_else: what else there is to do about a sample that cannot be used, as the end of the message.
+        collate: makes a batch of samples, in the worker, or returns a `UserError` among them.
+        skip_unusable: yield the `UserError`s among the samples instead of raising them.
+        or_else: end of the message about a sample that cannot be used; it names an alternative.
         pin_memory: copy tensors to page-locked memory, for asynchronous transfer to a GPU.
         prefetch: samples or batches that each worker makes ahead.
 
     Raises:
-        UserError: a sample cannot be used; with `skip_unusable`, too many one after the other cannot.
+        UserError: a sample cannot be used; with `skip_unusable`, `MOST_SKIPPED` in a row.
         LoaderDied: a worker died, cannot be started, or has sent nothing for `TIMEOUT` seconds.
     """
     loader = DataLoader(
@@ -76,7 +71,7 @@ def load_in_order(
 
 
 def disk_fault(error: UserError) -> UserError:
-    """The error of the last of `MOST_SKIPPED` samples one after the other that cannot be used."""
+    """The error for `MOST_SKIPPED` unusable samples in a row, from that of the last one."""
     return UserError(f"{error}; and so are the {MOST_SKIPPED - 1} files before it: is the disk there?")
 
 
@@ -85,11 +80,7 @@ def _as_it_is(sample: Any) -> Any:
 
 
 def _from_workers(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader with worker processes.
-
-    PyTorch's handler of SIGCHLD raises in the main thread when a worker has died, also while it waits for the rest of a
-    batch that the worker was writing.
-    """
+    """The batches of a loader with worker processes; raises `LoaderDied` when one has died."""
     before = set(multiprocessing.active_children())
     try:
         batches = iter(loader)
@@ -112,11 +103,11 @@ def _from_workers(loader: DataLoader) -> Iterator[Any]:
 
 
 def _death(error: Exception) -> str:
-    """How a worker died or why it is stuck, if that is what an error of the loader means, else ''."""
+    """How a worker died or why it is stuck; '' for other errors of the loader."""
     text = str(error)
     if "in DataLoader worker process" in text:  # the error was raised in the worker, which lives
         return "a loader process found no shared memory" if "shared memory" in text else ""
-    # Tensors are fetched from the worker that made them: the lost connection may be noticed before its death is.
+    # Tensors are fetched from their worker: the lost connection may be noticed before its death.
     lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "pin memory thread" in text.lower()
     return text or "a loader process is gone" if lost or is_loader_death(error) else ""
 
@@ -129,10 +120,7 @@ def _end(workers: Iterable[BaseProcess]) -> None:
 
 
 def _init_worker(worker_id: int) -> None:
-    """Make a worker ignore what a scheduler or a terminal sends to the whole process group, and end with its parent.
-
-    The parent needs its workers to finish the step that it is in when it is told to stop.
-    """
+    """Make a worker end with its parent, and ignore signals to the process group: the parent finishes its step."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -141,12 +129,12 @@ def _init_worker(worker_id: int) -> None:
 
 
 def _follow_parent(parent: int) -> None:
-    """End this process, whatever its main thread is at, when the parent sends SIGTERM or is gone.
+    """End this process when the parent sends SIGTERM or is gone.
 
-    PyTorch's own check misses the end of the parent where the worker waits for room in its pipe.
+    PyTorch's own check misses the end of the parent while the worker waits for room in its pipe.
     """
     while os.getppid() == parent:
         received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
         if received is not None and received.si_pid == parent:
-            os._exit(0)  # PyTorch takes any other exit code for an accident
+            os._exit(0)  # PyTorch reports any other exit code
     os._exit(1)

@@ -24,11 +24,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Inside the block no other process can lock the folder; the lock ends with the process, however that ends.
-
-    Raises:
-        UserError: names `flag` when another process has locked it.
-    """
+    """Inside the block no other process can lock the folder. Raises `UserError`, which names `flag`, if one has."""
     path = Path(folder) / LOCK
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -36,12 +32,12 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         raise UserError(f"{flag} {folder}: cannot write to this folder ({error.strerror})") from None
     try:
         try:
-            # A lock of this process alone, which processes forked from it do not hold.
+            # Processes forked from this one do not hold the lock.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{flag} {folder}: another process is at work on this run; wait or stop it") from None
-            # A file system without locks: go on without.
+            # The file system has no locks.
         yield
     finally:
         os.close(handle)

@@ -35,11 +35,7 @@ def _parse_header(start: bytes) -> PngHeader | None:
 
 
 def read_png_header(path: Path) -> PngHeader:
-    """Read the header of a PNG file.
-
-    Raises:
-        UserError: the file is missing, unreadable, or no PNG.
-    """
+    """Read the header of a PNG file. Raises `UserError` if it is missing, unreadable, or no PNG."""
     try:
         with open(path, "rb") as file:
             header = _parse_header(file.read(33))

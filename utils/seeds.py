@@ -6,9 +6,9 @@ import numpy as np
 
 
 def seed_for(*parts: int) -> int:
-    """One seed from several numbers: the run's seed, the number of a use, then what tells its instances apart.
+    """One seed from the run's seed, the number of a use, and further numbers of that use.
 
     Uses: 3 weights of a scale's networks, 4 dropout of a step, 5 weights of a segmentation net. (Streams and
-    interpolation factors seed NumPy generators with lists of their own.)
+    interpolation factors seed NumPy generators with other lists.)
     """
     return int(np.random.SeedSequence(parts).generate_state(1)[0])

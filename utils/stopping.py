@@ -1,4 +1,4 @@
-"""Ending a long run in good order when it is asked to: by Ctrl-C, by a scheduler, or by its user."""
+"""Ending a long run in good order at a signal of its user or of a scheduler, or when a loader process died."""
 
 from __future__ import annotations
 
@@ -13,26 +13,22 @@ from types import FrameType, TracebackType
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # EX_TEMPFAIL of sysexits.h: not finished, to be started again.
 STOPPED = 75
-# A group of processes and the process that leads it may both be sent what was meant as one signal.
-SAME_REQUEST = 1.0  # seconds
+SAME_REQUEST = 1.0  # seconds in which a signal that was sent to a process and to its group counts as one
 
 
 class Stopped(BaseException):
     """The run was asked to stop and has saved its state: exit code `STOPPED`, and the message as one line.
 
-    No `Exception`: a signal can raise it anywhere, also where a file is read and whatever goes wrong means damage.
+    It is no `Exception`, because a signal can raise it where any `Exception` means a damaged file.
     """
 
 
 class LoaderDied(Exception):
-    """A process that loads images died or is stuck, by no fault of the input: exit code `STOPPED`.
-
-    A training saves its state first; the same command goes on. The message is one line without that advice.
-    """
+    """A loader process died or is stuck, by no fault of the input: exit code `STOPPED`; the same command continues."""
 
     @classmethod
     def because(cls, reason: str | Exception) -> LoaderDied:
-        """In words of ours, with what to do about it."""
+        """With the first sentence of a reason and advice."""
         if isinstance(reason, cls):
             return reason
         first_sentence = " ".join(str(reason).split()).partition(". ")[0].rstrip(".")
@@ -42,8 +38,7 @@ class LoaderDied(Exception):
 def is_loader_death(error: BaseException) -> bool:
     """Whether an error means that a loader process is gone.
 
-    While loaders work, PyTorch's handler of SIGCHLD raises such a `RuntimeError` in the main thread wherever that is,
-    as in the middle of a training step.
+    PyTorch's handler of SIGCHLD raises a `RuntimeError` in the main thread, also in the middle of a training step.
     """
     return isinstance(error, LoaderDied) or (
         isinstance(error, RuntimeError) and str(error).startswith(("DataLoader worker (pid", "DataLoader timed out"))
@@ -53,15 +48,15 @@ def is_loader_death(error: BaseException) -> bool:
 class StopRequests:
     """Inside the block the first stop signal is remembered, and a second one ends the process with 128 + its number.
 
-    Call the object to ask whether a stop is wanted. To be entered in the main thread; processes forked inside the block
-    ignore what they are sent. After the block the handlers stay where a stop was asked for: the same request, sent
-    twice, must not end by a signal a process that has saved and is about to say so with its exit code.
+    Calling the object tells whether a stop was requested. It must be entered in the main thread; processes forked
+    inside the block ignore the signals. After a request the handlers stay when the block ends, so that the same
+    request, sent twice, does not kill a process that has saved and is about to exit.
 
     Args:
-        quiet: say nothing about the first one, as where several processes are sent the same.
+        quiet: print nothing about the first signal.
 
     Attributes:
-        at_once: set while there is nothing to save: a signal then ends what is going on by `Stopped`.
+        at_once: set while there is nothing to save: a signal then raises `Stopped`.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -76,7 +71,7 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         self._process = os.getpid()
-        # What is ignored stays so: `nohup` means that the end of a terminal is not meant for this process.
+        # An ignored signal stays ignored, as with `nohup`.
         wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
@@ -105,13 +100,12 @@ class StopRequests:
 
 
 def announce(number: signal.Signals) -> None:
-    """Tell what follows a first signal."""
+    """Print what follows a first signal."""
     _say(f"{number.name}: finishing this step and saving; once more ends at once")
 
 
 def _say(line: str) -> None:
-    # Past Python's buffered streams, which the interrupted code may be in the middle of using. Who reads them may have
-    # been ended by the same Ctrl-C.
-    if sys.__stderr__ is not None:  # closed by who started the program
-        with suppress(OSError):
+    # Not through Python's buffered streams: the interrupted code may be using them.
+    if sys.__stderr__ is not None:  # None where the program was started with stderr closed
+        with suppress(OSError):  # the reader may have been ended by the same Ctrl-C
             os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())

@@ -18,29 +18,29 @@ from torch import nn
 from utils.errors import UserError, is_out_of_memory
 
 _OLD_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that begins a file of PyTorch before 1.6
-_ENCRYPTED = 1  # in the flags of a record
-_FOLDER = 0x10  # in its attributes
+_ENCRYPTED = 1  # flag of a record
+_FOLDER = 0x10  # attribute of a record
 _CHUNK = 1 << 20  # bytes
 _PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
 
 
 class DamagedFileError(UserError):
-    """A file is not as it was written."""
+    """A file is damaged, or no file of `torch.save`."""
 
 
 class UnavailableFileError(UserError):
-    """A file cannot be read at the moment, and may be whole."""
+    """A file cannot be read at the moment; it may be undamaged."""
 
 
 def check_archive(path: Path) -> None:
-    """Compare every byte of a file of `torch.save` with its checksum (CRC-32), which `torch.load` does not do.
+    """Compare the records of a file of `torch.save` with their checksums (CRC-32), which `torch.load` does not do.
 
-    A file that is no zip archive passes: PyTorch before 1.6 wrote pickles one after another, without checksums.
+    A file that is no zip archive passes: PyTorch before 1.6 wrote pickles without checksums.
 
     Raises:
         UserError: the file is missing or unreadable.
-        DamagedFileError: it is damaged, or its records are not stored as `torch.save` stores them: `torch.load` would
-            believe the sizes that they claim.
+        DamagedFileError: it is damaged, or its records are not stored as `torch.save` stores them: `torch.load` trusts
+            their sizes.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115 - an error inside the block has another meaning than one of opening
@@ -51,8 +51,7 @@ def check_archive(path: Path) -> None:
         try:
             if _is_archive(file):
                 _check_records(file)
-        # A damaged archive can make the reader fail in any way, and each means the same.
-        except Exception as error:
+        except Exception as error:  # a reader of a damaged archive can fail in any way
             _raise_if_passing(error, path)
             reason = f"{path} is damaged or cut short ({_reason(error)}); use another copy of it"
             raise DamagedFileError(reason) from None
@@ -67,11 +66,11 @@ def _is_archive(file: BinaryIO) -> bool:
 def _check_records(file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        # First the sizes, so that an archive that unpacks to far more than it holds is never unpacked.
+        # The sizes come first, so that an archive that unpacks to far more than it holds is never unpacked.
         for record in records:
             if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & _ENCRYPTED:
                 raise ValueError(f"its record {record.filename[:100]!r} is compressed or encrypted")
-            # `torch.load` fills no memory for a folder, and returns what stood there.
+            # For a folder `torch.load` returns uninitialised memory.
             if record.is_dir() or record.external_attr & _FOLDER:
                 raise ValueError(f"its record {record.filename[:100]!r} is a folder")
         if sum(max(r.file_size, r.compress_size) for r in records) > os.fstat(file.fileno()).st_size:
@@ -83,7 +82,7 @@ def _check_records(file: BinaryIO) -> None:
 
 
 def _raise_if_passing(error: Exception, path: Path) -> None:
-    """Raise `UnavailableFileError` where memory or a file server fails: the file may be whole, and stays in use."""
+    """Raise `UnavailableFileError` where memory or a file server fails."""
     if is_out_of_memory(error):
         reason = "asks for more memory than there is; free some, or use another file"
         raise UnavailableFileError(f"{path} {reason}") from None
@@ -96,35 +95,34 @@ def _reason(error: Exception) -> str:
 
 
 def read_tensor_file(path: Path) -> Any:
-    """`torch.load` with `weights_only=True` on the CPU; None if the file names anything but tensors and plain values.
+    """`torch.load` with `weights_only=True` on the CPU; None if the file holds other than tensors and plain values.
 
     Raises:
         UserError: missing.
-        DamagedFileError: damaged, or not a file that `torch.save` wrote; see `check_archive`.
+        DamagedFileError: damaged, or no file of `torch.save`; see `check_archive`.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     check_archive(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of another protocol: they are read or refused as any other
+            warnings.simplefilter("ignore")  # about pickles of another protocol
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return None
-    # A damaged file can make the reader fail in any way, and each means the same.
-    except Exception as error:
+    except Exception as error:  # a reader of a damaged file can fail in any way
         _raise_if_passing(error, path)
         raise DamagedFileError(f"{path} is damaged or not a checkpoint ({_reason(error)})") from None
 
 
 def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, Any]:
-    """A state dict that `flag` names.
+    """Read the state dict that `flag` names.
 
     Args:
         alternatives: what else the flag accepts, for the message about a missing file.
 
     Raises:
-        UserError: missing, damaged, or anything else than names and plain tensors.
+        UserError: missing, damaged, or no state dict.
     """
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file (give a file, {alternatives})")
@@ -147,7 +145,7 @@ def load_network(network: nn.Module, state: Mapping[str, Any], origin: str) -> N
     """Load a state dict strictly.
 
     Raises:
-        UserError: names `origin` and the first tensor that is missing, unexpected, of another shape or no plain tensor.
+        UserError: names `origin` and the first tensor that is missing, unexpected or of another shape.
     """
     if not _is_state_dict(state):
         raise UserError(f"{origin} is no state dict: it must hold names and tensors alone")
@@ -165,6 +163,11 @@ def load_network(network: nn.Module, state: Mapping[str, Any], origin: str) -> N
         network.load_state_dict(state)
     except RuntimeError as error:  # a tensor without values, as of the meta device
         raise UserError(f"{origin} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def is_finite(network: nn.Module) -> bool:
+    """Whether all weights and buffers are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())
 
 
 def weights_fingerprint(*networks: nn.Module) -> str:
