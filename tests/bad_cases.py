@@ -213,7 +213,7 @@ PROCST_FLAGS = [
     (train(crop_size=(48, 38)), "--crop_size 48 38", "--trg_resize 48 36"),
     (train(crop_size=(24, 16), style_layers=(3, 22)), "--crop_size 24 16", "8 a side", "layer 22"),
     (train(crop_size=(0, 16)), "--crop_size 0 16"),
-    (train(batch_size_list=(2, 2)), "--batch_size_list", "2 values", "3 scales"),
+    (train(batch_size_list=(2, 2)), "--batch_size_list has 2 values", "needs 3"),
     (train(batch_size_list=(2, 0, 1)), "--batch_size_list 2 0 1"),
     (train(batch_size_list=(9, 2, 1)), "--batch_size_list: 9 images"),
     (train(batch_size=2), "--batch_size and --batch_size_list contradict"),

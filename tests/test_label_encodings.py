@@ -173,6 +173,14 @@ def test_data_sets_with_other_ids_are_believed(tmp_path, capsys):
         check_samples(synthia)
 
 
+def test_a_data_set_must_name_its_classes():
+    shared = {"images": {"train": ("*.png",)}, "label_path": (), "resize": (64, 32), "crop": (64, 32)}
+    with pytest.raises(ValueError, match=r"mine: trainId 2 has no name"):
+        DataSet(name="mine", id_map={7: 2}, classes=(0, 1), class_names=("a", "b"), **shared)
+    with pytest.raises(ValueError, match=r"mine: trainId 18 has no name"):
+        DataSet(name="mine", id_map={7: 1}, class_names=("a", "b"), **shared)
+
+
 # --- scripts --------------------------------------------------------------------------------------------
 
 

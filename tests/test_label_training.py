@@ -157,6 +157,7 @@ def test_continuing_with_another_source_net(world, tmp_path, run_script, source_
 
 
 
+@pytest.mark.slow
 def test_continuing_with_other_backbone_weights(world, tmp_path, run_script, monkeypatch):
     """The file may have moved, but it must be the same one until the net that starts from it is in the checkpoint."""
     net = save_net(tmp_path / "resnet.pth", "DeepLabV2", "resnet18")
