@@ -40,6 +40,7 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
 def gram_matrix(features: Tensor) -> Tensor:
     """F F^T / (h w) of each image: (B,C,h,w) -> (B,C,C), at least float32 for sums over half a million positions."""
     flat = at_least_float32(features).permute(0, 2, 3, 1).flatten(1, 2)
+    # With beta = 0 the first argument is ignored, and the division is part of the product.
     return torch.baddbmm(flat.new_empty(()), flat.transpose(1, 2), flat, beta=0, alpha=1 / flat.shape[1])
 
 

@@ -26,7 +26,7 @@ from training.segmentation_files import load_segmentation_net
 from training.validation import Validator, scored_classes
 from utils.devices import workers_for
 from utils.errors import UserError
-from utils.seeds import seed_for
+from utils.seeds import NET_WEIGHTS, seed_for
 from utils.sizes import evenly_spaced
 
 LABEL_FREE_IMAGES = 100  # target images of the label-free score where there is no val split
@@ -118,7 +118,7 @@ def _training_command(config: ProCSTConfig) -> str:
 
 def _build_seg_sit(config: ProCSTConfig, fresh: bool) -> nn.Module:
     """Q on the CPU; a fresh one has the configured weights of its backbone, another one is filled by a checkpoint."""
-    torch.manual_seed(seed_for(config.run.manual_seed, 5))
+    torch.manual_seed(seed_for(config.run.manual_seed, NET_WEIGHTS))
     net = build_segmentation_net(config.net.shape())
     if fresh and config.net.backbone_weights != "random":
         load_backbone(net, config.net.backbone, config.net.backbone_weights)

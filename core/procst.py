@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +18,7 @@ from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.running import micro_batch_size, procst_runner
 from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets, StepResult, training_step
-from data_handlers.domain import Domain, DomainBatch
+from data_handlers.domain import Domain, PairBatch
 from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import array_pyramid
 from models.segmentation import segmentation_optimizer
@@ -28,24 +27,11 @@ from training.method import Method, Stage
 from training.precision import channels_last
 from training.synchronised_norm import synchronise_batch_norms
 from utils.devices import to_device
-from utils.seeds import seed_for
+from utils.seeds import SCALE_WEIGHTS, seed_for
 from utils.tensor_files import weights_fingerprint
 
 NETWORKS = ("Dst", "Gst", "Dts", "Gts")
 SEG_SIT = "seg_sit"
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """The source and target samples of a step, on the host."""
-
-    source: DomainBatch
-    target: DomainBatch
-
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """See `training.method.Batch`."""
-        return (*self.source.skipped, *self.target.skipped)
 
 
 def penalty_alphas(seed: int, scale: int, step: int) -> Tensor:
@@ -132,7 +118,7 @@ class ProCST(Method):
         for index, name in enumerate(NETWORKS):
             kind = Discriminator if name.startswith("D") else Generator
             network = kind(self.config.network.shape(stage))
-            init_weights(network, torch.Generator().manual_seed(seed_for(seed, 3, stage, index)))
+            init_weights(network, torch.Generator().manual_seed(seed_for(seed, SCALE_WEIGHTS, stage, index)))
             network.to(self.device, self.dtype).train()
             self._synchronise(network)
             self.modules[f"{name}.{stage}"] = network

@@ -7,6 +7,7 @@ number of worker processes does not change the batches, and a resumed run contin
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -51,12 +52,25 @@ class DomainBatch:
         return DomainBatch([level.pin_memory() for level in self.levels], label, self.skipped)
 
 
+@dataclass(frozen=True)
+class PairBatch:
+    """The source and the target samples of one step."""
+
+    source: DomainBatch
+    target: DomainBatch
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The messages about images of both that could not be used and that others replace."""
+        return (*self.source.skipped, *self.target.skipped)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Domain:
     """Images of one list as a training reads them.
 
     Attributes:
-        name: `source` or `target`; each has its own random order.
+        name: such as `source` or `target`; each name has its own random order.
         seed: of the run.
         resize, crop: (W,H) in pixels.
         labels: whether labels are ignored, checked by their header (not where images are cached), or read.
@@ -175,7 +189,9 @@ class Samples(Dataset):
     pyramid: PyramidOf
 
     def _seed(self, purpose: int, number: int) -> tuple[int, ...]:
-        return (self.domain.seed, DOMAINS.index(self.domain.name), self.stage, purpose, number)
+        name = self.domain.name
+        domain = DOMAINS.index(name) if name in DOMAINS else zlib.crc32(name.encode())
+        return (self.domain.seed, domain, self.stage, purpose, number)
 
     def image_index(self, position: int, skipped: int = 0) -> int:
         """Index into the file list of the image at a stream position, or of the n-th after it in the epoch's order."""

@@ -139,7 +139,7 @@ class LocalBatch:
         return WHOLE if rank.count == 1 else LocalBatch(len(rank.part(batch_size)) / batch_size, rank.all_reduce)
 
     def labelled_fraction(self, label: Tensor) -> Tensor | float:
-        """Weight of a local mean over labelled pixels in the global mean.
+        """Factor for a loss that is a mean over the labelled pixels of the local samples, in place of `fraction`.
 
         Args:
             label: trainIds (B,h,w) of the local samples, 255 = ignore.

@@ -17,7 +17,7 @@ from training.validation import VALIDATIONS, Validator, report
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.locks import say
-from utils.seeds import seed_for
+from utils.seeds import STEP, seed_for
 from utils.stopping import LoaderDied, Stopped, is_loader_death
 from utils.tensor_files import is_finite, load_network, weights_fingerprint
 
@@ -208,7 +208,7 @@ class Loop:
             # The seed depends on the step, so that dropout of a continued run equals that of an uninterrupted one.
             # Other processes draw for other samples; the main one's seed is that of a single process.
             others = (self.rank.index,) if self.rank.index else ()
-            torch.manual_seed(seed_for(self.run_config.manual_seed, 4, self.stage, self.step, *others))
+            torch.manual_seed(seed_for(self.run_config.manual_seed, STEP, self.stage, self.step, *others))
             losses = self.method.step(batch, self.stage, self.step)
             self.step += 1
             progress.step(self.stage, self.step, losses)

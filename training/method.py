@@ -100,8 +100,8 @@ class Method:
         """Make the networks that the stage adds and its optimisers.
 
         Args:
-            resumed: a checkpoint of this stage or of a later one will be loaded: compute and write nothing that it
-                holds.
+            resumed: a checkpoint of this stage or of a later one will be loaded next, so nothing is computed or written
+                here that the checkpoint holds.
         """
         raise NotImplementedError
 
@@ -113,8 +113,8 @@ class Method:
         """Train on a batch: losses, backward, optimisers, EMA, without reading back to the host and without I/O.
 
         Returns:
-            The losses to be logged, scalars on the device without gradient. Those of several processes are summed, so
-            each has the weight of its local batch.
+            The losses to be logged, scalars on the device without gradient. The loop sums them over the processes, so
+            the method multiplies each by the fraction of the global batch that it is a mean over (`LocalBatch`).
         """
         raise NotImplementedError
 

@@ -23,7 +23,7 @@ from uda.source import SourceTraining
 from utils.devices import workers_for
 from utils.errors import UserError
 from utils.files import check_folder
-from utils.seeds import seed_for
+from utils.seeds import NET_WEIGHTS, seed_for
 
 
 def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continued | None) -> Prepared:
@@ -70,7 +70,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
 
 
 def _build_net(config: SourceTrainingConfig, fresh: bool) -> nn.Module:
-    torch.manual_seed(seed_for(config.run.manual_seed, 5))
+    torch.manual_seed(seed_for(config.run.manual_seed, NET_WEIGHTS))
     net = build_segmentation_net(config.net.shape())
     if fresh and config.net.backbone_weights != "random":
         load_backbone(net, config.net.backbone, config.net.backbone_weights)

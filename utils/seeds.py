@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+# The uses. A new one takes the next number; 0 to 2 are used where NumPy generators are seeded with lists.
+SCALE_WEIGHTS, STEP, NET_WEIGHTS = 3, 4, 5
+
 
 def seed_for(*parts: int) -> int:
-    """One seed from the run's seed, the number of a use, and further numbers of that use.
-
-    Uses: 3 weights of a scale's networks, 4 dropout of a step, 5 weights of a segmentation net. (Streams and
-    interpolation factors seed NumPy generators with other lists.)
-    """
+    """One seed from the run's seed, the number of a use, and further numbers of that use."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
