@@ -79,13 +79,14 @@ def test_finished_scales_stay_frozen(finished_run):
     assert not torch.equal(first, late.modules["Gst.2"]["head.conv.weight"])
 
 
+workers = pytest.param({"num_workers": 1}, STEPS - 1, marks=pytest.mark.processes)
 bf16 = pytest.mark.skipif(not computes_in_bf16(torch.device("cpu")), reason="no bfloat16 arithmetic")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "step"),
-    [({"norm": "batch"}, 1), ({"num_workers": 1}, STEPS - 1), pytest.param({"precision": "bf16"}, 1, marks=bf16)],
+    [({"norm": "batch"}, 1), workers, pytest.param({"precision": "bf16"}, 1, marks=bf16)],
     ids=str,
 )
 def test_a_continued_run_equals_an_uninterrupted_one(world, tmp_path, run_script, monkeypatch, changes, step):
