@@ -99,3 +99,14 @@ def finished_run(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
     train(train_procst, procst_flags(world, out))
     return only_run(out)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(world, tmp_path_factory):
+    """The folder of a finished ProCST run of `faults.run_flags`, which nothing happened to."""
+    import train_procst
+    from faults import run_flags
+
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(train_procst, run_flags(world, out))
+    return out / "run"

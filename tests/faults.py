@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from commands import procst_flags
 
-LAST = 2  # scale of a run of `procst_flags`
+LAST = 1  # scale
 
 
 def run_flags(world, out, **changes):
-    return procst_flags(world, out, checkpoints_dir=None, run_dir=out / "run", **changes)
+    """A ProCST run of two scales in the folder `run`."""
+    flags = {"num_scales": LAST, "batch_size_list": (2, 1), "crop_size": (24, 20)}
+    return procst_flags(world, out, checkpoints_dir=None, run_dir=out / "run", **{**flags, **changes})
 
 
 def one_line(result, code=2):

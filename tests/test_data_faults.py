@@ -79,7 +79,7 @@ def test_a_disk_that_is_gone_is_no_bad_image(spoilt, tmp_path, run_script, monke
 
 
 def test_a_killed_loader_ends_the_run_and_the_same_command_continues_it(
-    world, finished_run, tmp_path, run_script, monkeypatch
+    world, undisturbed_run, tmp_path, run_script, monkeypatch
 ):
     real = DomainSamples.__getitem__
     main = os.getpid()
@@ -95,7 +95,7 @@ def test_a_killed_loader_ends_the_run_and_the_same_command_continues_it(
     assert "Killed" in line or "exited unexpectedly" in line
     assert "--continue_train_from_path" in line or "run the same command again" in line
     assert run_script(train_procst, *run_flags(world, tmp_path, num_workers=1)).code == 0
-    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
+    assert_same_tensors(tmp_path / "run" / LATEST, undisturbed_run / LATEST)
 
 
 class Samples(Dataset):

@@ -37,7 +37,7 @@ from utils.tensor_files import DamagedFileError
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # the others: below, and in other tests
-def test_a_signal_saves_and_the_same_command_goes_on(world, finished_run, tmp_path, run_script, monkeypatch, number):
+def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed_run, tmp_path, run_script, monkeypatch, number):
     with monkeypatch.context() as patch:
         stop_at(patch, ProCST, 1, 1, number)
         result = run_script(train_procst, *run_flags(world, tmp_path))
@@ -47,7 +47,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, finished_run, tmp_pa
     state = load_checkpoint(tmp_path / "run" / "latest.pth")
     assert (state.stage, state.step) == (1, 2)
     assert run_script(train_procst, *run_flags(world, tmp_path)).code == 0
-    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
+    assert_same_tensors(tmp_path / "run" / LATEST, undisturbed_run / LATEST)
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypat
         assert not isinstance(found.value, DamagedFileError)
 
 
-def test_loaders_outlive_what_a_scheduler_sends_to_all(world, finished_run, tmp_path, run_script, monkeypatch):
+def test_loaders_outlive_what_a_scheduler_sends_to_all(world, undisturbed_run, tmp_path, run_script, monkeypatch):
     sent = []
 
     def to_all():
@@ -132,7 +132,7 @@ def test_loaders_outlive_what_a_scheduler_sends_to_all(world, finished_run, tmp_
     assert len(sent) == 4
     assert "step 2 of scale 1" in one_line(result, code=75)
     assert run_script(train_procst, *run_flags(world, tmp_path)).code == 0
-    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
+    assert_same_tensors(tmp_path / "run" / LATEST, undisturbed_run / LATEST)
 
 
 # --- the newest checkpoint ------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_loaders_outlive_what_a_scheduler_sends_to_all(world, finished_run, tmp_
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
-    world, finished_run, tmp_path, run_script, monkeypatch, damage
+    world, undisturbed_run, tmp_path, run_script, monkeypatch, damage
 ):
     with monkeypatch.context() as patch:
         stop_at(patch, ProCST, 1, 2)
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
     assert "latest.pth" in result.err
     assert "previous.pth" in result.err
     assert (tmp_path / "run" / "damaged.pth").exists() == (damage != "gone")
-    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
+    assert_same_tensors(tmp_path / "run" / LATEST, undisturbed_run / LATEST)
 
 
 def test_the_one_before_is_always_whole(tmp_path):
@@ -173,7 +173,7 @@ def test_the_one_before_is_always_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "previous"]
 
 
-def test_a_full_disk_keeps_the_checkpoint(world, finished_run, tmp_path, run_script, monkeypatch):
+def test_a_full_disk_keeps_the_checkpoint(world, undisturbed_run, tmp_path, run_script, monkeypatch):
     real = files_module.os.fsync
 
     def full(handle):
@@ -190,7 +190,7 @@ def test_a_full_disk_keeps_the_checkpoint(world, finished_run, tmp_path, run_scr
     state = load_checkpoint(tmp_path / "run" / "latest.pth")
     assert (state.stage, state.step) == (1, 1)
     assert run_script(train_procst, *run_flags(world, tmp_path)).code == 0
-    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
+    assert_same_tensors(tmp_path / "run" / LATEST, undisturbed_run / LATEST)
 
 
 def test_checkpoints_by_the_clock(world, tmp_path, run_script, monkeypatch):
@@ -217,7 +217,7 @@ def test_writes_of_one_file_are_whole_or_not_there(tmp_path, monkeypatch):
 # --- what shows the run -----------------------------------------------------------------------------------------
 
 
-def test_a_run_outlives_the_pipe_that_shows_it(world, finished_run, tmp_path):
+def test_a_run_outlives_the_pipe_that_shows_it(world, undisturbed_run, tmp_path):
     """As where `tee` dies of the Ctrl-C that is to stop the run: nothing printed may keep it from saving."""
     reading, writing = os.pipe()
     context = multiprocessing.get_context("fork")
@@ -245,7 +245,7 @@ def test_a_run_outlives_the_pipe_that_shows_it(world, finished_run, tmp_path):
     assert (state.stage, state.step) == (1, 2)
 
 
-def test_a_log_that_cannot_be_written_is_given_up(world, finished_run, tmp_path, run_script, monkeypatch):
+def test_a_log_that_cannot_be_written_is_given_up(world, undisturbed_run, tmp_path, run_script, monkeypatch):
     def full(self, *arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -254,7 +254,7 @@ def test_a_log_that_cannot_be_written_is_given_up(world, finished_run, tmp_path,
     result = run_script(train_procst, *run_flags(world, tmp_path))
     assert result.code == 0, result.err
     assert result.err.count("without TensorBoard") == 1
-    assert_same_tensors(tmp_path / "run" / LATEST, finished_run / LATEST)
+    assert_same_tensors(tmp_path / "run" / LATEST, undisturbed_run / LATEST)
 
 
 @pytest.mark.parametrize("fault", ["a file in its place", "folder deleted", "disk full from the start", "disk full"])
@@ -348,6 +348,6 @@ def test_out_of_memory(world, tmp_path, run_script, monkeypatch, message):
 
     at_step(monkeypatch, ProCST, LAST, 0, fail)
     line = one_line(run_script(train_procst, *run_flags(world, tmp_path)))
-    for part in ("batch 1", "scale 2", "--batch_size_list", "--crop_size"):
+    for part in ("batch 1", f"scale {LAST}", "--batch_size_list", "--crop_size"):
         assert part in line
-    assert load_checkpoint(tmp_path / "run" / "latest.pth").stage == 1
+    assert load_checkpoint(tmp_path / "run" / "latest.pth").stage == LAST - 1
