@@ -38,7 +38,7 @@ from worlds import write_cityscapes
 pytestmark = pytest.mark.processes
 TWO = ("cpu", "cpu")
 STEPS = 12
-LONGEST = 240.0  # seconds after which a run that should have ended fails its test
+LONGEST = 600.0  # seconds after which a run that should have ended fails its test
 
 
 # --- the arithmetic --------------------------------------------------------------------------------------------------
