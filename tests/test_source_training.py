@@ -221,3 +221,11 @@ def test_running_out_of_memory_names_the_batch(world, tmp_path, run_script, monk
     result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
     assert result.code == 2
     assert "memory does not suffice for batch 2 of training; lower --batch_size or --crop_size" in result.err
+
+
+@pytest.mark.parametrize("name", ["latest.pth", "previous.pth", "best.pth"])
+def test_the_output_never_takes_the_place_of_a_checkpoint(world, tmp_path, run_script, name):
+    run = tmp_path / "run"
+    flags = source_flags(world, tmp_path, checkpoints_dir=None, run_dir=run, output=run / name)
+    check_refusal(run_script(train_semseg_on_source, *flags), "--output", name)
+    assert not run.exists()

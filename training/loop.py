@@ -132,7 +132,8 @@ class Loop:
         if epoch < 1 or step >= stage.steps:
             raise UserError(f"--resume_to_epoch {epoch}: {stage.name} has {stage.steps} steps, and epochs count from 1")
         self.step = step
-        self.validations = [v for v in self.validations if (v["stage"], v["step"]) <= (self.stage, step)]
+        best = self.best()  # its state stays in the folder, so it stays the one to beat
+        self.validations = [v for v in self.validations if (v["stage"], v["step"]) <= (self.stage, step) or v is best]
 
     def _save(self, progress: Progress, *names: str) -> None:
         """Write the state under each name. All processes have to call it; the main one writes.
@@ -178,6 +179,8 @@ class Loop:
         if not self.has_begun:
             self.begin_stage(0, resumed=False)
             self._save(progress, LATEST)
+        if self.validations and self.rank.is_main:
+            atomic_write_json(self.folder / VALIDATIONS, self.validations)  # as of the checkpoint that is continued
         while True:
             stage = self.stages[self.stage]
             if not self.stage_finished:
@@ -188,7 +191,7 @@ class Loop:
             if self.rank.is_main and (line := self.method.write_summary(self.stage, self.folder)):
                 progress.say(line)
             if self.stage == len(self.stages) - 1:
-                self._publish(BEST if self.best() is not None else LATEST)
+                self._publish(BEST if (self.folder / BEST).is_file() else LATEST)
                 return
             self.begin_stage(self.stage + 1, resumed=False)
 

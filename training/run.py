@@ -222,7 +222,7 @@ class _Run:
             if loop.skipped:
                 print(f"{len(loop.skipped)} images or labels could not be used and were skipped:")
                 print("\n".join(f"  {reason}" for reason in loop.skipped))
-            if best := loop.best():
+            if (best := loop.best()) and (folder / BEST).is_file():
                 print(f"best state by {prepared.validator.select_by}: {folder / BEST}, of step {best['step']}")
             print(f"finished; {method.conclusion(folder)}")
 

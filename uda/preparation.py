@@ -14,6 +14,7 @@ from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
 from data_handlers.splits import train_and_validation
 from models.segmentation import build_segmentation_net, load_backbone, require_classes
+from training.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS
 from training.distributed import Rank
 from training.run import Continued, Prepared
 from training.segmentation_files import is_of_run, run_identity
@@ -88,6 +89,9 @@ def _check_output(output: str, continued: Continued | None) -> None:
     path = Path(output)
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file")
+    if path.name in (LATEST, PREVIOUS, BEST, DAMAGED):
+        # In the run's own folder, the net would take the place of the training state.
+        raise UserError(f"--output {path}: {path.name} is the name of a file of run folders; choose another name")
     check_folder(path.parent, "--output")
     own = continued and run_identity(continued.origin.parent, continued.checkpoint.info)
     if path.exists() and not (own and is_of_run(path, own)):
