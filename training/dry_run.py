@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from data_handlers.domain import Domain
 from data_handlers.images import check_label_header, image_size
+from data_handlers.lists import FileList
 from training.checkpoint import DAMAGED
 from training.loop import Loop
 from utils.errors import UserError
@@ -37,7 +37,9 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
     if is_main:
         print(json.dumps(method.config.to_json(), indent=2))
         for domain in domains:
-            _check_every_file(domain)
+            _check_every_file(domain.files, domain.labels != "none", domain.skips)
+        if loop.validator is not None:
+            _check_every_file(loop.validator.files, loop.validator.with_labels, loop.validator.skip_unusable)
         print(f"checked the headers of {' + '.join(str(len(domain)) for domain in domains)} files", flush=True)
     memory_name = "GPU memory" if method.device.type == "cuda" else "memory of the process"
     total, kept, size = 0.0, 0, 0
@@ -62,17 +64,17 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
     print("dry run finished, nothing was written")
 
 
-def _check_every_file(domain: Domain) -> None:
+def _check_every_file(files: FileList, with_labels: bool, skips: bool) -> None:
     """Read the header of every image and label; with `--on_bad_image skip` print what cannot be used."""
-    files, wrong = domain.files, []
+    wrong = []
     for name in files.images:
         try:
             size = image_size(files.root / name)
-            if domain.labels != "none":
+            if with_labels:
                 check_label_header(files.label_file(name), files.data_set, size)
         except UserError as error:
             wrong.append(str(error))
-    if wrong and domain.skips:
+    if wrong and skips:
         print(f"{len(wrong)} of {len(files)} files of {files.root} will be skipped:")
         print("\n".join(f"  {reason}" for reason in wrong))
     elif wrong:

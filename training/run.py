@@ -166,7 +166,8 @@ class _Run:
             )
 
     def _dry_run(self, prepared: Prepared, folder: Path, continued: bool) -> None:
-        loop = Loop(method=prepared.method, run=prepared.method.config.run, folder=folder)
+        method = prepared.method
+        loop = Loop(method=method, run=method.config.run, folder=folder, validator=prepared.validator)
         if self.rank.is_main:
             prepared.print_description()
         with out_of_memory_means(lambda: _less_memory(loop)):
