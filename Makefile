@@ -24,10 +24,10 @@ demo: env
 	$(VENV)/bin/python make_demo.py --out demo
 
 test: env
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: env
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not processes and not gpu"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not processes and not gpu"
 
 lint: env
 	$(VENV)/bin/python -m ruff check .

@@ -24,6 +24,12 @@ pytest.register_assert_rewrite("steps")
 GOLDEN_DIR = Path(os.environ.get("PROCST_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with tests that start processes come first: one of them alone at the end would leave the other CPUs idle."""
+    long_files = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in long_files)
+
+
 @pytest.fixture
 def golden_dir() -> Path:
     """Folder of the reference numbers; `PROCST_GOLDEN_DIR` overrides it."""
