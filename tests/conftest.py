@@ -25,7 +25,7 @@ GOLDEN_DIR = Path(os.environ.get("PROCST_GOLDEN_DIR") or Path(__file__).parent /
 
 
 def pytest_collection_modifyitems(items):
-    """Files with tests that start processes come first: one of them alone at the end would leave the other CPUs idle."""
+    """Files with tests that start processes come first: one of them alone at the end would leave other CPUs idle."""
     long_files = {item.path for item in items if item.get_closest_marker("processes")}
     items.sort(key=lambda item: item.path not in long_files)
 

@@ -129,6 +129,7 @@ def test_fast_pyramids_against_the_reference(path):
             assert np.abs(level - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_training_from_a_cache(world, run_script):
     write_cityscapes(world / "cityscapes", count=3, size=(64, 40), labels=False)
     runs = {}

@@ -167,6 +167,7 @@ def test_the_penalty_takes_less_memory(norm, monkeypatch):
     assert peaks[1] < 0.6 * peaks[0]
 
 
+@pytest.mark.slow
 def test_a_step_takes_half_of_the_literal_steps_memory():
     """At the published setting's scale 0, whose batch norm needs the whole batch at once, as a GPU computes it."""
     config = ProCSTConfig.from_flags({"vgg_weights": "random", "no_semseg": True})

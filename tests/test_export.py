@@ -69,6 +69,7 @@ def whole(_one_thread, finished_run, tmp_path_factory):
     return found
 
 
+@pytest.mark.processes
 def test_several_processes_write_the_same_images(finished_run, whole, tmp_path, background):
     run = background("create_sit_dataset.py", *export_flags(finished_run, tmp_path / "shared", gpus=("cpu", "cpu")))
     assert run.finish(set()) == (0, [])
@@ -165,6 +166,7 @@ STOPPED = "stopped; the images translated so far stay, continue with --skip_crea
 KILLED = "was ended by signal 9 (SIGKILL, as the system does where memory runs out); the images translated so far stay"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("target", "number", "code", "message"),
     [
@@ -212,6 +214,7 @@ def test_a_stop_in_one_process(finished_run, whole, tmp_path, run_script, monkey
     assert_same_pixels(export(run_script, finished_run, tmp_path / "sit", skip_created_files=()), whole)
 
 
+@pytest.mark.processes
 def test_an_error_in_one_of_several_processes(finished_run, pictures, tmp_path, background):
     source = tmp_path / "pictures"
     source.mkdir()
@@ -248,6 +251,7 @@ def test_the_death_of_a_loader_ends_the_export(finished_run, whole, tmp_path, ru
     assert_same_pixels(export(run_script, finished_run, tmp_path / "sit", skip_created_files=()), whole)
 
 
+@pytest.mark.processes
 def test_unreadable_images_are_left_out_and_listed(world, finished_run, whole, tmp_path, run_script, background):
     gta = shutil.copytree(world / "gta", tmp_path / "gta")
     bad, out = gta / "images" / "00002.png", tmp_path / "sit"

@@ -142,6 +142,7 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """Each block is larger than any before: the C library would take it from the system, with a fault for each page."""
     found = {}
@@ -197,6 +198,7 @@ def test_micro_batches_of_the_published_sizes():
     assert micro_batch_size((32, 3, 80, 160), "batch", cpu) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_norms_of_dark_images_are_exact(norm):
     """Channels-last norms of many pixels lose digits where the mean is large against the deviation.

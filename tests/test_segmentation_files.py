@@ -48,6 +48,7 @@ def legacy_files(tmp_path_factory):
         path.unlink()  # 0.26 GB each, and pytest keeps its folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "wrapped"])
 def test_logits_of_the_authors_net(golden_dir, legacy_files, kind):
     reference = np.load(golden_dir / "legacy_semseg.npz")
@@ -61,6 +62,7 @@ def test_logits_of_the_authors_net(golden_dir, legacy_files, kind):
     assert not any(name.startswith("semseg_models") for name in sys.modules)
 
 
+@pytest.mark.slow
 def test_nets_of_the_authors_that_are_no_deeplab_v2(legacy_files, monkeypatch):
     real, records = legacy.read_pickled_modules, []
     monkeypatch.setattr(legacy, "read_pickled_modules", lambda *a: records.append(real(*a)) or records[0])
@@ -151,6 +153,7 @@ def test_a_run_folder_stands_for_its_best_net(saved):
     assert load_segmentation_net(path.parent, "--weights")[0] == SegmentationShape("UNet", "none", 3)
 
 
+@pytest.mark.slow
 def test_files_that_are_refused(saved):
     path, weights = saved
     content, name = torch.load(path, weights_only=True), "head.branches.2.bias"

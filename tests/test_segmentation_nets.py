@@ -79,6 +79,7 @@ def test_output_stride_8(backbone):
     assert (net.maxpool.kernel_size, net.maxpool.stride, net.maxpool.padding) == (3, 2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "share"), [("resnet18", 0.9), ("resnet50", 0.5)])
 def test_recomputed_blocks_give_the_same(backbone, share):
     """The same bits, running statistics that have seen the batch once, and less memory."""

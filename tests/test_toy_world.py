@@ -66,6 +66,7 @@ def sets(tmp_path_factory):
     return roots
 
 
+@pytest.mark.slow
 def test_frames_have_matching_pictures_and_labels(frames):
     for pairs in frames.values():
         for picture, label in pairs:
