@@ -32,7 +32,7 @@ from data_handlers.pyramid import image_pyramid
 from training.distributed import Rank
 from training.launching import in_processes, is_launched, launch
 from training.precision import resolve_precision, set_convolution_precision
-from utils.devices import cpus_per_device, default_gpus, default_workers, keep_freed_memory, resolve_devices
+from utils.devices import cpus_per_device, keep_freed_memory, resolve_devices, workers_for
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write
 from utils.loaders import load_in_order
@@ -85,7 +85,7 @@ def equal_size_batches(
 
 def _samples(images: SourceImages, flags: ExportFlags, skipped: list[str]) -> Iterator[tuple[str, list[Tensor]]]:
     samples = load_in_order(
-        images,
+        images.__getitem__,
         range(len(images)),
         num_workers=flags.num_workers,
         skip_unusable=flags.on_bad_image == "skip",
@@ -174,7 +174,7 @@ def export(flags: ExportFlags, script: str) -> None:
 
 
 def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
-    devices = resolve_devices(flags.gpus or default_gpus())
+    devices = resolve_devices(flags.gpus)
     if rank.count == 1 and len(devices) > 1:
         # No restarts: only --skip_created_files finds the images that are already there.
         launch(script, devices, restarts=0, if_killed=CONTINUE)
@@ -217,7 +217,7 @@ def _resolved(
         source=source or "gta5",
         src_data_dir=folder or "data/gta",
         precision=precisions.pop() if len(precisions) == 1 else "fp32",
-        num_workers=default_workers(devices) if flags.num_workers is None else flags.num_workers,
+        num_workers=workers_for(flags.num_workers, rank.device, rank.count),
         encoders=min(16, cpus_per_device(devices)) if flags.encoders is None else flags.encoders,
     )
 
@@ -269,7 +269,7 @@ def _prepare(folder: SitFolder, flags: ExportFlags, note: str) -> list[str]:
     """Check the output folder and a few images, make the folder, and return the images to translate."""
     folder.check(keep_complete=flags.skip_created_files)
     if flags.on_bad_image == "stop":
-        check_samples(folder.files, labels="none", or_else=OR_SKIP)
+        check_samples(folder.files, labels=False, or_else=OR_SKIP)
     print(folder.files.describe())
     if note:
         print(f"note: {note}")

@@ -48,10 +48,10 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
         seg_sit = _build_seg_sit(config, fresh)
         if recomputes_blocks(config.run.precision, rank.device):
             recompute_blocks(seg_sit)
-    use = "none" if not source.data_set.label_path else "check" if config.labels.no_semseg else "read"
+    use = not config.labels.no_semseg
     skip = config.loader.on_bad_image == "skip"
     check_samples(source, labels=use, flag="--src_labels", or_else=OR_SKIP, skip=skip)
-    check_samples(target, labels="none", or_else=OR_SKIP, skip=skip)
+    check_samples(target, labels=False, or_else=OR_SKIP, skip=skip)
     shared = {
         "seed": config.run.manual_seed, "crop": config.source.crop_size, "resample": config.loader.resample,
         "on_bad_image": config.loader.on_bad_image, "cache_dir": config.loader.cache_dir,
@@ -146,7 +146,7 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
     if files is None:
         files = replace(target, images=tuple(evenly_spaced(target.images, LABEL_FREE_IMAGES)))
     skip = config.loader.on_bad_image == "skip"
-    check_samples(files, labels="read" if labelled else "none", flag="--trg_labels", or_else=OR_SKIP, skip=skip)
+    check_samples(files, labels=labelled, flag="--trg_labels", or_else=OR_SKIP, skip=skip)
     validator = Validator(
         files=files,
         with_labels=labelled,

@@ -168,7 +168,7 @@ class ProCST(Method):
             "epoch_length": self.epoch_length, "pyramid": pyramid, "pin_memory": self.device.type == "cuda",
         }  # fmt: skip
         source, target = self.domains["source"], self.domains["target"]
-        labels = "read" if self.segmentation is not None else "none" if source.labels == "none" else "check"
+        labels = self.segmentation is not None
         for one, other in zip(source.stream(**drawn, labels=labels), target.stream(**drawn), strict=True):
             yield PairBatch(one, other)
 

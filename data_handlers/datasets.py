@@ -118,16 +118,14 @@ def with_labels(data_set: DataSet, labels: str, flag: str) -> DataSet:
         flag: name of the flag, for messages (`--src_labels`, `--trg_labels`, `--labels`).
 
     Raises:
-        UserError: another value, a data set without labels, or `ids` for a data set without an `id_map`.
+        UserError: a data set without labels, or `ids` for a data set without an `id_map`.
     """
     if not labels:
         return data_set
-    if labels not in LABELS:
-        raise UserError(f"{flag} {labels}: must be one of {', '.join(LABELS)}")
     if not data_set.label_path:
-        raise UserError(f"{flag} {labels}: {data_set.name} has no labels; leave the flag out")
+        raise UserError(f"{flag} {labels}: {data_set.name} has no labels; omit the flag")
     if labels == "ids" and not data_set.id_map:
-        raise UserError(f"{flag} {labels}: {data_set.name} declares no label ids, only trainIds; leave the flag out")
+        raise UserError(f"{flag} {labels}: {data_set.name} declares no label ids, only trainIds; omit the flag")
     return replace(data_set, labels=labels, labels_flag=flag)
 
 

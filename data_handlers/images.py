@@ -29,21 +29,20 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 @contextmanager
-def _opened(path: Path, kind: str = "") -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[Image.Image]:
     """The file opened by Pillow; whatever goes wrong in the block is a `UserError`."""
-    shown = f"{kind}{path}"
     try:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise UserError(f"{shown} does not exist") from None
+        raise UserError(f"{path} does not exist") from None
     except UnidentifiedImageError:
-        raise UserError(f"{shown} is not an image file; replace it") from None
+        raise UserError(f"{path} is not an image file; replace it") from None
     except MemoryError:
-        raise UserError(f"{shown} is too large for this machine's memory") from None
+        raise UserError(f"{path} is too large for this machine's memory") from None
     except (OSError, SyntaxError, ValueError, OverflowError, EOFError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{shown} is truncated or damaged ({reason}); replace it") from None
+        raise UserError(f"{path} is truncated or damaged ({reason}); replace it") from None
 
 
 def read_image(path: Path) -> Image.Image:
@@ -165,7 +164,7 @@ def read_label_values(path: Path, data_set: DataSet, size: tuple[int, int]) -> n
         UserError: as `check_label_header`, or truncated.
     """
     check_label_header(path, data_set, size)
-    with _opened(path, "label ") as image:
+    with _opened(path) as image:
         if data_set.storage == "16-bit channel 0":
             return decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED)[0].numpy()
         return np.asarray(image)

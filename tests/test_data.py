@@ -26,7 +26,7 @@ WHOLE = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample
 
 
 def domain_of(files, **changes):
-    values = {"name": "source", "seed": 7, "resize": (40, 30), "crop": (32, 24), "labels": "read"}
+    values = {"name": "source", "seed": 7, "resize": (40, 30), "crop": (32, 24), "labels": True}
     return Domain(files=files, **{**values, **changes})
 
 
