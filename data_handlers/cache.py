@@ -60,22 +60,17 @@ class ResizedFiles:
         return resize_label(label, self.size)
 
 
+@dataclass(frozen=True, eq=False)
 class ImageCache:
     """A finished cache, which takes the place of `ResizedFiles`; what it returns is read-only.
 
-    Args:
-        folders: one of `images`, uint8 (N,H,W,3), and where labels are read one of `labels`, trainIds uint8 (N,H,W).
-        unusable: what was wrong with the files that the cache was built without, by kind and position in the list.
+    Attributes:
+        arrays: memory-mapped `images`, uint8 (N,H,W,3), and where labels are read `labels`, trainIds uint8 (N,H,W).
+        unusable: what was wrong with the files that each was built without, by position in the list.
     """
 
-    def __init__(self, folders: Mapping[str, Path], unusable: Mapping[str, Mapping[int, str]]) -> None:
-        self._folders = folders
-        self._unusable = unusable
-        self._arrays: dict[str, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        # Every worker process maps the files itself; a pickled memory map would be a copy of the array.
-        return self.__dict__ | {"_arrays": {}}
+    arrays: Mapping[str, np.ndarray]
+    unusable: Mapping[str, Mapping[int, str]]
 
     def image(self, index: int) -> np.ndarray:
         """The resized image, uint8 (H,W,3)."""
@@ -86,15 +81,9 @@ class ImageCache:
         return self._at("labels", index)
 
     def _at(self, kind: str, index: int) -> np.ndarray:
-        if reason := self._unusable[kind].get(index):
+        if reason := self.unusable[kind].get(index):
             raise UserError(reason)
-        if kind not in self._arrays:
-            path = self._folders[kind] / ARRAY
-            try:
-                self._arrays[kind] = np.load(path, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot read the cache {path} any more ({error}); start again") from None
-        return self._arrays[kind][index]
+        return self.arrays[kind][index]
 
 
 @dataclass(frozen=True)
@@ -141,8 +130,8 @@ class _Part:
                 digest.update(os.fsencode(f"{path} {state}\n"))
         return f"{data_set.name}_{size[0]}x{size[1]}_{self.kind}_{digest.hexdigest()[:32]}"
 
-    def check(self, folder: Path) -> dict[int, str]:
-        """Check a finished folder of this part; what was wrong with the files that it was built without.
+    def open(self, folder: Path) -> tuple[np.ndarray, dict[int, str]]:
+        """The array in a finished folder, and what was wrong with the files that it was built without.
 
         Raises:
             UserError: the folder is damaged.
@@ -152,7 +141,7 @@ class _Part:
             array = np.load(folder / ARRAY, mmap_mode="r")  # checks that the file is large enough
             if (array.shape, array.dtype) != (self.shape, np.uint8):
                 raise ValueError
-            return {int(index): str(reason) for index, reason in unusable.items()}
+            return array, {int(index): str(reason) for index, reason in unusable.items()}
         except Exception:  # the parsers raise errors of many kinds on arbitrary bytes
             raise UserError(f"{folder}: this cache is damaged; delete it, and it is built again") from None
 
@@ -183,13 +172,14 @@ def open_cache(
                 f"--cache_dir {cache_dir}: cannot write the cache ({error.strerror}); check the folder and the free "
                 "space"
             ) from None
-    unusable = {part.kind: part.check(folder) for folder, part in parts.items()}
-    folders = {part.kind: folder for folder, part in parts.items()}
-    for kind, reasons in unusable.items():
+    arrays, unusable = {}, {}
+    for folder, part in parts.items():
+        arrays[part.kind], reasons = part.open(folder)
+        unusable[part.kind] = reasons
         if reasons and not skip_unusable:
-            again = f"if the file is sound by now, delete {folders[kind]}, which was built without it"
+            again = f"if the file is sound by now, delete {folder}, which was built without it"
             raise UserError(f"{next(iter(reasons.values()))}{OR_SKIP}; {again}")
-    return ImageCache(folders, unusable)
+    return ImageCache(arrays, unusable)
 
 
 def bytes_to_build(cache_dir: Path, resized: ResizedFiles, *, with_labels: bool) -> int:

@@ -61,6 +61,7 @@ def load_in_order(
         batch_size=None,
         collate_fn=lambda sample: sample,
         num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,  # nothing that `load` holds is pickled
         worker_init_fn=_init_worker,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if num_workers else None,
