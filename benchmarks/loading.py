@@ -73,7 +73,7 @@ def ours(domain: Domain, scale: int, count: int) -> Iterator[object]:
     """Batches of one from the trainer's pipeline."""
     return domain.stream(
         stage=scale, steps=range(count), batch_size=1, part=range(1), steps_per_epoch=len(domain),
-        epoch_length=len(domain), labels=scale == 2, pin_memory=False,
+        epoch_length=len(domain), labels=scale == 2,
         pyramid=partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=scale, resample=domain.resample),
     )  # fmt: skip
 

@@ -165,7 +165,7 @@ class ProCST(Method):
         drawn = {
             "stage": stage, "steps": steps, "batch_size": batch_size, "part": self.rank.part(batch_size),
             "steps_per_epoch": config.schedule.steps_per_epoch(stage, self.epoch_length),
-            "epoch_length": self.epoch_length, "pyramid": pyramid, "pin_memory": self.device.type == "cuda",
+            "epoch_length": self.epoch_length, "pyramid": pyramid,
         }  # fmt: skip
         source, target = self.domains["source"], self.domains["target"]
         labels = self.segmentation is not None

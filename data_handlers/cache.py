@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from data_handlers.choices import Resample
-from data_handlers.images import image_size, read_label, read_resized, resize_label
+from data_handlers.images import image_size, read_label, read_resized
 from data_handlers.lists import FileList, label_path
 from utils.errors import UserError
 from utils.files import atomic_write_json, make_folder
@@ -54,10 +55,10 @@ class ResizedFiles:
         return read_resized(self.files.root / self.files.images[index], self.size, self.resample)
 
     def label(self, index: int) -> np.ndarray:
-        """The resized label, trainIds uint8 (H,W)."""
+        """The label resized by taking the nearest pixel, trainIds uint8 (H,W)."""
         files, name = self.files, self.files.images[index]
         label = read_label(files.label_file(name), files.data_set, image_size(files.root / name))
-        return resize_label(label, self.size)
+        return np.array(Image.fromarray(label).resize(self.size, Image.Resampling.NEAREST))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ Labels = Literal["ids", "trainids"]
 LABELS = ("ids", "trainids")
 
 # Whether an image or label that cannot be used ends the run, or another one is taken in its place.
-OnBadImage = Literal["stop", "skip"]
 ON_BAD_IMAGE = ("stop", "skip")
 
 # How images are resized: with PyTorch's arithmetic, several times as fast, or with Pillow's, which the method uses.

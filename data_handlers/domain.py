@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from data_handlers.cache import OR_SKIP, ImageCache, ResizedFiles, bytes_to_build, open_cache
-from data_handlers.choices import OnBadImage, Resample
+from data_handlers.choices import Resample
 from data_handlers.lists import FileList
 from utils.errors import UserError
 from utils.loaders import MOST_SKIPPED, disk_fault, load_in_order
@@ -44,11 +44,6 @@ class DomainBatch:
     levels: list[Tensor]
     label: Tensor | None
     skipped: tuple[str, ...] = ()
-
-    def pin_memory(self) -> DomainBatch:
-        """Page-locked copy, for asynchronous transfer to a GPU; the DataLoader calls this."""
-        label = None if self.label is None else self.label.pin_memory()
-        return DomainBatch([level.pin_memory() for level in self.levels], label, self.skipped)
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Domain:
         resize, crop: (W,H) in pixels.
         labels: whether labels are read.
         flip: mirror samples left to right with probability 1/2.
-        on_bad_image: `stop` raises for an image that cannot be used; `skip` takes the next one of the epoch instead.
+        skips: an image that cannot be used is replaced by the next one of the epoch, instead of an error.
         num_workers: loader processes.
         cache_dir: folder of caches, or ''.
         cache: opened by `with_cache`.
@@ -88,18 +83,13 @@ class Domain:
     labels: bool = False
     flip: bool = False
     resample: Resample = "exact"
-    on_bad_image: OnBadImage = "stop"
+    skips: bool = False
     num_workers: int = 0
     cache_dir: str = ""
     cache: ImageCache | None = None
 
     def __len__(self) -> int:
         return len(self.files)
-
-    @property
-    def skips(self) -> bool:
-        """Whether another image takes the place of one that cannot be used."""
-        return self.on_bad_image == "skip"
 
     @property
     def resized(self) -> ResizedFiles:
@@ -133,7 +123,6 @@ class Domain:
         steps_per_epoch: int,
         epoch_length: int,
         pyramid: PyramidOf,
-        pin_memory: bool,
         labels: bool = True,
     ) -> Iterator[DomainBatch]:
         """The batches of some steps of a stage, in order. Every stage has its own random order.
@@ -160,7 +149,6 @@ class Domain:
             samples.batch,
             (range(step * batch_size + part.start, step * batch_size + part.stop) for step in steps),
             num_workers=self.num_workers,
-            pin_memory=pin_memory,
             prefetch=4,
         )
 

@@ -91,7 +91,6 @@ def batches(files, resample, cache, workers=0):
     pyramid = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample=resample)
     return list(domain.stream(
         stage=2, steps=range(6), batch_size=2, part=range(2), steps_per_epoch=2, epoch_length=5, pyramid=pyramid,
-        pin_memory=False,
     ))  # fmt: skip
 
 

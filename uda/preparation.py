@@ -56,7 +56,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
     config = replace(config, validation=replace(validation, select_by=select_by, validation_rate=rate))
     source = Domain(
         files=train, name="source", seed=config.run.manual_seed, resize=data.src_resize, crop=data.crop_size,
-        labels=True, flip=True, resample=config.loader.resample, on_bad_image=config.loader.on_bad_image,
+        labels=True, flip=True, resample=config.loader.resample, skips=skip,
         num_workers=workers, cache_dir=config.loader.cache_dir,
     )  # fmt: skip
     method = SourceTraining(config=config, rank=rank, source=source, net=net)

@@ -91,7 +91,6 @@ class SourceTraining(Method):
         return self.domains["source"].stream(
             stage=stage, steps=steps, batch_size=size, part=self.rank.part(size), steps_per_epoch=self.steps_per_epoch,
             epoch_length=len(self.domains["source"]), pyramid=lambda image: [image],
-            pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
     def step(self, batch: DomainBatch, stage: int, step: int) -> Mapping[str, Tensor]:

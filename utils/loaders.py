@@ -39,7 +39,6 @@ def load_in_order(
     num_workers: int,
     skip_unusable: bool = False,
     or_else: str = "",
-    pin_memory: bool = False,
     prefetch: int = 2,
 ) -> Iterator[Any]:
     """Yield `load(index)` for every index of `order`, in that order. Call it in the main thread.
@@ -48,7 +47,6 @@ def load_in_order(
         load: called in a worker; raises `UserError` for a sample that cannot be used.
         skip_unusable: yield the `UserError`s among the samples instead of raising them.
         or_else: end of the message about a sample that cannot be used; it names an alternative.
-        pin_memory: copy tensors to page-locked memory, for asynchronous transfer to a GPU.
         prefetch: samples that each worker loads ahead.
 
     Raises:
@@ -63,7 +61,6 @@ def load_in_order(
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,  # nothing that `load` holds is pickled
         worker_init_fn=_init_worker,
-        pin_memory=pin_memory,
         prefetch_factor=prefetch if num_workers else None,
         timeout=TIMEOUT if num_workers else 0,
     )
@@ -108,8 +105,8 @@ def _death(error: Exception) -> str:
     if "in DataLoader worker process" in text:  # the error was raised in the worker, which lives
         return "a loader process found no shared memory" if "shared memory" in text else ""
     # Tensors are fetched from their worker: the lost connection may be noticed before its death.
-    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "pin memory thread" in text.lower()
-    return text or "a loader process is gone" if lost or is_loader_death(error) else ""
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or is_loader_death(error)
+    return text or "a loader process is gone" if lost else ""
 
 
 def _end(workers: Collection[BaseProcess]) -> None:
