@@ -6,7 +6,6 @@ section 3). Layers are counted as positions in torchvision's `vgg16().features`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 from models.shapes import VGG16_CONVS, VGG16_RELUS
 from utils.errors import UserError
 from utils.tensor_files import read_state_dict
-
-_CONV_KEY = re.compile(r"^(?:features\.)?(\d+)\.(weight|bias)$")
 
 
 def vgg_layers(
@@ -129,13 +126,9 @@ def vgg_from_state_dict(state: Mapping[str, Tensor], layers: Sequence[int], orig
     Raises:
         UserError: names `origin`; a layer is not reached, or the tensors do not form the stack.
     """
-    tensors = {
-        f"features.{match[1]}.{match[2]}": value
-        for match, value in ((_CONV_KEY.match(name), value) for name, value in state.items())
-        if match and int(match[1]) <= max(layers)
-    }
+    tensors = {name.removeprefix("features."): value for name, value in state.items()}
     needed = [index for index in VGG16_CONVS if index < max(layers)]
-    if missing := [index for index in needed if f"features.{index}.weight" not in tensors]:
+    if missing := [index for index in needed if f"{index}.weight" not in tensors]:
         # The stack is whole up to the convolution before the first gap.
         reached = [relu for relu in VGG16_RELUS if relu < missing[0]]
         asked = [layer for layer in layers if layer > missing[0]]
@@ -143,11 +136,11 @@ def vgg_from_state_dict(state: Mapping[str, Tensor], layers: Sequence[int], orig
             f"{origin} lacks features.{missing[0]}, so layer {asked} cannot be computed; it reaches layers {reached}: "
             "choose --content_layers and --style_layers among them, or give fuller weights"
         )
-    weights = {index: tensors[f"features.{index}.weight"] for index in needed}
     try:
-        net = VGGFeatures({index: (value.shape[1], value.shape[0]) for index, value in weights.items()}, layers)
-        net.load_state_dict(tensors)
-    except (IndexError, RuntimeError) as error:
+        net = VGGFeatures({index: tensors[f"{index}.weight"].shape[1::-1] for index in needed}, layers)
+        names = [f"{index}.{kind}" for index in needed for kind in ("weight", "bias")]
+        net.features.load_state_dict({name: tensors[name] for name in names})
+    except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{origin}: the tensors do not form VGG16's features ({reason})") from None
     return net

@@ -104,17 +104,15 @@ def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, An
     """Read the state dict that `flag` names.
 
     Args:
-        alternatives: what else the flag accepts, for the message about a missing file.
+        alternatives: what else the flag accepts, for the message.
 
     Raises:
         UserError: missing, damaged, or no state dict.
     """
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file (give a file, {alternatives})")
     try:
         state = read_tensor_file(path)
     except UserError as error:
-        raise UserError(f"{flag} {error}") from None
+        raise UserError(f"{flag} {error} (or give {alternatives})") from None
     if not _is_state_dict(state):
         raise UserError(f"{flag} {path}: no state dict, it must hold names and tensors alone; nothing else is loaded")
     return state
