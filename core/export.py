@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from core.command_flags import ExportFlags
@@ -42,8 +41,8 @@ from utils.stopping import STOPPED, LoaderDied, Stopped, StopRequests, is_loader
 CONTINUE = "the images translated so far stay, continue with --skip_created_files"
 
 
-class SourceImages(Dataset):
-    """Pyramids of native-size images, or the `UserError` of an image that cannot be read."""
+class SourceImages:
+    """Pyramids of native-size images; `UserError` for an image that cannot be read."""
 
     def __init__(self, files: FileList, names: Sequence[str], num_scales: int, scale_factor: float) -> None:
         self.files, self.names = files, names
@@ -52,11 +51,8 @@ class SourceImages(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> list[np.ndarray] | UserError:
-        try:
-            image = read_image(self.files.root / self.names[index])
-        except UserError as error:
-            return error
+    def __getitem__(self, index: int) -> list[np.ndarray]:
+        image = read_image(self.files.root / self.names[index])
         levels = image_pyramid(image, self.num_scales, self.scale_factor, self.num_scales)
         # Arrays, not tensors: a tensor from a worker process holds a file open until it is used.
         return [np.array(level) for level in levels]
