@@ -1,19 +1,4 @@
-"""The data sets of this toolkit, one declaration each. Add a data set by adding a declaration to `DATA_SETS`.
-
-For example, frames `left/*.png` with labels `mask/*_mask.png` that use Cityscapes ids:
-
-    "mine": DataSet(
-        name="mine",
-        images={"train": ("left/*.png",), "val": ("left_val/*.png",)},
-        label_path=(("left", "mask"), (".png", "_mask.png")),
-        id_map=CITYSCAPES_IDS,
-        resize=(1024, 512),
-        crop=(1024, 512),
-    )
-
-A data set with classes of its own declares `class_names`, one name for each trainId, and `classes=tuple(range(n))`;
-nets are then trained with `--num_classes n`. A data set whose label files hold trainIds declares `labels="trainids"`
-and `id_map={}`.
+"""The data sets of this toolkit, one declaration each. To add one, add a declaration to `DATA_SETS` (docs/own-data.md).
 
 This module imports nothing heavy, as the command lines read the names of the data sets before anything else.
 """

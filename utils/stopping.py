@@ -1,4 +1,4 @@
-"""Ending a long run in good order at a signal of its user or of a scheduler, or when a loader process died."""
+"""Ending a long run with its state saved: at a signal of its user or of a scheduler, or when a loader process died."""
 
 from __future__ import annotations
 
