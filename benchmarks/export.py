@@ -36,7 +36,7 @@ from data_handlers.lists import FileList, list_images
 from data_handlers.pyramid import image_pyramid
 from training.flags import Parser
 from training.precision import computes_in_bf16, set_convolution_precision
-from utils.devices import cpus_per_device, default_workers, resolve_device
+from utils.devices import cpus_per_device, resolve_device, workers_for
 from utils.errors import run_cli
 
 
@@ -115,7 +115,7 @@ def main() -> None:
                 else:
                     settings = ExportFlags(
                         scale_factor=0.5, batch_size=flags.batch_size, precision=way,
-                        num_workers=default_workers([device]), encoders=min(16, cpus_per_device([device])),
+                        num_workers=workers_for(None, device), encoders=min(16, cpus_per_device([device])),
                     )  # fmt: skip
                     translate_images(
                         generators=generators, device=device, files=files, outputs=some, root=out, flags=settings,

@@ -73,7 +73,7 @@ def ours(domain: Domain, scale: int, count: int) -> Iterator[object]:
     """Batches of one from the trainer's pipeline."""
     return domain.stream(
         stage=scale, steps=range(count), batch_size=1, part=range(1), steps_per_epoch=len(domain),
-        epoch_length=len(domain), labels="read" if scale == 2 else "check", pin_memory=False,
+        epoch_length=len(domain), labels=scale == 2,
         pyramid=partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=scale, resample=domain.resample),
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def main() -> None:
         files = list_images(DATA_SETS["gta5"], root, "--files")
         started = time.perf_counter()
         fast = Domain(
-            files=files, name="source", seed=1, resize=RESIZE, crop=CROP, labels="read", resample="fast", num_workers=1
+            files=files, name="source", seed=1, resize=RESIZE, crop=CROP, labels=True, resample="fast", num_workers=1
         )
         cached = replace(fast, cache_dir=f"{folder}/cache").with_cache()
         seconds = time.perf_counter() - started

@@ -40,7 +40,7 @@ from data_handlers.domain import Domain
 from models.resnet import recompute_blocks
 from training.flags import build_parser, option, parse, section_from
 from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
-from utils.devices import default_gpus, keep_freed_memory, resolve_device
+from utils.devices import keep_freed_memory, resolve_device
 from utils.errors import run_cli
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -196,7 +196,7 @@ def main() -> None:
     given = parse(build_parser(__doc__, groups))
     flags = section_from(BenchmarkFlags, given)
     config = ProCSTConfig.from_flags({"vgg_weights": "random", "no_pretrained_backbone": True, **given})
-    device = resolve_device(config.run.gpus or default_gpus())
+    device = resolve_device(config.run.gpus)
     torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         keep_freed_memory()  # for the literal step, too: its time is in the same process

@@ -33,7 +33,7 @@ def picture_domains(folder: Path, config: ProCSTConfig, device: torch.device) ->
     width, height = config.source.src_resize
     count, size = max(config.schedule.batch_size_list), (round(NATIVE * width), round(NATIVE * height))
     files = list_images(DATA_SETS["gta5"], write_gta5(folder / "gta", count, size), "--src_data_dir")
-    labels = {"source": "check" if config.labels.no_semseg else "read", "target": "none"}
+    labels = {"source": not config.labels.no_semseg, "target": False}
     resize = {"source": config.source.src_resize, "target": config.target.trg_resize}
     return {
         name: Domain(

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from core.command_flags import ExportFlags
@@ -32,7 +31,7 @@ from data_handlers.pyramid import image_pyramid
 from training.distributed import Rank
 from training.launching import in_processes, is_launched, launch
 from training.precision import resolve_precision, set_convolution_precision
-from utils.devices import cpus_per_device, default_gpus, default_workers, keep_freed_memory, resolve_devices
+from utils.devices import cpus_per_device, keep_freed_memory, resolve_devices, workers_for
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write
 from utils.loaders import load_in_order
@@ -42,8 +41,8 @@ from utils.stopping import STOPPED, LoaderDied, Stopped, StopRequests, is_loader
 CONTINUE = "the images translated so far stay, continue with --skip_created_files"
 
 
-class SourceImages(Dataset):
-    """Pyramids of native-size images, or the `UserError` of an image that cannot be read."""
+class SourceImages:
+    """Pyramids of native-size images; `UserError` for an image that cannot be read."""
 
     def __init__(self, files: FileList, names: Sequence[str], num_scales: int, scale_factor: float) -> None:
         self.files, self.names = files, names
@@ -52,11 +51,8 @@ class SourceImages(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> list[np.ndarray] | UserError:
-        try:
-            image = read_image(self.files.root / self.names[index])
-        except UserError as error:
-            return error
+    def __getitem__(self, index: int) -> list[np.ndarray]:
+        image = read_image(self.files.root / self.names[index])
         levels = image_pyramid(image, self.num_scales, self.scale_factor, self.num_scales)
         # Arrays, not tensors: a tensor from a worker process holds a file open until it is used.
         return [np.array(level) for level in levels]
@@ -85,7 +81,7 @@ def equal_size_batches(
 
 def _samples(images: SourceImages, flags: ExportFlags, skipped: list[str]) -> Iterator[tuple[str, list[Tensor]]]:
     samples = load_in_order(
-        images,
+        images.__getitem__,
         range(len(images)),
         num_workers=flags.num_workers,
         skip_unusable=flags.on_bad_image == "skip",
@@ -174,7 +170,7 @@ def export(flags: ExportFlags, script: str) -> None:
 
 
 def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
-    devices = resolve_devices(flags.gpus or default_gpus())
+    devices = resolve_devices(flags.gpus)
     if rank.count == 1 and len(devices) > 1:
         # No restarts: only --skip_created_files finds the images that are already there.
         launch(script, devices, restarts=0, if_killed=CONTINUE)
@@ -217,7 +213,7 @@ def _resolved(
         source=source or "gta5",
         src_data_dir=folder or "data/gta",
         precision=precisions.pop() if len(precisions) == 1 else "fp32",
-        num_workers=default_workers(devices) if flags.num_workers is None else flags.num_workers,
+        num_workers=workers_for(flags.num_workers, rank.device, rank.count),
         encoders=min(16, cpus_per_device(devices)) if flags.encoders is None else flags.encoders,
     )
 
@@ -269,7 +265,7 @@ def _prepare(folder: SitFolder, flags: ExportFlags, note: str) -> list[str]:
     """Check the output folder and a few images, make the folder, and return the images to translate."""
     folder.check(keep_complete=flags.skip_created_files)
     if flags.on_bad_image == "stop":
-        check_samples(folder.files, labels="none", or_else=OR_SKIP)
+        check_samples(folder.files, labels=False, or_else=OR_SKIP)
     print(folder.files.describe())
     if note:
         print(f"note: {note}")

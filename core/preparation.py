@@ -48,19 +48,19 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
         seg_sit = _build_seg_sit(config, fresh)
         if recomputes_blocks(config.run.precision, rank.device):
             recompute_blocks(seg_sit)
-    use = "none" if not source.data_set.label_path else "check" if config.labels.no_semseg else "read"
+    reads_labels = not config.labels.no_semseg
     skip = config.loader.on_bad_image == "skip"
-    check_samples(source, labels=use, flag="--src_labels", or_else=OR_SKIP, skip=skip)
-    check_samples(target, labels="none", or_else=OR_SKIP, skip=skip)
+    check_samples(source, labels=reads_labels, flag="--src_labels", or_else=OR_SKIP, skip=skip)
+    check_samples(target, labels=False, or_else=OR_SKIP, skip=skip)
     shared = {
         "seed": config.run.manual_seed, "crop": config.source.crop_size, "resample": config.loader.resample,
-        "on_bad_image": config.loader.on_bad_image, "cache_dir": config.loader.cache_dir,
+        "skips": skip, "cache_dir": config.loader.cache_dir,
         "num_workers": workers_for(config.loader.num_workers, rank.device, rank.count),
     }  # fmt: skip
     method = ProCST(
         config=config,
         rank=rank,
-        source=Domain(files=source, name="source", resize=config.source.src_resize, labels=use, **shared),
+        source=Domain(files=source, name="source", resize=config.source.src_resize, labels=reads_labels, **shared),
         target=Domain(files=target, name="target", resize=config.target.trg_resize, **shared),
         perceptual=build_vgg(config.loss.vgg_weights, config.loss.perceptual_layers, config.run.manual_seed),
         seg_source=seg_source,
@@ -146,7 +146,7 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
     if files is None:
         files = replace(target, images=tuple(evenly_spaced(target.images, LABEL_FREE_IMAGES)))
     skip = config.loader.on_bad_image == "skip"
-    check_samples(files, labels="read" if labelled else "none", flag="--trg_labels", or_else=OR_SKIP, skip=skip)
+    check_samples(files, labels=labelled, flag="--trg_labels", or_else=OR_SKIP, skip=skip)
     validator = Validator(
         files=files,
         with_labels=labelled,

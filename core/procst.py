@@ -165,10 +165,10 @@ class ProCST(Method):
         drawn = {
             "stage": stage, "steps": steps, "batch_size": batch_size, "part": self.rank.part(batch_size),
             "steps_per_epoch": config.schedule.steps_per_epoch(stage, self.epoch_length),
-            "epoch_length": self.epoch_length, "pyramid": pyramid, "pin_memory": self.device.type == "cuda",
+            "epoch_length": self.epoch_length, "pyramid": pyramid,
         }  # fmt: skip
         source, target = self.domains["source"], self.domains["target"]
-        labels = "read" if self.segmentation is not None else "none" if source.labels == "none" else "check"
+        labels = self.segmentation is not None
         for one, other in zip(source.stream(**drawn, labels=labels), target.stream(**drawn), strict=True):
             yield PairBatch(one, other)
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_handlers.images import image_size
-from data_handlers.lists import FileList, Listing, replace_suffix
+from data_handlers.lists import FileList, Listing
 from utils.errors import UserError
 from utils.files import atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
 from utils.png import RGB, SIGNATURE, PngHeader, is_complete_rgb8, read_png_header
@@ -28,7 +28,7 @@ def output_names(files: FileList) -> dict[str, str]:
     """
     images: dict[str, str] = {}
     for image in files.images:
-        output = replace_suffix(image, ".png")
+        output = os.path.splitext(image)[0] + ".png"
         if output in images:
             raise UserError(f"{files.root}: {images[output]} and {image} would both become {output}; rename one")
         images[output] = image

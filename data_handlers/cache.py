@@ -1,53 +1,49 @@
 """Images and labels of a list at their training size, from their files or from a cache on the disk.
 
-Decoding and resizing an image takes longer than everything else that a loader does. With a cache, a sample is a crop of
-a memory-mapped array. A cache is one folder for the images and one for the labels, so that runs with and without labels
-share the images. The folder's name holds a fingerprint of its contents: names, sizes and times of the files, the size
-and the resampling, and how labels are read. Where one of these changes, another cache is built beside the first, so a
-run can go on with its own. A cache is built under a temporary name, renamed when it is complete and on the disk, and
-never changed.
+With a cache, a sample is a crop of a memory-mapped array instead of a decoded and resized file. A cache is one folder
+for the images and one for the labels, so that runs with and without labels share the images. The folder's name holds a
+fingerprint of its contents: names, sizes and times of the files, the size and the resampling, and how labels are read.
+Where one of these changes, another cache is built beside the first. A cache is built under a temporary name, renamed
+when it is complete and on the disk, and never changed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from torch.utils.data import Dataset
+from PIL import Image
 from tqdm import tqdm
 
 from data_handlers.choices import Resample
-from data_handlers.datasets import DataSet
-from data_handlers.images import check_label_header, image_size, read_label, read_resized, resize_label
+from data_handlers.images import image_size, read_label, read_resized
 from data_handlers.lists import FileList, label_path
 from utils.errors import UserError
 from utils.files import atomic_write_json, make_folder
 from utils.loaders import load_in_order
-from utils.locks import say
+from utils.locks import locked
 
 # To be raised when the code that reads or resizes images and labels changes its results.
 FORMAT = 2
 ARRAY = "array.npy"
 MANIFEST = "cache.json"
 BUILDING = ".building-"
-OR_SKIP = "; or leave such images out with --on_bad_image skip"
+OR_SKIP = "; or skip such images with --on_bad_image skip"
 
 
 @dataclass(frozen=True)
 class ResizedFiles:
     """The images and labels of a list at a size (W,H), read from their files.
 
-    Every method takes a position of the list and raises a `UserError` for a file that cannot be used.
+    Both methods take a position of the list and raise a `UserError` for a file that cannot be used.
     """
 
     files: FileList
@@ -59,37 +55,23 @@ class ResizedFiles:
         return read_resized(self.files.root / self.files.images[index], self.size, self.resample)
 
     def label(self, index: int) -> np.ndarray:
-        """The resized label, trainIds uint8 (H,W)."""
-        return resize_label(read_label(*self._label_of(index)), self.size)
-
-    def check_label(self, index: int) -> None:
-        """Check the header of the label alone."""
-        check_label_header(*self._label_of(index))
-
-    def _label_of(self, index: int) -> tuple[Path, DataSet, tuple[int, int]]:
-        """The label's path, its data set and the size (W,H) of its image."""
-        name = self.files.images[index]
-        return self.files.label_file(name), self.files.data_set, image_size(self.files.root / name)
+        """The label resized by taking the nearest pixel, trainIds uint8 (H,W)."""
+        files, name = self.files, self.files.images[index]
+        label = read_label(files.label_file(name), files.data_set, image_size(files.root / name))
+        return np.array(Image.fromarray(label).resize(self.size, Image.Resampling.NEAREST))
 
 
+@dataclass(frozen=True, eq=False)
 class ImageCache:
     """A finished cache, which takes the place of `ResizedFiles`; what it returns is read-only.
 
-    Args:
-        folders: one of `images`, uint8 (N,H,W,3), and where labels are read one of `labels`, trainIds uint8 (N,H,W).
-
     Attributes:
-        unusable: what was wrong with the files that the cache was built without, by kind and position in the list.
+        arrays: memory-mapped `images`, uint8 (N,H,W,3), and where labels are read `labels`, trainIds uint8 (N,H,W).
+        unusable: what was wrong with the files that each was built without, by position in the list.
     """
 
-    def __init__(self, folders: Mapping[str, Path]) -> None:
-        self._folders = folders
-        self.unusable = {kind: _read_unusable(folder) for kind, folder in folders.items()}
-        self._arrays: dict[str, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        # Every worker process maps the files itself; a pickled memory map would be a copy of the array.
-        return self.__dict__ | {"_arrays": {}}
+    arrays: Mapping[str, np.ndarray]
+    unusable: Mapping[str, Mapping[int, str]]
 
     def image(self, index: int) -> np.ndarray:
         """The resized image, uint8 (H,W,3)."""
@@ -102,22 +84,11 @@ class ImageCache:
     def _at(self, kind: str, index: int) -> np.ndarray:
         if reason := self.unusable[kind].get(index):
             raise UserError(reason)
-        if kind not in self._arrays:
-            path = self._folders[kind] / ARRAY
-            try:
-                self._arrays[kind] = np.load(path, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot read the cache {path} any more ({error}); start again") from None
-        return self._arrays[kind][index]
-
-
-def _read_unusable(folder: Path) -> dict[int, str]:
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    return {int(index): str(reason) for index, reason in manifest["unusable"].items()}
+        return self.arrays[kind][index]
 
 
 @dataclass(frozen=True)
-class _Part(Dataset):
+class _Part:
     """The resized images of a list, or the labels: the contents of one folder."""
 
     kind: Literal["images", "labels"]
@@ -132,6 +103,9 @@ class _Part(Dataset):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape)
+
+    def load(self, index: int) -> np.ndarray:
+        return self.resized.image(index) if self.kind == "images" else self.resized.label(index)
 
     def name(self) -> str:
         """Name of the folder, which ends in the fingerprint of the contents; asks for the state of every file."""
@@ -157,31 +131,39 @@ class _Part(Dataset):
                 digest.update(os.fsencode(f"{path} {state}\n"))
         return f"{data_set.name}_{size[0]}x{size[1]}_{self.kind}_{digest.hexdigest()[:32]}"
 
-    def __getitem__(self, index: int) -> np.ndarray | UserError:
+    def open(self, folder: Path) -> tuple[np.ndarray, dict[int, str]]:
+        """The array in a finished folder, and what was wrong with the files that it was built without.
+
+        Raises:
+            UserError: the folder is damaged.
+        """
         try:
-            return self.resized.image(index) if self.kind == "images" else self.resized.label(index)
-        except UserError as error:
-            return error
+            unusable = json.loads((folder / MANIFEST).read_bytes())["unusable"]
+            array = np.load(folder / ARRAY, mmap_mode="r")  # checks that the file is large enough
+            if (array.shape, array.dtype) != (self.shape, np.uint8):
+                raise ValueError
+            return array, {int(index): str(reason) for index, reason in unusable.items()}
+        except Exception:  # the parsers raise errors of many kinds on arbitrary bytes
+            raise UserError(f"{folder}: this cache is damaged; delete it, and it is built again") from None
 
 
 def open_cache(
     cache_dir: Path, resized: ResizedFiles, *, with_labels: bool, num_workers: int, skip_unusable: bool = False
 ) -> ImageCache:
-    """The cache of a list at a size. What is missing is built first; what is damaged is deleted and built again.
-
-    Processes that start together build it once: one at a time builds in a `cache_dir`, and the others wait.
+    """The cache of a list at a size. What is missing is built first, by one process at a time in a `cache_dir`.
 
     Args:
         skip_unusable: build the cache without the files that cannot be used; they raise when they are asked for.
 
     Raises:
-        UserError: a file cannot be used or changes during the build, or the disk is too small or cannot be written to.
+        UserError: a file cannot be used, a cache is damaged, or the disk is too small or cannot be written to.
     """
     parts = _parts(cache_dir, resized, with_labels)
     if _missing(parts):
         make_folder(cache_dir, "--cache_dir")
+        waiting = f"--cache_dir {cache_dir}: waiting for another process that is building a cache there"
         try:
-            with _only_builder(cache_dir):
+            with locked(cache_dir, "--cache_dir", waiting):
                 missing = _missing(parts)  # asked again: another process may have built it meanwhile
                 _make_room(cache_dir, missing)
                 for folder, part in missing.items():
@@ -191,13 +173,14 @@ def open_cache(
                 f"--cache_dir {cache_dir}: cannot write the cache ({error.strerror}); check the folder and the free "
                 "space"
             ) from None
-    folders = {part.kind: folder for folder, part in parts.items()}
-    cache = ImageCache(folders)
-    for kind, reasons in cache.unusable.items():
+    arrays, unusable = {}, {}
+    for folder, part in parts.items():
+        arrays[part.kind], reasons = part.open(folder)
+        unusable[part.kind] = reasons
         if reasons and not skip_unusable:
-            again = f"if the file is sound by now, delete {folders[kind]}, which was built without it"
+            again = f"if the file is sound by now, delete {folder}, which was built without it"
             raise UserError(f"{next(iter(reasons.values()))}{OR_SKIP}; {again}")
-    return cache
+    return ImageCache(arrays, unusable)
 
 
 def bytes_to_build(cache_dir: Path, resized: ResizedFiles, *, with_labels: bool) -> int:
@@ -212,59 +195,28 @@ def _parts(cache_dir: Path, resized: ResizedFiles, with_labels: bool) -> dict[Pa
 
 
 def _missing(parts: Mapping[Path, _Part]) -> dict[Path, _Part]:
-    return {folder: part for folder, part in parts.items() if not _is_finished(folder, part)}
-
-
-def _is_finished(folder: Path, part: _Part) -> bool:
-    try:
-        _read_unusable(folder)
-        array = np.load(folder / ARRAY, mmap_mode="r")  # checks that the file is large enough
-        return (array.shape, array.dtype) == (part.shape, np.uint8)
-    except Exception:  # the parsers raise errors of many kinds on arbitrary bytes
-        return False
-
-
-@contextmanager
-def _only_builder(cache_dir: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for this folder; a lock ends with its process."""
-    with open(cache_dir / ".lock", "ab") as file:
-        try:
-            # A lock of `lockf` belongs to this process alone; forked workers would hold one of `flock` as well.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"--cache_dir {cache_dir}: waiting for another process that is building a cache there")
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+    return {folder: part for folder, part in parts.items() if not os.path.lexists(folder)}
 
 
 def _make_room(cache_dir: Path, missing: Mapping[Path, _Part]) -> None:
-    """Delete unfinished builds of killed processes and damaged caches, and require space for what is missing."""
+    """Delete unfinished builds of killed processes, and require space for what is missing."""
     for leftover in cache_dir.glob(f"{BUILDING}*"):
         shutil.rmtree(leftover)
-    for folder in missing:
-        if os.path.lexists(folder):
-            say(f"{folder}: this cache is damaged; it is deleted and built again")
-            if folder.is_dir() and not folder.is_symlink():
-                shutil.rmtree(folder)
-            else:
-                folder.unlink()
     needed, free = sum(part.nbytes for part in missing.values()), shutil.disk_usage(cache_dir).free
     if needed > free:
         raise UserError(
             f"--cache_dir {cache_dir}: the cache takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; delete "
-            "caches there that no run uses, choose another disk, or leave the flag out"
+            "caches there that no run uses, choose another disk, or omit the flag"
         )
 
 
 def _build(folder: Path, part: _Part, num_workers: int, skip_unusable: bool) -> None:
     """Build a part under a temporary name, and rename it when it is complete and on the disk."""
-    building, files = folder.with_name(BUILDING + folder.name), part.resized.files
+    building = folder.with_name(BUILDING + folder.name)
     try:
         building.mkdir()
         unusable = _write_array(building / ARRAY, part, num_workers, skip_unusable)
-        if part.name() != folder.name:
-            raise UserError(f"files of {files.root} changed while their cache was built; start again")
-        atomic_write_json(building / MANIFEST, {"of": files.describe(), "unusable": unusable})
+        atomic_write_json(building / MANIFEST, {"of": part.resized.files.describe(), "unusable": unusable})
         building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -278,7 +230,9 @@ def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool)
     """
     unusable: dict[int, str] = {}
     count, *shape = part.shape
-    loaded = load_in_order(part, range(count), num_workers=num_workers, skip_unusable=skip_unusable, or_else=OR_SKIP)
+    loaded = load_in_order(
+        part.load, range(count), num_workers=num_workers, skip_unusable=skip_unusable, or_else=OR_SKIP
+    )
     named = f"caching {part.kind} of {part.resized.files.data_set.name}"
     # Written, not memory-mapped: in a mapped file, a full disk kills the process without a message.
     with open(path, "xb") as file:

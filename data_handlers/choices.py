@@ -8,11 +8,7 @@ from typing import Literal
 Labels = Literal["ids", "trainids"]
 LABELS = ("ids", "trainids")
 
-# What is done with labels: ignored; checked by their header; decoded and returned.
-LabelUse = Literal["none", "check", "read"]
-
 # Whether an image or label that cannot be used ends the run, or another one is taken in its place.
-OnBadImage = Literal["stop", "skip"]
 ON_BAD_IMAGE = ("stop", "skip")
 
 # How images are resized: with PyTorch's arithmetic, several times as fast, or with Pillow's, which the method uses.

@@ -1,19 +1,4 @@
-"""The data sets of this toolkit, one declaration each. Add a data set by adding a declaration to `DATA_SETS`.
-
-For example, frames `left/*.png` with labels `mask/*_mask.png` that use Cityscapes ids:
-
-    "mine": DataSet(
-        name="mine",
-        images={"train": ("left/*.png",), "val": ("left_val/*.png",)},
-        label_path=(("left", "mask"), (".png", "_mask.png")),
-        id_map=CITYSCAPES_IDS,
-        resize=(1024, 512),
-        crop=(1024, 512),
-    )
-
-A data set with classes of its own declares `class_names`, one name for each trainId, and `classes=tuple(range(n))`;
-nets are then trained with `--num_classes n`. A data set whose label files hold trainIds declares `labels="trainids"`
-and `id_map={}`.
+"""The data sets of this toolkit, one declaration each. To add one, add a declaration to `DATA_SETS` (docs/own-data.md).
 
 This module imports nothing heavy, as the command lines read the names of the data sets before anything else.
 """
@@ -118,16 +103,14 @@ def with_labels(data_set: DataSet, labels: str, flag: str) -> DataSet:
         flag: name of the flag, for messages (`--src_labels`, `--trg_labels`, `--labels`).
 
     Raises:
-        UserError: another value, a data set without labels, or `ids` for a data set without an `id_map`.
+        UserError: a data set without labels, or `ids` for a data set without an `id_map`.
     """
     if not labels:
         return data_set
-    if labels not in LABELS:
-        raise UserError(f"{flag} {labels}: must be one of {', '.join(LABELS)}")
     if not data_set.label_path:
-        raise UserError(f"{flag} {labels}: {data_set.name} has no labels; leave the flag out")
+        raise UserError(f"{flag} {labels}: {data_set.name} has no labels; omit the flag")
     if labels == "ids" and not data_set.id_map:
-        raise UserError(f"{flag} {labels}: {data_set.name} declares no label ids, only trainIds; leave the flag out")
+        raise UserError(f"{flag} {labels}: {data_set.name} declares no label ids, only trainIds; omit the flag")
     return replace(data_set, labels=labels, labels_flag=flag)
 
 

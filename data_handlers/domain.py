@@ -8,20 +8,19 @@ number of worker processes does not change the batches, and a resumed run contin
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from data_handlers.cache import OR_SKIP, ImageCache, ResizedFiles, bytes_to_build, open_cache
-from data_handlers.choices import LabelUse, OnBadImage, Resample
+from data_handlers.choices import Resample
 from data_handlers.lists import FileList
 from utils.errors import UserError
 from utils.loaders import MOST_SKIPPED, disk_fault, load_in_order
@@ -46,11 +45,6 @@ class DomainBatch:
     label: Tensor | None
     skipped: tuple[str, ...] = ()
 
-    def pin_memory(self) -> DomainBatch:
-        """Page-locked copy, for asynchronous transfer to a GPU; the DataLoader calls this."""
-        label = None if self.label is None else self.label.pin_memory()
-        return DomainBatch([level.pin_memory() for level in self.levels], label, self.skipped)
-
 
 @dataclass(frozen=True)
 class PairBatch:
@@ -73,9 +67,9 @@ class Domain:
         name: such as `source` or `target`; each name has its own random order.
         seed: of the run.
         resize, crop: (W,H) in pixels.
-        labels: whether labels are ignored, checked by their header (not where images are cached), or read.
+        labels: whether labels are read.
         flip: mirror samples left to right with probability 1/2.
-        on_bad_image: `stop` raises for an image that cannot be used; `skip` takes the next one of the epoch instead.
+        skips: an image that cannot be used is replaced by the next one of the epoch, instead of an error.
         num_workers: loader processes.
         cache_dir: folder of caches, or ''.
         cache: opened by `with_cache`.
@@ -86,21 +80,16 @@ class Domain:
     seed: int
     resize: tuple[int, int]
     crop: tuple[int, int]
-    labels: LabelUse = "none"
+    labels: bool = False
     flip: bool = False
     resample: Resample = "exact"
-    on_bad_image: OnBadImage = "stop"
+    skips: bool = False
     num_workers: int = 0
     cache_dir: str = ""
     cache: ImageCache | None = None
 
     def __len__(self) -> int:
         return len(self.files)
-
-    @property
-    def skips(self) -> bool:
-        """Whether another image takes the place of one that cannot be used."""
-        return self.on_bad_image == "skip"
 
     @property
     def resized(self) -> ResizedFiles:
@@ -115,20 +104,14 @@ class Domain:
         """
         if not self.cache_dir:
             return self
-        cache = open_cache(
-            Path(self.cache_dir),
-            self.resized,
-            with_labels=self.labels == "read",
-            num_workers=self.num_workers,
-            skip_unusable=self.skips,
-        )
-        return replace(self, cache=cache)
+        reading = {"with_labels": self.labels, "num_workers": self.num_workers, "skip_unusable": self.skips}
+        return replace(self, cache=open_cache(Path(self.cache_dir), self.resized, **reading))
 
     def bytes_to_cache(self) -> int:
         """Disk space that `with_cache` would take for what is missing."""
         if not self.cache_dir:
             return 0
-        return bytes_to_build(Path(self.cache_dir), self.resized, with_labels=self.labels == "read")
+        return bytes_to_build(Path(self.cache_dir), self.resized, with_labels=self.labels)
 
     def stream(
         self,
@@ -140,8 +123,7 @@ class Domain:
         steps_per_epoch: int,
         epoch_length: int,
         pyramid: PyramidOf,
-        pin_memory: bool,
-        labels: LabelUse | None = None,
+        labels: bool = True,
     ) -> Iterator[DomainBatch]:
         """The batches of some steps of a stage, in order. Every stage has its own random order.
 
@@ -150,31 +132,29 @@ class Domain:
             steps_per_epoch: steps before a new random order is drawn.
             epoch_length: images in an epoch; a shorter list is repeated to this length.
             pyramid: makes the levels of the cropped image.
-            labels: use of the labels where it differs from the domain's.
+            labels: False ignores the labels of a domain that reads them.
 
         Raises:
             UserError: in the main process, when a file of a step cannot be used.
             LoaderDied: a loader process died; see `load_in_order`.
         """
         samples = Samples(
-            domain=replace(self, labels=labels or self.labels),
+            domain=replace(self, labels=self.labels and labels),
             stage=stage,
             per_epoch=steps_per_epoch * batch_size,
             epoch_length=epoch_length,
             pyramid=pyramid,
         )
         return load_in_order(
-            samples,
+            samples.batch,
             (range(step * batch_size + part.start, step * batch_size + part.stop) for step in steps),
             num_workers=self.num_workers,
-            collate=_collate,
-            pin_memory=pin_memory,
             prefetch=4,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples(Dataset):
+class Samples:
     """The sample at each position of a stream; position = step * batch size + place in the batch.
 
     Attributes:
@@ -205,58 +185,45 @@ class Samples(Dataset):
         x, y = (int(rng.integers(r - c + 1)) for r, c in zip(self.domain.resize, self.domain.crop, strict=True))
         return x, y
 
-    def is_flipped(self, position: int) -> bool:
-        """Whether the sample at a stream position is mirrored."""
-        return self.domain.flip and bool(np.random.default_rng(self._seed(2, position)).integers(2))
+    def batch(self, positions: Iterable[int]) -> DomainBatch:
+        """The samples at some positions. Raises `UserError` if an image, or the one in its place, cannot be used."""
+        images, labels, skipped = zip(*[self[position] for position in positions], strict=True)
+        levels = [torch.from_numpy(np.stack(level)) for level in zip(*images, strict=True)]
+        label = None if labels[0] is None else torch.from_numpy(np.stack(labels))
+        if get_worker_info() is not None:
+            # A lack of shared memory raises an error here; the thread that sends a batch would drop it without one.
+            for tensor in (*levels, *(() if label is None else (label,))):
+                tensor.share_memory_()
+        return DomainBatch(levels, label, tuple(chain(*skipped)))
 
-    def __getitem__(self, position: int) -> tuple[Any, ...] | UserError:
+    def __getitem__(self, position: int) -> tuple[Sequence[np.ndarray], np.ndarray | None, list[str]]:
         """Pyramid levels, uint8 (h_i,w_i,3); label, uint8 (H,W) or None; messages about the images this one replaces.
 
-        An image that cannot be used, with no other to be taken in its place, gives the error.
+        Raises:
+            UserError: an image cannot be used and no other is taken in its place.
         """
-        wrong: list[str] = []
+        stored, wrong = self.domain.cache or self.domain.resized, []
         while True:
             try:
-                image, label = self._resized(self.image_index(position, len(wrong)))
+                index = self.image_index(position, len(wrong))
+                image, label = stored.image(index), stored.label(index) if self.domain.labels else None
                 break
             except UserError as error:
                 if not self.domain.skips:
-                    return UserError(f"{error}{OR_SKIP}")
+                    raise UserError(f"{error}{OR_SKIP}") from None
                 wrong.append(str(error))
                 if len(wrong) == MOST_SKIPPED:
-                    return disk_fault(error)
+                    raise disk_fault(error) from None
         x, y = self.crop_offset(position)
         width, height = self.domain.crop
         window = np.s_[y : y + height, x : x + width]
-        step = -1 if self.is_flipped(position) else 1
+        is_flipped = self.domain.flip and np.random.default_rng(self._seed(2, position)).integers(2)
+        step = -1 if is_flipped else 1
         image = np.array(image[window][:, ::step], order="C")  # a copy: the cache is read-only
         label = None if label is None else np.array(label[window][:, ::step], order="C")
         return self.pyramid(image), label, wrong
-
-    def _resized(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The image and, where it is read, the label at their training size."""
-        domain = self.domain
-        stored = domain.cache or domain.resized
-        image = stored.image(index)
-        if domain.labels == "check" and domain.cache is None:
-            domain.resized.check_label(index)
-        return image, stored.label(index) if domain.labels == "read" else None
 
 
 @lru_cache(maxsize=len(DOMAINS))
 def _permutation(seed: tuple[int, ...], length: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(length)
-
-
-def _collate(samples: Sequence[tuple[Any, ...] | UserError]) -> DomainBatch | UserError:
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-    images, labels, skipped = zip(*samples, strict=True)
-    levels = [torch.from_numpy(np.stack(level)) for level in zip(*images, strict=True)]
-    label = None if labels[0] is None else torch.from_numpy(np.stack(labels))
-    if get_worker_info() is not None:
-        # Here, where it can be told that there is none: the thread that sends a batch drops it without an error.
-        for tensor in (*levels, *(() if label is None else (label,))):
-            tensor.share_memory_()
-    return DomainBatch(levels, label, tuple(chain(*skipped)))

@@ -29,21 +29,20 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 @contextmanager
-def _opened(path: Path, kind: str = "") -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[Image.Image]:
     """The file opened by Pillow; whatever goes wrong in the block is a `UserError`."""
-    shown = f"{kind}{path}"
     try:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise UserError(f"{shown} does not exist") from None
+        raise UserError(f"{path} does not exist") from None
     except UnidentifiedImageError:
-        raise UserError(f"{shown} is not an image file; replace it") from None
+        raise UserError(f"{path} is not an image file; replace it") from None
     except MemoryError:
-        raise UserError(f"{shown} is too large for this machine's memory") from None
+        raise UserError(f"{path} is too large for this machine's memory") from None
     except (OSError, SyntaxError, ValueError, OverflowError, EOFError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{shown} is truncated or damaged ({reason}); replace it") from None
+        raise UserError(f"{path} is truncated or damaged ({reason}); replace it") from None
 
 
 def read_image(path: Path) -> Image.Image:
@@ -105,11 +104,6 @@ def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize trainIds (h,w) to (W,H) by taking the nearest pixel."""
-    return np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
-
-
 def image_size(path: Path) -> tuple[int, int]:
     """(W,H) from the file's header alone.
 
@@ -135,21 +129,18 @@ def check_label_header(path: Path, data_set: DataSet, size: tuple[int, int]) -> 
             f"label {path} is {header.width}x{header.height}, but its image is {size[0]}x{size[1]}; "
             "the two must have the same size"
         )
-    is_index = header.colour_type in (GREY, PALETTE)
-    if data_set.storage == "16-bit channel 0":
-        if header.bit_depth != 16 or header.colour_type not in (RGB, RGBA):
-            hint = "; 8-bit trainIds are read with --src_labels trainids (--trg_labels, --labels)" if is_index else ""
-            raise UserError(
-                f"label {path}: found {header}, but {data_set.name} labels are 16-bit RGB PNGs with the "
-                f"class id in channel 0; use the original files, not a colour or converted version{hint}"
-            )
-        return
+    is_index = header.colour_type in (GREY, PALETTE) and header.bit_depth <= 8
     values = "label ids" if data_set.labels == "ids" else "trainIds"
-    if header.bit_depth > 8 or not is_index:
-        said = f" ({data_set.labels_flag} {data_set.labels})" if data_set.labels_flag else ""
+    said = f" ({data_set.labels_flag} {data_set.labels})" if data_set.labels_flag else ""
+    fits, wanted, hint = is_index, f"8-bit grey or palette PNGs that hold {values}", ""
+    if data_set.storage == "16-bit channel 0":
+        fits = header.bit_depth == 16 and header.colour_type in (RGB, RGBA)
+        wanted = "16-bit RGB PNGs with the class id in channel 0"
+        hint = "; 8-bit trainIds are read with --src_labels trainids (--trg_labels, --labels)" if is_index else ""
+    if not fits:
         raise UserError(
-            f"label {path}: found {header}, but {data_set.name} labels{said} are 8-bit grey or palette PNGs "
-            f"that hold {values}; use the files of {values}, not a colour or 16-bit version"
+            f"label {path}: found {header}, but {data_set.name} labels{said} are {wanted}; use the original files, "
+            f"not a colour or converted version{hint}"
         )
     if header.bit_depth < 8 and header.colour_type == GREY:
         raise UserError(f"label {path}: {header} cannot hold {values}; they need 8 bits a pixel")
@@ -165,7 +156,7 @@ def read_label_values(path: Path, data_set: DataSet, size: tuple[int, int]) -> n
         UserError: as `check_label_header`, or truncated.
     """
     check_label_header(path, data_set, size)
-    with _opened(path, "label ") as image:
+    with _opened(path) as image:
         if data_set.storage == "16-bit channel 0":
             return decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED)[0].numpy()
         return np.asarray(image)
@@ -207,20 +198,16 @@ class NetworkInput:
 
     Attributes:
         mean, std: of red, green and blue, in levels of 0..255.
-        bgr: whether the network's channels are blue, green, red.
     """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    bgr: bool = False
 
     def __call__(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """RGB pixels, uint8 (...,H,W,3), to network input (...,3,H,W), contiguous, on the same device."""
-        ordered = pixels.flip(-1) if self.bgr else pixels
-        channels = ordered.movedim(-1, -3).to(dtype, copy=True, memory_format=torch.contiguous_format)
-        order = (2, 1, 0) if self.bgr else (0, 1, 2)
-        for k, channel in zip(order, channels.unbind(-3), strict=True):
-            channel.sub_(self.mean[k]).div_(self.std[k])
+        channels = pixels.movedim(-1, -3).to(dtype, copy=True, memory_format=torch.contiguous_format)
+        for channel, mean, std in zip(channels.unbind(-3), self.mean, self.std, strict=True):
+            channel.sub_(mean).div_(std)
         return channels
 
 

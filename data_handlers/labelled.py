@@ -8,18 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from data_handlers.choices import LabelUse
 from data_handlers.classes import CITYSCAPES_IDS, IGNORE
-from data_handlers.images import (
-    check_label_header,
-    image_size,
-    label_values_to_train_ids,
-    read_image,
-    read_label,
-    read_label_values,
-)
+from data_handlers.images import image_size, label_values_to_train_ids, read_image, read_label, read_label_values
 from data_handlers.lists import FileList
 from utils.devices import to_device
 from utils.errors import UserError
@@ -46,25 +37,8 @@ class LabelledImage:
     label: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Files(Dataset):
-    files: FileList
-    with_labels: bool
-
-    def __getitem__(self, index: int) -> tuple[str, np.ndarray, np.ndarray | None] | UserError:
-        name = self.files.images[index]
-        try:
-            image = read_image(self.files.root / name)
-            label = None
-            if self.with_labels:
-                label = read_label(self.files.label_file(name), self.files.data_set, image.size)
-            return name, np.array(image), label
-        except UserError as error:
-            return error
-
-
 def check_samples(
-    files: FileList, *, labels: LabelUse = "read", flag: str = "--src_labels", or_else: str = "", skip: bool = False
+    files: FileList, *, labels: bool = True, flag: str = "--src_labels", or_else: str = "", skip: bool = False
 ) -> None:
     """Decode up to 6 images and 21 labels of a list, and check that the labels are encoded as they are read.
 
@@ -72,7 +46,7 @@ def check_samples(
     anything is written.
 
     Args:
-        labels: whether labels are ignored, checked by their header, or read.
+        labels: whether labels are read.
         flag: command line flag that says how this list's labels are read, for messages.
         or_else: end of the message about a file that cannot be used; it names an alternative.
         skip: ignore files that cannot be used; only the encoding of the labels is checked.
@@ -80,25 +54,20 @@ def check_samples(
     Raises:
         UserError: a file cannot be used, or the labels look like trainIds and are read as label ids.
     """
-    data_set = files.data_set
-    if not data_set.label_path:
-        labels = "none"
     images = _samples(files, CHECKED_IMAGES)
     occurs = np.zeros(2**16, dtype=bool)  # by value
-    for name in _samples(files, CHECKED_LABELS if labels == "read" else CHECKED_IMAGES):
+    for name in _samples(files, CHECKED_LABELS if labels else CHECKED_IMAGES):
         path = files.root / name
         try:
             size = read_image(path).size if name in images else image_size(path)
-            if labels == "check":
-                check_label_header(files.label_file(name), data_set, size)
-            elif labels == "read":
-                values = read_label_values(files.label_file(name), data_set, size)
+            if labels:
+                values = read_label_values(files.label_file(name), files.data_set, size)
                 occurs[values] = True
-                label_values_to_train_ids(values, files.label_file(name), data_set)
+                label_values_to_train_ids(values, files.label_file(name), files.data_set)
         except UserError as error:
             if not skip:
                 raise UserError(f"{error}{or_else}") from None
-    if labels == "read":
+    if labels:
         _check_encoding(files, np.flatnonzero(occurs), flag)
 
 
@@ -155,17 +124,16 @@ def open_labelled(
         UserError: in the main process, when a file cannot be used, or, with `skipped`, too many one after the other.
         LoaderDied: a loader process died; see `load_in_order`.
     """
-    samples = load_in_order(
-        _Files(files, with_labels),
-        range(len(files)),
-        num_workers=num_workers,
-        skip_unusable=skipped is not None,
-        or_else=or_else,
-    )
-    for sample in samples:
+
+    def load(name: str) -> tuple[str, np.ndarray, np.ndarray | None]:
+        image = read_image(files.root / name)
+        label = read_label(files.label_file(name), files.data_set, image.size) if with_labels else None
+        return name, np.array(image), label
+
+    skip = skipped is not None
+    for sample in load_in_order(load, files.images, num_workers=num_workers, skip_unusable=skip, or_else=or_else):
         if isinstance(sample, UserError):
             skipped.append(str(sample))
-            continue
-        name, pixels, label = sample
-        on_device = to_device(torch.from_numpy(pixels), device)
-        yield LabelledImage(name, on_device, None if label is None else to_device(torch.from_numpy(label), device))
+        else:
+            name, *arrays = sample
+            yield LabelledImage(name, *(a if a is None else to_device(torch.from_numpy(a), device) for a in arrays))

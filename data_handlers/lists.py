@@ -5,10 +5,10 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 from data_handlers.datasets import DataSet
@@ -151,13 +151,6 @@ class Listing:
         return name in self._names[folder]
 
 
-def replace_suffix(path: str, suffix: str) -> str:
-    """`str(PurePosixPath(path).with_suffix(suffix))`, in a twentieth of the time: lists may hold a million paths."""
-    start = path.rfind("/") + 1
-    dot = path.rfind(".", start)
-    return (path[:dot] if start < dot < len(path) - 1 else path) + suffix
-
-
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     """The entries of a folder, none where there is no folder. Their kind is known without another disk access."""
     try:
@@ -185,8 +178,7 @@ def _matching(root: Path, pattern: str) -> list[str]:
 
 
 def _visible(folder: Path, pattern: str) -> Iterator[os.DirEntry[str]]:
-    matches = re.compile(fnmatch.translate(pattern)).match
-    return (entry for entry in _entries(folder) if matches(entry.name) and not entry.name.startswith("."))
+    return (e for e in _entries(folder) if fnmatch.fnmatchcase(e.name, pattern) and not e.name.startswith("."))
 
 
 def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> list[str]:
@@ -195,17 +187,17 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list file {list_file}: {error}") from None
     patterns = [pattern for name in (split, *data_set.images) for pattern in data_set.images[name]]
-    folders = dict.fromkeys(["", *map(_fixed_part, patterns)])
+    # The image folders are the leading folders of a pattern that hold no wildcard.
+    folders = dict.fromkeys(["", *(re.match(r"([^*?[/]+/)*", pattern)[0] for pattern in patterns)])
     present = Listing(root)
     images = []
     for number, line in enumerate(lines, start=1):
         name = line.strip().replace("\\", "/")
         if not name or name.startswith("#"):
             continue
-        parts = name.split("/")
-        if not parts[0] or ".." in parts or len(name) > 1000 or "\0" in name:
+        name = posixpath.normpath(name)
+        if name.startswith(("/", "..")) or len(name) > 1000 or "\0" in name:
             raise UserError(f"{list_file} line {number}: give the image relative to {root}, without '..'")
-        name = "/".join(part for part in parts if part not in ("", "."))
         image = next((folder + name for folder in folders if folder + name in present), None)
         if image is None:
             raise UserError(f"{list_file} line {number}: no image {name} in {root}")
@@ -215,9 +207,3 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
     if len(set(images)) != len(images):
         raise UserError(f"the list file {list_file} names an image twice")
     return images
-
-
-def _fixed_part(pattern: str) -> str:
-    """The leading folders of a glob pattern that hold no wildcard, each with a slash at its end."""
-    folders = takewhile(lambda part: not re.search(r"[*?[]", part), pattern.split("/")[:-1])
-    return "".join(f"{folder}/" for folder in folders)

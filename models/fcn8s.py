@@ -20,15 +20,15 @@ POOL3, POOL4, POOL5 = VGG16_POOLINGS[2:]
 class VGG16Backbone(nn.Module):
     """VGG16 made convolutional: `features`, and its two fully connected layers as convolutions `fc6` and `fc7`."""
 
-    def __init__(self, fc_channels: int = FC_CHANNELS) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.features = vgg_layers(VGG16_CONVS, POOL5, ceil_mode=True)
-        self.fc6 = nn.Conv2d(VGG16_CONVS[28][1], fc_channels, 7, padding=3)
-        self.fc7 = nn.Conv2d(fc_channels, fc_channels, 1)
+        self.fc6 = nn.Conv2d(VGG16_CONVS[28][1], FC_CHANNELS, 7, padding=3)
+        self.fc7 = nn.Conv2d(FC_CHANNELS, FC_CHANNELS, 1)
         self.dropout = nn.Dropout2d(0.5)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,3,h,w) -> pool3 (B,256,h/8,w/8), pool4 (B,512,h/16,w/16), fc7 (B,fc_channels,h/32,w/32), rounded up."""
+        """(B,3,h,w) -> pool3 (B,256,h/8,w/8), pool4 (B,512,h/16,w/16), fc7 (B,4096,h/32,w/32), rounded up."""
         outputs = outputs_at(self.features, image, (POOL3, POOL4, POOL5))
         x = self.dropout(F.relu(self.fc6(outputs[POOL5]), inplace=True))
         x = self.dropout(F.relu(self.fc7(x), inplace=True))
@@ -38,11 +38,11 @@ class VGG16Backbone(nn.Module):
 class FCN8sHead(nn.Module):
     """Score layers of the three depths, summed from coarse to fine."""
 
-    def __init__(self, num_classes: int, fc_channels: int = FC_CHANNELS) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.score_pool3 = nn.Conv2d(VGG16_CONVS[14][1], num_classes, 1)
         self.score_pool4 = nn.Conv2d(VGG16_CONVS[21][1], num_classes, 1)
-        self.score_fc7 = nn.Conv2d(fc_channels, num_classes, 1)
+        self.score_fc7 = nn.Conv2d(FC_CHANNELS, num_classes, 1)
         for layer in (self.score_pool3, self.score_pool4, self.score_fc7):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
@@ -60,10 +60,10 @@ def _upsample(scores: Tensor, like: Tensor) -> Tensor:
 class FCN8s(nn.Module):
     """Fully convolutional VGG16 with skips from pool3 and pool4."""
 
-    def __init__(self, num_classes: int, fc_channels: int = FC_CHANNELS) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.backbone = VGG16Backbone(fc_channels)
-        self.head = FCN8sHead(num_classes, fc_channels)
+        self.backbone = VGG16Backbone()
+        self.head = FCN8sHead(num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B,3,h,w) in [-1,1] -> logits (B,num_classes,h,w)."""

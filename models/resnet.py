@@ -9,34 +9,13 @@ has a stride at all, so that block alone computes with weights that were trained
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.batch_norms import with_spare_statistics
+from utils.batch_norms import frozen_bn_stats
 
-
-@dataclass(frozen=True)
-class ResNetShape:
-    """Blocks in each stage, and whether a block is a bottleneck (1x1, 3x3, 1x1 with four times the width)."""
-
-    blocks: tuple[int, int, int, int]
-    bottleneck: bool
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the last stage."""
-        return 512 * (4 if self.bottleneck else 1)
-
-
-RESNETS = {
-    "resnet18": ResNetShape((2, 2, 2, 2), bottleneck=False),
-    "resnet34": ResNetShape((3, 4, 6, 3), bottleneck=False),
-    "resnet50": ResNetShape((3, 4, 6, 3), bottleneck=True),
-    "resnet101": ResNetShape((3, 4, 23, 3), bottleneck=True),
-}
 _STRIDES = (1, 2, 1, 1)
 _DILATIONS = (1, 1, 2, 4)
 
@@ -97,11 +76,20 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
+# The kind of block, and the number of blocks in each stage.
+RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
 class ResNet(nn.Module):
     """ResNet without its classifier, output stride 8.
 
     Args:
-        shape: one of `RESNETS`.
+        name: one of `RESNETS`.
         frozen_norm_affine: the batch norms' weights and biases are not trained; their statistics still are.
 
     Attributes:
@@ -111,18 +99,18 @@ class ResNet(nn.Module):
 
     recomputes_blocks = False
 
-    def __init__(self, shape: ResNetShape, frozen_norm_affine: bool = False) -> None:
+    def __init__(self, name: str, frozen_norm_affine: bool = False) -> None:
         super().__init__()
-        self.out_channels = shape.out_channels
+        block, counts = RESNETS[name]
+        self.out_channels = 512 * block.expansion
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
-        block = Bottleneck if shape.bottleneck else BasicBlock
         inputs = 64
         for stage in range(4):
             blocks = []
-            for index in range(shape.blocks[stage]):
+            for index in range(counts[stage]):
                 stride = _STRIDES[stage] if index == 0 else 1
                 blocks.append(block(inputs, 64 * 2**stage, stride, _DILATIONS[stage]))
                 inputs = 64 * 2**stage * block.expansion
@@ -144,7 +132,7 @@ class ResNet(nn.Module):
             return block(x)
         return checkpoint(
             block, x, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), with_spare_statistics(block)),
+            context_fn=lambda: (nullcontext(), frozen_bn_stats(block)),
         )  # fmt: skip
 
 

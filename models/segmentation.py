@@ -8,21 +8,20 @@ fast.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 
 from data_handlers.images import PROCST_INPUT
 from models.deeplab import DeepLab, DilatedSumHead, FiveBranchHead
 from models.fcn8s import FCN8s
-from models.resnet import RESNETS, ResNet
+from models.resnet import ResNet
 from models.shapes import SegmentationShape
 from models.unet import UNet
+from models.vgg import starting_weights
 from utils.errors import UserError
-from utils.tensor_files import load_network, read_state_dict
+from utils.tensor_files import load_network
 
 HEAD_RATE = 10.0
 
@@ -34,7 +33,7 @@ def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
     elif shape.model == "VGG":
         net = FCN8s(shape.num_classes)
     else:
-        backbone = ResNet(RESNETS[shape.backbone], frozen_norm_affine=shape.model == "DeepLab")
+        backbone = ResNet(shape.backbone, frozen_norm_affine=shape.model == "DeepLab")
         head = FiveBranchHead if shape.model == "DeepLabV2" else DilatedSumHead
         net = DeepLab(backbone, head(backbone.out_channels, shape.num_classes))
     net.network_input = PROCST_INPUT
@@ -66,47 +65,17 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> None:
     """
     if backbone == "none":
         raise UserError("--backbone_weights: this model has no ImageNet weights; use --no_pretrained_backbone")
-    if weights == "imagenet":
-        origin, state = f"torchvision's {backbone}", _download_imagenet_weights(backbone)
-    else:
-        origin = f"--backbone_weights {weights}"
-        state = read_state_dict(Path(weights), "--backbone_weights", "or imagenet")
-    if backbone == "vgg16":
-        state = _convolutional_vgg16(state, origin)
-    else:
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    origin = f"torchvision's {backbone}" if weights == "imagenet" else f"--backbone_weights {weights}"
+    own, state = net.backbone.state_dict(), {}
+    for name, value in starting_weights(weights, backbone, "--backbone_weights", "--no_pretrained_backbone").items():
+        ours = name.replace("classifier.0.", "fc6.").replace("classifier.3.", "fc7.")
+        if ours in ("fc6.weight", "fc7.weight") and ours in own and value.numel() == own[ours].numel():
+            value = value.reshape(own[ours].shape)  # the weights of a fully connected layer as those of a convolution
+        if not ours.startswith(("fc.", "classifier.")):  # the classifier of ImageNet's classes
+            state[ours] = value
     # Older files of torchvision do not hold the counters of batch norm, which nothing reads.
-    own = net.backbone.state_dict()
     counters = {name: value for name, value in own.items() if name.endswith(".num_batches_tracked")}
     load_network(net.backbone, counters | state, origin)
-
-
-def _download_imagenet_weights(backbone: str) -> Mapping[str, Tensor]:
-    try:
-        return torchvision.models.get_model(backbone, weights="IMAGENET1K_V1").state_dict()
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"torchvision could not load its ImageNet {backbone} weights ({error}); connect once, or give a file with "
-            "--backbone_weights PATH (a state dict with torchvision's names), or --no_pretrained_backbone"
-        ) from None
-
-
-def _convolutional_vgg16(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """torchvision's VGG16 with its first two fully connected layers as convolutions, without the third."""
-    renamed = {"classifier.0": ("fc6", (-1, 512, 7, 7)), "classifier.3": ("fc7", (-1, 4096, 1, 1))}
-    converted = {}
-    for name, value in state.items():
-        layer, _, kind = name.rpartition(".")
-        if layer == "classifier.6":
-            continue
-        if layer in renamed:
-            layer, shape = renamed[layer]
-            try:
-                value = value.reshape(shape) if kind == "weight" else value
-            except RuntimeError:
-                raise UserError(f"{origin}: {name} has the shape {tuple(value.shape)}, not VGG16's") from None
-        converted[f"{layer}.{kind}"] = value
-    return converted
 
 
 def require_classes(num_classes: int, data_set: str, id_map: Mapping[int, int], origin: str = "") -> None:

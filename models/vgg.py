@@ -6,19 +6,16 @@ section 3). Layers are counted as positions in torchvision's `vgg16().features`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import Tensor, nn
-from torchvision.models import VGG16_Weights, vgg16
 
 from models.shapes import VGG16_CONVS, VGG16_RELUS
 from utils.errors import UserError
 from utils.tensor_files import read_state_dict
-
-_CONV_KEY = re.compile(r"^(?:features\.)?(\d+)\.(weight|bias)$")
 
 
 def vgg_layers(
@@ -86,10 +83,30 @@ def build_vgg(weights: str, layers: Sequence[int], seed: int = 0) -> VGGFeatures
         )
     if weights == "random":
         return _random_vgg(layers, seed)
-    if weights == "imagenet":
-        return _vgg_from_state(_download_imagenet_weights(), layers, weights)
-    state = read_state_dict(Path(weights), "--vgg_weights", "imagenet, or random")
-    return _vgg_from_state(state, layers, weights)
+    state = starting_weights(weights, "vgg16", "--vgg_weights", "--vgg_weights random")
+    return vgg_from_state_dict(state, layers, f"--vgg_weights {weights}")
+
+
+def starting_weights(weights: str, network: str, flag: str, otherwise: str) -> Mapping[str, Tensor]:
+    """The ImageNet weights of a network of torchvision, or the state dict in a file.
+
+    Args:
+        weights: `imagenet` (torchvision downloads and caches them) or a path, the value of `flag`.
+        network: torchvision's name of it.
+        otherwise: the flag for random weights.
+
+    Raises:
+        UserError: a failed download, or an unreadable file.
+    """
+    if weights != "imagenet":
+        return read_state_dict(Path(weights), flag, f"imagenet, or {otherwise}")
+    try:
+        return torchvision.models.get_model(network, weights="IMAGENET1K_V1").state_dict()
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"torchvision could not load its ImageNet {network} weights ({error}); connect once, or give a file with "
+            f"{flag} PATH (a state dict with torchvision's names), or {otherwise}"
+        ) from None
 
 
 def _random_vgg(layers: Sequence[int], seed: int) -> VGGFeatures:
@@ -103,44 +120,27 @@ def _random_vgg(layers: Sequence[int], seed: int) -> VGGFeatures:
     return net
 
 
-def _download_imagenet_weights() -> Mapping[str, Tensor]:
-    try:
-        return vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features.state_dict()
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"torchvision could not load its ImageNet VGG16 weights ({error}); connect once, or give a file with "
-            "--vgg_weights PATH (a state dict with torchvision's vgg16 names), or --vgg_weights random"
-        ) from None
+def vgg_from_state_dict(state: Mapping[str, Tensor], layers: Sequence[int], origin: str) -> VGGFeatures:
+    """A stack whose channel counts follow the given weights (any widths), cut after the deepest of `layers`.
 
-
-def vgg_from_state_dict(state: Mapping[str, Tensor], layers: Sequence[int]) -> VGGFeatures:
-    """A stack whose channel counts follow the given weights (any widths), cut after the deepest of `layers`."""
-    tensors = {
-        f"features.{match[1]}.{match[2]}": value
-        for match, value in ((_CONV_KEY.match(str(key)), value) for key, value in state.items())
-        if match and isinstance(value, Tensor) and int(match[1]) <= max(layers)
-    }
-    convs = {
-        int(name.split(".")[1]): (value.shape[1], value.shape[0]) for name, value in tensors.items() if value.ndim == 4
-    }
-    net = VGGFeatures(convs, layers)
-    net.load_state_dict(tensors)
-    return net
-
-
-def _vgg_from_state(state: Mapping[str, Tensor], layers: Sequence[int], origin: str) -> VGGFeatures:
-    found = {int(m[1]) for m in map(_CONV_KEY.match, map(str, state)) if m and m[2] == "weight"}
-    needed = {index for index in VGG16_CONVS if index < max(layers)}
-    if missing := sorted(needed - found):
+    Raises:
+        UserError: names `origin`; a layer is not reached, or the tensors do not form the stack.
+    """
+    tensors = {name.removeprefix("features."): value for name, value in state.items()}
+    needed = [index for index in VGG16_CONVS if index < max(layers)]
+    if missing := [index for index in needed if f"{index}.weight" not in tensors]:
         # The stack is whole up to the convolution before the first gap.
         reached = [relu for relu in VGG16_RELUS if relu < missing[0]]
         asked = [layer for layer in layers if layer > missing[0]]
         raise UserError(
-            f"--vgg_weights {origin} lacks features.{missing[0]}, so layer {asked} cannot be computed; it reaches "
-            f"layers {reached}: choose --content_layers and --style_layers among them, or give fuller weights"
+            f"{origin} lacks features.{missing[0]}, so layer {asked} cannot be computed; it reaches layers {reached}: "
+            "choose --content_layers and --style_layers among them, or give fuller weights"
         )
     try:
-        return vgg_from_state_dict(state, layers)
-    except RuntimeError as error:
+        net = VGGFeatures({index: tensors[f"{index}.weight"].shape[1::-1] for index in needed}, layers)
+        names = [f"{index}.{kind}" for index in needed for kind in ("weight", "bias")]
+        net.features.load_state_dict({name: tensors[name] for name in names})
+    except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--vgg_weights {origin}: the tensors do not form VGG16's features ({reason})") from None
+        raise UserError(f"{origin}: the tensors do not form VGG16's features ({reason})") from None
+    return net

@@ -202,7 +202,7 @@ PICTURES = [
     if index == 0 or way is hostile.truncate
 ]
 PICTURES += [
-    Case("train_procst", f"{LABEL}-{way.__name__}", train(), (LABEL, part), spoiling(LABEL, way))
+    Case("train_procst", f"{LABEL}-{way.__name__}", train_with_labels(), (LABEL, part), spoiling(LABEL, way))
     for way, part in hostile.LABELS.items()
 ]
 
@@ -345,10 +345,10 @@ FOLDERS = [
     Case("train_procst", "folder-loop", train(), ("gta/images", "symbolic links"), folder_loop),
     Case("train_procst", "root-loop", train(src_data_dir="loop"), ("--src_data_dir", "loop"), link_to_itself("loop")),
     Case("train_procst", "file-name", train(), ("gta", "caf", "UTF-8"), spoiling(IMAGE, hostile.not_utf8)),
-    Case("train_procst", "synthia", train(source="synthia", src_data_dir="synthia"), ("GT/LABELS", "16-bit"),
-         labels("synthia/GT/LABELS", noise_image((48, 32), 0))),
+    Case("train_procst", "synthia", train_with_labels(source="synthia", src_data_dir="synthia"),
+         ("GT/LABELS", "16-bit"), labels("synthia/GT/LABELS", noise_image((48, 32), 0))),
     Case("train_procst", "palette", train_with_labels(), (LABEL, "id 200"), spoiling(LABEL, hostile.unknown_id)),
-    Case("train_procst", "16-bit", train(), ("gta/labels", "16-bit"), labels("gta/labels", BLACK_16)),
+    Case("train_procst", "16-bit", train_with_labels(), ("gta/labels", "16-bit"), labels("gta/labels", BLACK_16)),
     Case("train_procst", "target-labels", train_with_labels(), ("gtFine/val", "8-bit grey or palette"),
          labels("cityscapes/gtFine/val", Image.new("RGB", (64, 40)))),
     Case("train_procst", "list", train(src_list="lines.txt"), ("lines.txt line 2",),

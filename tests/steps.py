@@ -143,7 +143,7 @@ class GoldenStep(RecordedStep):
             for name in ("Gst", "Gts")
         }
         self.scale_networks = ScaleNetworks(**self.nets, **lower)
-        self.perceptual = vgg_from_state_dict(self.tensors("vgg"), self.loss.perceptual_layers)
+        self.perceptual = vgg_from_state_dict(self.tensors("vgg"), self.loss.perceptual_layers, "the golden file")
         self.segmentation = self.segmentation_nets()
         for net in self.all_networks().values():
             net.to(dtype)

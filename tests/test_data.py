@@ -26,13 +26,13 @@ WHOLE = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample
 
 
 def domain_of(files, **changes):
-    values = {"name": "source", "seed": 7, "resize": (40, 30), "crop": (32, 24), "labels": "read"}
+    values = {"name": "source", "seed": 7, "resize": (40, 30), "crop": (32, 24), "labels": True}
     return Domain(files=files, **{**values, **changes})
 
 
 def stream(domain, steps, **changes):
     values = {"stage": 1, "batch_size": 2, "part": range(2), "steps_per_epoch": 3, "epoch_length": 6,
-              "pyramid": WHOLE, "pin_memory": False}  # fmt: skip
+              "pyramid": WHOLE}  # fmt: skip
     return domain.stream(steps=steps, **{**values, **changes})
 
 
@@ -64,9 +64,9 @@ def test_network_input_is_what_the_network_was_trained_on():
     assert PROCST_INPUT(pixels).is_contiguous()
     kept = pixels.clone()
     mean, std = (104.0, 117.0, 123.0), (1.0, 2.0, 3.0)
-    found = NetworkInput(mean=mean, std=std, bgr=True)(pixels, torch.float64)
-    for channel, k in enumerate((2, 1, 0)):
-        assert torch.equal(found[:, channel], (pixels[..., k].double() - mean[k]) / std[k])
+    found = NetworkInput(mean=mean, std=std)(pixels, torch.float64)
+    for k in range(3):
+        assert torch.equal(found[:, k], (pixels[..., k].double() - mean[k]) / std[k])
     assert torch.equal(pixels, kept)
     floats = pixels.float()
     PROCST_INPUT(floats)

@@ -23,7 +23,7 @@ from conftest import ScriptResult
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import list_images
-from models.resnet import RESNETS, ResNet, recompute_blocks
+from models.resnet import ResNet, recompute_blocks
 from processes import in_processes
 from steps import GOLDEN_FILES, GoldenStep, meta_of, relative_l2, zero_gradient_biases
 from training.checkpoint import LATEST, load_checkpoint
@@ -120,7 +120,7 @@ def test_synchronised_batch_norm_is_batch_norm_of_all_samples():
 
 def _backbone_gradients(rank, recompute, images):
     torch.manual_seed(0)
-    net = synchronise_batch_norms(ResNet(RESNETS["resnet18"])).double().train()
+    net = synchronise_batch_norms(ResNet("resnet18")).double().train()
     if recompute:
         recompute_blocks(net)
     part = rank.part(len(images))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import train_procst
-from commands import procst_flags
+import train_semseg_on_source
+from commands import procst_flags, source_flags
 from refusals import check_refusal, tree
 from training import dry_run
 from training.run_folder import git_commit
@@ -35,11 +36,15 @@ def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(world, tmp_path, ru
 
 
 def test_a_dry_run_checks_every_file(world, tmp_path, run_script):
-    root = write_gta5(tmp_path / "gta", count=8, size=(60, 44))
-    label = root / "labels" / "00003.png"  # any run checks five others
+    root = write_gta5(tmp_path / "gta", count=44, size=(60, 44))
+    label = root / "labels" / "00002.png"  # any run checks twenty others
     label.write_bytes(b"text")
+    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path, src_data_dir=root), "--dry_run")
+    check_refusal(result, "1 of 42 files", label)
+    image = root / "images" / "00002.png"
+    image.write_bytes(b"text")
     result = run_script(train_procst, *procst_flags(world, tmp_path, src_data_dir=root), "--dry_run")
-    check_refusal(result, "1 of 8 files", label)
+    check_refusal(result, "1 of 44 files", image)
 
 
 def test_a_dry_run_without_space_for_the_checkpoints(world, tmp_path, run_script, monkeypatch):

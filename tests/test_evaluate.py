@@ -186,7 +186,7 @@ def test_statistics_add_up_over_images():
 def norm_net():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout2d(0.5), nn.Conv2d(8, 3, 1))
-    net.network_input = NetworkInput(mean=(10.0, 20.0, 30.0), std=(40.0, 50.0, 60.0), bgr=True)
+    net.network_input = NetworkInput(mean=(10.0, 20.0, 30.0), std=(40.0, 50.0, 60.0))
     return net
 
 
@@ -225,8 +225,8 @@ def test_validating_leaves_the_net_as_it_was_and_streams(pictures, monkeypatch, 
     for image, prediction in seen:
         with torch.no_grad():
             rgb = (image.pixels.float() - torch.tensor([10.0, 20.0, 30.0])) / torch.tensor([40.0, 50.0, 60.0])
-            bgr = rgb[..., [2, 1, 0]].permute(2, 0, 1)[None].contiguous()
-            assert torch.equal(prediction.long(), net.eval()(bgr).argmax(1)[0])
+            image_input = rgb.permute(2, 0, 1)[None].contiguous()
+            assert torch.equal(prediction.long(), net.eval()(image_input).argmax(1)[0])
         assert prediction.dtype == torch.uint8
         for t, p in zip(image.label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
             if t < 3:

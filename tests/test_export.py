@@ -22,7 +22,7 @@ import create_sit_dataset
 from commands import export_flags
 from core.export import SourceImages
 from refusals import check_refusal
-from utils.devices import cpus_per_device, default_workers
+from utils.devices import cpus_per_device, workers_for
 from utils.png import is_complete_rgb8
 from worlds import noise_image
 
@@ -297,7 +297,6 @@ def test_the_default_device_is_named(finished_run, tmp_path, run_script, monkeyp
 @pytest.mark.parametrize(
     ("cpus", "names", "share", "workers"),
     [
-        (2, [], 2, 2),
         (2, ["cpu"], 2, 1),
         (1, ["cpu"], 1, 1),
         (2, ["cpu", "cpu", "cpu"], 1, 1),
@@ -305,14 +304,14 @@ def test_the_default_device_is_named(finished_run, tmp_path, run_script, monkeyp
         (64, ["cpu"], 64, 6),
         (64, ["cuda:0"], 64, 6),
         (16, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"], 4, 4),
-        (4, ["cuda:0", "cpu"], 2, 1),
     ],
 )
 def test_cpus_are_divided_among_the_devices(monkeypatch, cpus, names, share, workers):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cpus)))
     devices = [torch.device(name) for name in names]
     assert cpus_per_device(devices) == share
-    assert default_workers(devices) == workers
+    assert workers_for(None, devices[0], len(devices)) == workers
+    assert workers_for(3, devices[0], len(devices)) == 3
 
 
 def test_compression_changes_the_files_and_not_the_pixels(finished_run, whole, tmp_path, run_script):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ import train_procst
 from commands import procst_flags
 from core.procst import ProCST
 from data_handlers.datasets import DATA_SETS
-from data_handlers.lists import list_images, missing_labels, replace_suffix, require_labels
+from data_handlers.lists import list_images, missing_labels, require_labels
 from utils.files import TEMPORARY, remove_leftovers
 from worlds import write_cityscapes, write_gta5
 
@@ -107,11 +106,6 @@ def test_the_order_is_that_of_the_names_whatever_the_folder_says(world):
     assert files.images == tuple(f"images/{k:05d}.png" for k in range(COUNT) if k not in (15188, 17705))
     assert files.fingerprint() == a_list(world).fingerprint()
     assert not missing_labels(files)
-
-
-def test_suffixes_are_those_of_paths():
-    for name in ("a.png", "b/a.tar.gz", "b.c/a", "b/.hidden", "b/a.", "a", "b.d/.x.y", "é ü.PNG"):
-        assert replace_suffix(name, ".png") == str(Path(name).with_suffix(".png"))
 
 
 def test_leftovers_of_a_killed_write_are_removed(tmp_path):

@@ -37,7 +37,7 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
     if is_main:
         print(json.dumps(method.config.to_json(), indent=2))
         for domain in domains:
-            _check_every_file(domain.files, domain.labels != "none", domain.skips)
+            _check_every_file(domain.files, domain.labels, domain.skips)
         if loop.validator is not None:
             _check_every_file(loop.validator.files, loop.validator.with_labels, loop.validator.skip_unusable)
         print(f"checked the headers of {' + '.join(str(len(domain)) for domain in domains)} files", flush=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from utils.devices import cpu_flags, cpu_vendor
+from utils.devices import cpu_property
 from utils.errors import UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -28,7 +28,7 @@ def computes_in_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_property("flags").split())
 
 
 def bf16_pays(device: torch.device) -> bool:
@@ -37,8 +37,8 @@ def bf16_pays(device: torch.device) -> bool:
     The AVX-512 instructions for bfloat16 are twice as fast as those for float32 on AMD's cores and half as fast on
     Intel's, which need AMX for it (benchmarks/RESULTS.md).
     """
-    if device.type == "cpu" and "amx_bf16" not in cpu_flags():
-        return computes_in_bf16(device) and cpu_vendor() == "AuthenticAMD"
+    if device.type == "cpu" and "amx_bf16" not in cpu_property("flags").split():
+        return computes_in_bf16(device) and cpu_property("vendor_id") == "AuthenticAMD"
     return computes_in_bf16(device)
 
 

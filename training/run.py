@@ -32,7 +32,7 @@ from training.run_folder import (
     write_record,
 )
 from training.validation import Validator
-from utils.devices import default_gpus, keep_freed_memory, training_devices
+from utils.devices import keep_freed_memory, resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder
 from utils.stopping import Stopped, StopRequests, is_loader_death
@@ -104,7 +104,7 @@ class _Run:
         stop = StopRequests(quiet=is_launched() or not self.rank.is_main)
         continued = run_to_continue(flags.continue_train_from_path, run_dir, self.method_class.name)
         config = self._config(continued)
-        devices = training_devices(config.run.gpus or default_gpus())
+        devices = resolve_devices(config.run.gpus)
         if self.rank.count == 1 and len(devices) > 1:
             # A new run gets its folder's name here, so that restarted processes find it.
             folder = Path(config.run.checkpoints_dir).absolute() / run_name(self.method_class.task(config))

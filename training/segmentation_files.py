@@ -13,7 +13,7 @@ from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint, load_checkpoint
 from utils.errors import UserError
-from utils.tensor_files import UnavailableFileError, is_finite, load_network, read_tensor_file
+from utils.tensor_files import is_finite, load_network, read_tensor_file
 
 
 def run_identity(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,11 +22,9 @@ def run_identity(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
-    """Whether the run of this `run_identity` wrote a file. Raises `UnavailableFileError` if it cannot be read now."""
+    """Whether the run of this `run_identity` wrote a file; False for one that cannot be read."""
     try:
         info = load_checkpoint(path).info
-    except UnavailableFileError:
-        raise
     except UserError:
         return False
     return all(info.get(name) == run[name] for name in ("run", "run_id"))

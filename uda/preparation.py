@@ -46,7 +46,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
         raise UserError(f"--batch_size {config.poly.batch_size}: there are {len(train)} images to train on")
     skip = config.loader.on_bad_image == "skip"
     for files in (train, val):
-        check_samples(files, labels="read", flag="--src_labels", or_else=OR_SKIP, skip=skip)
+        check_samples(files, labels=True, flag="--src_labels", or_else=OR_SKIP, skip=skip)
     _check_output(held_out.output, continued)
     net = _build_net(config, fresh=continued is None)
     workers = workers_for(config.loader.num_workers, rank.device, rank.count)
@@ -56,7 +56,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
     config = replace(config, validation=replace(validation, select_by=select_by, validation_rate=rate))
     source = Domain(
         files=train, name="source", seed=config.run.manual_seed, resize=data.src_resize, crop=data.crop_size,
-        labels="read", flip=True, resample=config.loader.resample, on_bad_image=config.loader.on_bad_image,
+        labels=True, flip=True, resample=config.loader.resample, skips=skip,
         num_workers=workers, cache_dir=config.loader.cache_dir,
     )  # fmt: skip
     method = SourceTraining(config=config, rank=rank, source=source, net=net)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +25,7 @@ from uda.config import SourceTrainingConfig
 from utils.devices import to_device
 from utils.files import make_folder
 from utils.locks import say
-from utils.tensor_files import DamagedFileError, UnavailableFileError
+from utils.tensor_files import DamagedFileError
 
 NET = "net"
 
@@ -92,7 +91,6 @@ class SourceTraining(Method):
         return self.domains["source"].stream(
             stage=stage, steps=steps, batch_size=size, part=self.rank.part(size), steps_per_epoch=self.steps_per_epoch,
             epoch_length=len(self.domains["source"]), pyramid=lambda image: [image],
-            pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
     def step(self, batch: DomainBatch, stage: int, step: int) -> Mapping[str, Tensor]:
@@ -123,7 +121,7 @@ class SourceTraining(Method):
                 make_folder(output.parent, "--output")
                 load_checkpoint(path).for_use().save(output)
                 self.published = True
-        except (DamagedFileError, UnavailableFileError) as error:
+        except DamagedFileError as error:
             # This is no reason to end the training: the next better net is written anew.
             say(f"WARNING: {output} is not brought up to date: {error}")
 
@@ -140,9 +138,6 @@ class SourceTraining(Method):
 
     def conclusion(self, folder: Path) -> str:
         """The flags of train_procst.py that use the net."""
-        best = folder
-        with suppress(UnavailableFileError):
-            if self.published:
-                best = Path(self.config.held_out.output)
+        best = Path(self.config.held_out.output) if self.published else folder
         words = ["train_procst.py", *self.shape.flags(), "--semseg_weights", str(best)]
         return f"use the net with: python {shlex.join(words)}"

@@ -19,66 +19,46 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_THRESHOLD = -1, -3, 32 * 2**20
 
 
 def resolve_device(gpus: Sequence[str]) -> torch.device:
-    """The one device that `--gpus` names: `cpu`, or the index of a CUDA device. Where it is empty, prints the default.
+    """The one device that `--gpus` names. Where it is empty, prints the default.
 
     Raises:
-        UserError: several devices, not a number, or a device this machine does not have.
+        UserError: as `resolve_devices`, or several devices.
     """
-    if not gpus:
-        device = resolve_device(default_gpus())
-        print(f"computing on {device} (choose with --gpus)")
-        return device
-    if len(gpus) != 1:
+    if len(gpus) > 1:
         raise UserError(f"--gpus {' '.join(gpus)}: one device at a time is supported; give one index, or cpu")
-    name = gpus[0].lower()
-    if name == "cpu":
-        return torch.device("cpu")
-    if not (name.isascii() and name.isdecimal()):
-        raise UserError(f"--gpus {gpus[0]}: give the index of a CUDA device, such as 0, or cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(name) >= count:
-        have = f"devices 0 to {count - 1}" if count else "no usable CUDA device"
-        raise UserError(f"--gpus {name}: this machine has {have}; choose another one, or --gpus cpu")
-    return torch.device("cuda", int(name))
+    (device,) = resolve_devices(gpus)
+    if not gpus:
+        print(f"computing on {device} (choose with --gpus)")
+    return device
 
 
 def resolve_devices(gpus: Sequence[str]) -> list[torch.device]:
     """The devices of `--gpus`, one for each process: CUDA devices, each once, or `cpu` any number of times.
 
+    Where it is empty, the first GPU, or the CPU where there is none.
+
     Raises:
-        UserError: no device, one that is named twice, or one that this machine does not have.
+        UserError: not a number, a device that is named twice or that this machine does not have, or GPUs and the CPU.
     """
-    names = [name.lower() for name in gpus]
-    if len(set(names)) != len(names) and set(names) != {"cpu"}:
-        raise UserError(f"--gpus {' '.join(gpus)} names a device twice")
-    return [resolve_device([name]) for name in gpus]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names, flag = [name.lower() for name in gpus] or ["0" if count else "cpu"], f"--gpus {' '.join(gpus)}"
+    if set(names) == {"cpu"}:
+        return [torch.device("cpu")] * len(names)
+    if "cpu" in names:
+        raise UserError(f"{flag}: GPUs and the CPU cannot share the work; name GPUs, or cpu")
+    if len(set(names)) != len(names):
+        raise UserError(f"{flag} names a device twice")
+    for name in names:
+        if not (name.isascii() and name.isdecimal()):
+            raise UserError(f"{flag}: {name} is no index of a CUDA device, such as 0, and not cpu")
+        if int(name) >= count:
+            have = f"devices 0 to {count - 1}" if count else "no usable CUDA device"
+            raise UserError(f"{flag}: this machine has {have}; choose another one, or --gpus cpu")
+    return [torch.device("cuda", int(name)) for name in names]
 
 
-def default_gpus() -> tuple[str, ...]:
-    """The default of `--gpus`: the first GPU, or the CPU where there is none."""
-    return ("0",) if torch.cuda.is_available() else ("cpu",)
-
-
-def training_devices(gpus: Sequence[str]) -> list[torch.device]:
-    """`resolve_devices` for processes that compute one step together; refuses GPUs mixed with `cpu`, too."""
-    devices = resolve_devices(gpus)
-    if len({device.type for device in devices}) > 1:
-        raise UserError(f"--gpus {' '.join(gpus)}: GPUs and the CPU cannot share a training step; name GPUs, or cpu")
-    return devices
-
-
-def cpu_vendor() -> str:
-    """The CPU's vendor, such as AuthenticAMD or GenuineIntel; '' where the system does not tell."""
-    return _cpu_property("vendor_id")
-
-
-def cpu_flags() -> frozenset[str]:
-    """The CPU's features as Linux names them, such as avx512_bf16; empty where the system does not tell."""
-    return frozenset(_cpu_property("flags").split())
-
-
-def _cpu_property(name: str) -> str:
-    """The value in /proc/cpuinfo for the first CPU; '' where there is no such file or line."""
+def cpu_property(name: str) -> str:
+    """What Linux says about the first CPU, such as its `vendor_id` or its `flags`; '' where it does not tell."""
     try:
         found = re.search(rf"^{name}[ \t]*:[ \t]*(.*)$", CPU_DESCRIPTION.read_text(), re.MULTILINE)
     except OSError:
@@ -86,27 +66,19 @@ def _cpu_property(name: str) -> str:
     return found[1].strip() if found else ""
 
 
-def cpus_per_device(devices: Sequence[torch.device] = ()) -> int:
+def cpus_per_device(devices: Sequence[torch.device]) -> int:
     """CPUs that this process may run on, divided among the devices; at least 1."""
     # This respects the CPUs that a batch system or a container assigns, but not a quota of CPU time.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // max(1, len(devices)))
-
-
-def default_workers(devices: Sequence[torch.device] = ()) -> int:
-    """Default loader processes for each device: the published 6, at most its CPUs; half of its CPUs if a CPU computes.
-
-    No `devices` means one GPU.
-    """
-    cpus = cpus_per_device(devices)
-    if any(device.type == "cpu" for device in devices):
-        cpus = max(1, cpus // 2)
-    return min(6, cpus)
+    return max(1, len(os.sched_getaffinity(0)) // len(devices))
 
 
 def workers_for(wanted: int | None, device: torch.device, processes: int = 1) -> int:
-    """Loader processes of one of `processes` that compute on devices like this: as wanted, or the default."""
-    return default_workers([device] * processes) if wanted is None else wanted
+    """Loader processes of one of `processes` that compute on devices like this.
+
+    As wanted, or by default the published 6, at most the CPUs of the process; half of them where a CPU computes.
+    """
+    cpus = cpus_per_device([device] * processes)
+    return min(6, cpus if device.type == "cuda" else max(1, cpus // 2)) if wanted is None else wanted
 
 
 def keep_freed_memory() -> bool:
@@ -127,18 +99,10 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        # Outside Linux there is no such file; half of all memory is a cautious guess.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    available = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(available[1]) * 1024
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`; the copy to a GPU is asynchronous, from page-locked memory."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    locked = tensor if tensor.is_pinned() else tensor.pin_memory()
-    return locked.to(device, non_blocking=True)
+    return tensor.to(device) if device.type != "cuda" else tensor.pin_memory().to(device, non_blocking=True)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from utils.errors import UserError
 
 TEMPORARY = ".procst-tmp"
-
-# mkstemp makes private files (0600); ours get the usual permissions.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
@@ -30,24 +28,21 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
         UserError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{TEMPORARY}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=TEMPORARY)
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
             os.fsync(file.fileno())
         if keep is not None and path.exists():
             os.replace(path, keep)  # a process that is killed here leaves `keep` alone
         os.replace(temporary, path)
-        temporary = None
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write {path}: {reason}; check the folder and the free space") from None
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):  # it has been renamed, or the folder is gone
+            temporary.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:

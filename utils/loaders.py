@@ -5,10 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -22,41 +21,46 @@ TIMEOUT = 300  # seconds for a batch: a batch that a worker could not send is mi
 GRACE = 5.0  # seconds in which workers end by themselves
 
 
+@dataclass(frozen=True)
+class _Loading(Dataset):
+    load: Callable[[Any], Any]
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.load(index)
+        except UserError as error:
+            return error  # if a worker raised it, a traceback would be added to its message
+
+
 def load_in_order(
-    dataset: Dataset,
+    load: Callable[[Any], Any],
     order: Iterable[Any],
     *,
     num_workers: int,
-    collate: Callable[[Sequence[Any]], Any] | None = None,
     skip_unusable: bool = False,
     or_else: str = "",
-    pin_memory: bool = False,
     prefetch: int = 2,
 ) -> Iterator[Any]:
-    """Yield the samples of a data set, or batches of them, in the given order. Call it in the main thread.
-
-    A data set returns, and does not raise, a `UserError` for a sample that cannot be used: a worker would add a
-    traceback to its message.
+    """Yield `load(index)` for every index of `order`, in that order. Call it in the main thread.
 
     Args:
-        order: index of every sample; with `collate`, the indices of every batch.
-        collate: makes a batch of samples, in the worker, or returns a `UserError` among them.
+        load: called in a worker; raises `UserError` for a sample that cannot be used.
         skip_unusable: yield the `UserError`s among the samples instead of raising them.
         or_else: end of the message about a sample that cannot be used; it names an alternative.
-        pin_memory: copy tensors to page-locked memory, for asynchronous transfer to a GPU.
-        prefetch: samples or batches that each worker makes ahead.
+        prefetch: samples that each worker loads ahead.
 
     Raises:
         UserError: a sample cannot be used; with `skip_unusable`, `MOST_SKIPPED` in a row.
         LoaderDied: a worker died, cannot be started, or has sent nothing for `TIMEOUT` seconds.
     """
     loader = DataLoader(
-        dataset,
-        **({"sampler": order, "batch_size": None} if collate is None else {"batch_sampler": order}),
-        collate_fn=collate or _as_it_is,
+        _Loading(load),
+        sampler=order,
+        batch_size=None,
+        collate_fn=lambda sample: sample,
         num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,  # nothing that `load` holds is pickled
         worker_init_fn=_init_worker,
-        pin_memory=pin_memory,
         prefetch_factor=prefetch if num_workers else None,
         timeout=TIMEOUT if num_workers else 0,
     )
@@ -75,19 +79,12 @@ def disk_fault(error: UserError) -> UserError:
     return UserError(f"{error}; and so are the {MOST_SKIPPED - 1} files before it: is the disk there?")
 
 
-def _as_it_is(sample: Any) -> Any:
-    return sample
-
-
 def _from_workers(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader with worker processes; raises `LoaderDied` when one has died."""
+    """The samples of a loader with worker processes; raises `LoaderDied` when one has died."""
     before = set(multiprocessing.active_children())
     try:
         batches = iter(loader)
     except (OSError, RuntimeError) as error:
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        traceback.clear_frames(error.__traceback__)  # deletes a half-made loader, which fails to end its workers
-        sys.unraisablehook = hook
         _end(set(multiprocessing.active_children()) - before)
         reason = getattr(error, "strerror", None) or error
         raise LoaderDied.because(f"loader processes cannot be started ({reason})") from None
@@ -108,11 +105,11 @@ def _death(error: Exception) -> str:
     if "in DataLoader worker process" in text:  # the error was raised in the worker, which lives
         return "a loader process found no shared memory" if "shared memory" in text else ""
     # Tensors are fetched from their worker: the lost connection may be noticed before its death.
-    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "pin memory thread" in text.lower()
-    return text or "a loader process is gone" if lost or is_loader_death(error) else ""
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or is_loader_death(error)
+    return text or "a loader process is gone" if lost else ""
 
 
-def _end(workers: Iterable[BaseProcess]) -> None:
+def _end(workers: Collection[BaseProcess]) -> None:
     for worker in workers:
         worker.terminate()  # see `_follow_parent`
     for worker in workers:

@@ -1,4 +1,4 @@
-"""A lock on a run's folder between processes. It ends with the process that holds it."""
+"""A lock on a folder between processes, which ends with the process that holds it; lines above a progress bar."""
 
 from __future__ import annotations
 
@@ -23,8 +23,15 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Inside the block no other process can lock the folder. Raises `UserError`, which names `flag`, if one has."""
+def locked(folder: Path, flag: str, waiting: str = "") -> Iterator[None]:
+    """Inside the block no other process can lock the folder.
+
+    Args:
+        waiting: printed before this process waits for another one that holds the lock; '' raises instead of waiting.
+
+    Raises:
+        UserError: names `flag`; another process holds the lock, or the folder cannot be written to.
+    """
     path = Path(folder) / LOCK
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -35,9 +42,12 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
             # Processes forked from this one do not hold the lock.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"{flag} {folder}: another process is at work on this run; wait or stop it") from None
-            # The file system has no locks.
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise the file system has no locks
+                if not waiting:
+                    message = f"{flag} {folder}: another process is at work on this run; wait or stop it"
+                    raise UserError(message) from None
+                say(waiting)
+                fcntl.lockf(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

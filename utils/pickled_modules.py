@@ -24,10 +24,6 @@ _LAYERS = (
 _TORCH_CLASSES = ("torch.nn.parallel.data_parallel.DataParallel", *(f"torch.nn.modules.{name}" for name in _LAYERS))
 
 
-class _MalformedError(Exception):
-    """A record cannot be of a module."""
-
-
 class Record:
     """What a file holds of a pickled module: its `__dict__` as `attributes`, with records in place of submodules."""
 
@@ -40,7 +36,7 @@ class Record:
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict):
-            raise _MalformedError(f"a {self.class_name} of it has a state of type {type(state).__name__}")
+            raise ValueError(f"a {self.class_name} of it has a state of type {type(state).__name__}")
         self.attributes = dict(state)
 
     @property
@@ -72,18 +68,16 @@ class Record:
                         tensors[prefix + name] = value.detach()
         return tensors
 
-    def _check(self, inside: tuple[Record, ...] = ()) -> None:
-        """Raise `_MalformedError` unless this record and those in it have the tables of a module, and form a tree."""
-        if any(self is outer for outer in inside):
-            raise _MalformedError("a module of it contains itself")
+    def _check(self) -> None:
+        """Raise `ValueError` unless this record and those in it have the tables of a module."""
         for kind in ("_parameters", "_buffers", "_modules"):
             table = self.attributes.setdefault(kind, {})
             if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
-                raise _MalformedError(f"a {self.class_name} of it is malformed")
+                raise ValueError(f"a {self.class_name} of it is malformed")
             if any(isinstance(value, Tensor) and not _is_plain(value) for value in table.values()):
-                raise _MalformedError(f"a tensor of a {self.class_name} of it is malformed")
+                raise ValueError(f"a tensor of a {self.class_name} of it is malformed")
         for _, child in self.children():
-            child._check((*inside, self))
+            child._check()
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -112,8 +106,8 @@ def read_pickled_modules(path: Path, class_names: Collection[str]) -> Any:
             raise UserError(f"{path}: cannot be read as a trained model: {_refused(path)}; nothing was executed")
     try:
         return [_checked(entry) for entry in content] if isinstance(content, list) else _checked(content)
-    except (_MalformedError, RecursionError) as error:
-        reason = "its modules are nested too deeply" if isinstance(error, RecursionError) else error
+    except (ValueError, RecursionError) as error:
+        reason = "a module of it contains itself, or many others" if isinstance(error, RecursionError) else error
         raise UserError(f"{path}: cannot be read as a trained model: {reason}") from None
 
 

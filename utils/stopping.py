@@ -1,4 +1,4 @@
-"""Ending a long run in good order at a signal of its user or of a scheduler, or when a loader process died."""
+"""Ending a long run with its state saved: at a signal of its user or of a scheduler, or when a loader process died."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def is_loader_death(error: BaseException) -> bool:
 class StopRequests:
     """Inside the block the first stop signal is remembered, and a second one ends the process with 128 + its number.
 
-    Calling the object tells whether a stop was requested. It must be entered in the main thread; processes forked
-    inside the block ignore the signals. After a request the handlers stay when the block ends, so that the same
-    request, sent twice, does not kill a process that has saved and is about to exit.
+    Calling the object tells whether a stop was requested. It must be entered in the main thread. After a request the
+    handlers stay when the block ends, so that the same request, sent twice, does not kill a process that has saved and
+    is about to exit.
 
     Args:
         quiet: print nothing about the first signal.
@@ -64,13 +64,11 @@ class StopRequests:
         self.at_once = False
         self.received: signal.Signals | None = None
         self._time = 0.0
-        self._process = os.getpid()
 
     def __call__(self) -> bool:
         return self.received is not None
 
     def __enter__(self) -> StopRequests:
-        self._process = os.getpid()
         # An ignored signal stays ignored, as with `nohup`.
         wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in wanted}
@@ -82,8 +80,6 @@ class StopRequests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return
         now, name = time.monotonic(), signal.Signals(number).name
         if self.received is not None:
             if now - self._time > SAME_REQUEST:

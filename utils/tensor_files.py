@@ -28,33 +28,22 @@ class DamagedFileError(UserError):
     """A file is damaged, or no file of `torch.save`."""
 
 
-class UnavailableFileError(UserError):
-    """A file cannot be read at the moment; it may be undamaged."""
-
-
 def check_archive(path: Path) -> None:
     """Compare the records of a file of `torch.save` with their checksums (CRC-32), which `torch.load` does not do.
 
     A file that is no zip archive passes: PyTorch before 1.6 wrote pickles without checksums.
 
     Raises:
-        UserError: the file is missing or unreadable.
+        UserError: the file is missing or cannot be read.
         DamagedFileError: it is damaged, or its records are not stored as `torch.save` stores them: `torch.load` trusts
             their sizes.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 - an error inside the block has another meaning than one of opening
-    except OSError as error:
-        _raise_if_passing(error, path)
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    with file:
-        try:
+        with open(path, "rb") as file:
             if _is_archive(file):
                 _check_records(file)
-        except Exception as error:  # a reader of a damaged archive can fail in any way
-            _raise_if_passing(error, path)
-            reason = f"{path} is damaged or cut short ({_reason(error)}); use another copy of it"
-            raise DamagedFileError(reason) from None
+    except Exception as error:  # a reader of a damaged archive can fail in any way
+        raise _refusal(error, path) from None
 
 
 def _is_archive(file: BinaryIO) -> bool:
@@ -81,17 +70,14 @@ def _check_records(file: BinaryIO) -> None:
                     pass
 
 
-def _raise_if_passing(error: Exception, path: Path) -> None:
-    """Raise `UnavailableFileError` where memory or a file server fails."""
+def _refusal(error: Exception, path: Path) -> UserError:
+    """What an error of a reader means: another kind than damage where memory, a file server or the path is at fault."""
     if is_out_of_memory(error):
-        reason = "asks for more memory than there is; free some, or use another file"
-        raise UnavailableFileError(f"{path} {reason}") from None
-    if isinstance(error, OSError) and error.errno in _PASSING:
-        raise UnavailableFileError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        return UserError(f"{path} asks for more memory than there is; free some, or use another file")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _PASSING):
+        return UserError(f"cannot read {path}: {error.strerror}")
+    reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+    return DamagedFileError(f"{path} is damaged or cut short, or no file of weights ({reason}); use another copy of it")
 
 
 def read_tensor_file(path: Path) -> Any:
@@ -111,25 +97,22 @@ def read_tensor_file(path: Path) -> Any:
     except pickle.UnpicklingError:
         return None
     except Exception as error:  # a reader of a damaged file can fail in any way
-        _raise_if_passing(error, path)
-        raise DamagedFileError(f"{path} is damaged or not a checkpoint ({_reason(error)})") from None
+        raise _refusal(error, path) from None
 
 
 def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, Any]:
     """Read the state dict that `flag` names.
 
     Args:
-        alternatives: what else the flag accepts, for the message about a missing file.
+        alternatives: what else the flag accepts, for the message.
 
     Raises:
         UserError: missing, damaged, or no state dict.
     """
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file (give a file, {alternatives})")
     try:
         state = read_tensor_file(path)
     except UserError as error:
-        raise UserError(f"{flag} {error}") from None
+        raise UserError(f"{flag} {error} (or give {alternatives})") from None
     if not _is_state_dict(state):
         raise UserError(f"{flag} {path}: no state dict, it must hold names and tensors alone; nothing else is loaded")
     return state
