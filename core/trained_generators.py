@@ -10,7 +10,7 @@ from core.legacy import load_legacy_generators
 from core.networks import Generator, freeze
 from training.checkpoint import LATEST, Checkpoint, checkpoint_from, is_checkpoint
 from utils.errors import UserError
-from utils.tensor_files import load_network, read_tensor_file, weights_fingerprint
+from utils.tensor_files import load_network, read_tensor_file
 
 FLAG = "--trained_procst_path"
 
@@ -25,10 +25,6 @@ class TrainedGenerators:
     generators: list[Generator]
     config: ProCSTConfig | None
     note: str = ""
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all weights: tells whether two exports come from the same generators."""
-        return weights_fingerprint(*self.generators)
 
 
 def load_trained_generators(path: Path) -> TrainedGenerators:
