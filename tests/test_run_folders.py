@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 
 import pytest
@@ -9,9 +10,9 @@ import pytest
 import train_procst
 from commands import procst_flags
 from core.procst import ProCST
-from processes import in_use
 from refusals import check_refusal
 from training.run_folder import log_name
+from utils.locks import locked
 
 
 @pytest.fixture
@@ -33,8 +34,23 @@ def test_a_folder_with_other_files_is_no_run(flags, tmp_path, run_script):
 def test_a_run_in_use_is_left_alone(flags, tmp_path, run_script):
     folder = tmp_path / "run"
     folder.mkdir()
-    with in_use(folder):
-        check_refusal(run_script(train_procst, *flags), "another process")
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+
+    def hold():
+        with locked(folder, "--run_dir"):
+            ready.set()
+            done.wait(60)
+
+    other = context.Process(target=hold)
+    other.start()
+    try:
+        assert ready.wait(30)
+        result = run_script(train_procst, *flags)
+    finally:
+        done.set()
+        other.join()
+    check_refusal(result, "another process")
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 

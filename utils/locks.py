@@ -1,4 +1,4 @@
-"""A lock on a folder between processes. It ends with the process that holds it."""
+"""A lock on a run's folder between processes. It ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"{flag} {folder}: another process works in this folder; wait or stop it") from None
+                raise UserError(f"{flag} {folder}: another process is at work on this run; wait or stop it") from None
             # The file system has no locks.
         yield
     finally:
