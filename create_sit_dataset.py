@@ -4,7 +4,7 @@
     python create_sit_dataset.py --trained_procst_path TrainedModels/RUN --sit_output_path data/sit --gpus 0 1 2 3
 
 Every source image becomes an 8-bit RGB PNG of its native size, under its own name and folder below the output path
-(GTA5: OUT/images/00001.png). An interrupted export goes on with --skip_created_files.
+(GTA5: OUT/images/00001.png). --skip_created_files continues an interrupted export.
 """
 
 from core.command_flags import ExportFlags

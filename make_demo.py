@@ -59,12 +59,12 @@ def run(script: str, *arguments: str) -> None:
         raise UserError(f"{script} failed with exit code {result.returncode}")
 
 
-def before_and_after(out: Path) -> Path:
-    """Write the picture: rows source, SiT of the same frames, target."""
+def before_and_after(out: Path) -> None:
+    """Write before_after.png: rows source, SiT of the same frames, target."""
     # Imported after the flags are read: a mistyped flag is answered at once.
     import numpy as np
 
-    from core.contact_sheet import draw_rows, save_png
+    from core.contact_sheet import save_rows
     from data_handlers.datasets import DATA_SETS
     from data_handlers.images import read_image
     from data_handlers.lists import list_images
@@ -78,7 +78,7 @@ def before_and_after(out: Path) -> Path:
         files = list_images(DATA_SETS[name], root, "--out")
         chosen = evenly_spaced(files.images, COLUMNS)
         rows.append((caption, [np.asarray(read_image(root / image)) for image in chosen]))
-    return save_png(draw_rows(rows), out / "before_after.png")
+    save_rows(out / "before_after.png", rows)
 
 
 def train_segmentation(out: Path, arm: str, images: str, labels: str, seed: int) -> Path:
@@ -165,9 +165,9 @@ def main() -> None:
     )  # fmt: skip
     for seed in SEEDS:
         train_segmentation(out, "sit", sit, gta, seed)
-    picture = before_and_after(out)
+    before_and_after(out)
     write_table(out, time.perf_counter() - started)
-    print(f"before and after: {picture}\ntables: {out / 'results.md'}\nrun folder: {trained}")
+    print(f"before and after: {out / 'before_after.png'}\ntables: {out / 'results.md'}\nrun folder: {trained}")
 
 
 if __name__ == "__main__":

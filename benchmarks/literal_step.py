@@ -2,21 +2,22 @@
 
 Every term computes the translated images it speaks of anew, has a backward of its own, and its gradients reach every
 network on the way, the perceptual net and the frozen segmentation net included. It passes the same golden tests as
-`core.step.training_step` and takes the same arguments.
+`core.step.TrainingStep` and takes the same arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from core.cascade import cascade, generated_pyramid
 from core.config import LossConfig
 from core.losses import gradient_penalty, total_variation
 from core.networks import Generator
-from core.step import Batch, PerceptualNet, ScaleNetworks, ScaleOptimizers, SegmentationNets, StepResult
+from core.step import Batch, PerceptualNet, ScaleNetworks, SegmentationNets, StepResult
 from models.losses import cross_entropy
 
 Fake = Callable[[], Tensor]  # translates anew at every call
@@ -25,7 +26,7 @@ Fake = Callable[[], Tensor]  # translates anew at every call
 def literal_step(
     *,
     nets: ScaleNetworks,
-    optimizers: ScaleOptimizers,
+    optimizers: Mapping[str, Optimizer],
     perceptual: PerceptualNet,
     batch: Batch,
     loss: LossConfig,
@@ -33,7 +34,7 @@ def literal_step(
     segmentation: SegmentationNets | None = None,
     warmup: bool = False,
 ) -> StepResult:
-    """See `core.step.training_step`. `lambda_adversarial` must be 1, as published: the logged parts contain it here."""
+    """See `core.step.TrainingStep`. `lambda_adversarial` must be 1, as published: the logged parts contain it here."""
     source, target = batch.source[-1], batch.target[-1]
 
     def translate(generator: Generator, lower: Sequence[Generator], levels: Sequence[Tensor]) -> Tensor:
@@ -46,8 +47,8 @@ def literal_step(
         return translate(nets.Gts, nets.lower_Gts, batch.target)
 
     losses = _discriminators(nets, optimizers, batch, loss, to_target, to_source)
-    optimizers.Gst.zero_grad()
-    optimizers.Gts.zero_grad()
+    optimizers["Gst"].zero_grad()
+    optimizers["Gts"].zero_grad()
     losses |= _adversarial_and_style(nets, perceptual, source, target, loss, to_target, to_source)
     sit = to_target()
     sitis = _back(sit, nets.Gts, nets.lower_Gts, scale_factor)
@@ -63,18 +64,18 @@ def literal_step(
     cycle_target = loss.lambda_cyclic * F.l1_loss(tisit, target)
     cycle_target.backward()
     losses["Cyclic/LossTST"] = cycle_target
-    optimizers.Gst.step()
-    optimizers.Gts.step()
+    optimizers["Gst"].step()
+    optimizers["Gts"].step()
 
     # (3) segmentation
     if segmentation is not None:
         segmentation.optimizer.zero_grad()
-        optimizers.Gst.zero_grad()
+        optimizers["Gst"].zero_grad()
         cross_entropy_of_q = cross_entropy(segmentation.seg_sit(to_target()), batch.label)
         cross_entropy_of_q.backward()
         segmentation.optimizer.step()
         if not warmup:
-            optimizers.Gst.step()
+            optimizers["Gst"].step()
         losses["Semseg/SemsegLoss"] = cross_entropy_of_q
 
     images = {"source": source, "sit": sit, "sitis": sitis, "target": target, "tis": tis, "tisit": tisit}
@@ -85,13 +86,18 @@ def literal_step(
 
 
 def _discriminators(
-    nets: ScaleNetworks, optimizers: ScaleOptimizers, batch: Batch, config: LossConfig, to_target: Fake, to_source: Fake
+    nets: ScaleNetworks,
+    optimizers: Mapping[str, Optimizer],
+    batch: Batch,
+    config: LossConfig,
+    to_target: Fake,
+    to_source: Fake,
 ) -> dict[str, Tensor]:
     """Phase 1: one discriminator after the other, three backwards each."""
     losses: dict[str, Tensor] = {}
     directions = (
-        ("ST", nets.Dst, optimizers.Dst, batch.target[-1], to_target, batch.alphas[0]),
-        ("TS", nets.Dts, optimizers.Dts, batch.source[-1], to_source, batch.alphas[1]),
+        ("ST", nets.Dst, optimizers["Dst"], batch.target[-1], to_target, batch.alphas[0]),
+        ("TS", nets.Dts, optimizers["Dts"], batch.source[-1], to_source, batch.alphas[1]),
     )
     for name, discriminator, optimizer, real, fake_of, alpha in directions:
         optimizer.zero_grad()

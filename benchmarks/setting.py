@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 from core.config import ProCSTConfig
 from core.networks import Discriminator, Generator, freeze, init_weights
-from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets
+from core.step import Batch, ScaleNetworks, SegmentationNets
 from models.segmentation import build_segmentation_net, segmentation_optimizer
 from models.vgg import VGGFeatures, build_vgg
 from training.precision import channels_last
@@ -22,7 +23,7 @@ class Setting:
     """Everything a step of one scale needs."""
 
     networks: ScaleNetworks
-    optimizers: ScaleOptimizers
+    optimizers: Mapping[str, Optimizer]
     perceptual: VGGFeatures
     segmentation: SegmentationNets | None
     batch: Batch
@@ -60,7 +61,7 @@ def build_setting(config: ProCSTConfig, scale: int, device: torch.device, fused:
         for network in (perceptual, *([segmentation.seg_source, segmentation.seg_sit] if segmentation else [])):
             channels_last(network)
     return Setting(
-        ScaleNetworks(**trained, **lower), ScaleOptimizers(**optimizers), perceptual, segmentation,
+        ScaleNetworks(**trained, **lower), optimizers, perceptual, segmentation,
         random_batch(config, scale, device, segmentation is not None),
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # PyTorch documents it under this name alone
 
 # The scripts of this folder are run by path, and then their own folder is where Python looks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,7 +35,7 @@ from core.config import ProCSTConfig
 from core.double_backward import RECOMPUTES
 from core.losses import gradient_penalty
 from core.running import micro_batch_size, procst_runner
-from core.step import Run, training_step
+from core.step import Run, TrainingStep
 from data_handlers.domain import Domain
 from models.resnet import recompute_blocks
 from training.flags import build_parser, option, parse, section_from
@@ -82,7 +82,8 @@ class Variant:
             recompute_blocks(segmentation.seg_sit)
         micro_batch = micro_batch_size(setting.batch.source[-1].shape, norm, device)
         run = self.runner(recompute)
-        return partial(training_step, **arguments, run=run, recompute=recompute, micro_batch=micro_batch)
+        arguments |= {"run": run, "recompute": recompute, "micro_batch": micro_batch}
+        return lambda: TrainingStep(**arguments).take()
 
     def runner(self, as_on_gpu: bool) -> Run:
         """Calls networks as a ProCST run on a GPU or CPU does."""

@@ -49,7 +49,6 @@ class NetworkShape:
     layers: int
     norm: Norm
     groups: int = 8
-    image_channels: int = 3
     kernel_size: int = 3
 
 
@@ -108,7 +107,6 @@ class NetworkConfig:
             layers=layers_at_scale(scale, self.num_scales, self.body_layers),
             norm=self.norm[scale],
             groups=self.groups_num,
-            image_channels=self.nc_im,
             kernel_size=self.ker_size,
         )
 

@@ -25,8 +25,8 @@ GAP = 4
 CAPTION_HEIGHT = 14
 
 
-def draw_rows(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
-    """A grid of rows (caption, uint8 (h,w,3) images of one size); small images are enlarged."""
+def save_rows(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> None:
+    """Write a grid of rows (caption, uint8 (h,w,3) images of one size) to a PNG file; small images are enlarged."""
     height, width = rows[0][1][0].shape[:2]
     zoom = max(1, -(-MIN_TILE_WIDTH // width))
     tile_width, tile_height = width * zoom, height * zoom
@@ -40,13 +40,7 @@ def draw_rows(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
         for j, pixels in enumerate(images):
             tile = Image.fromarray(pixels).resize((tile_width, tile_height), Image.Resampling.NEAREST)
             sheet.paste(tile, (GAP + j * (tile_width + GAP), top + CAPTION_HEIGHT))
-    return sheet
-
-
-def save_png(image: Image.Image, path: Path) -> Path:
-    """Write `image` to `path` atomically; returns the path."""
-    atomic_write(path, lambda file: image.save(file, format="PNG"))
-    return path
+    atomic_write(path, lambda file: sheet.save(file, format="PNG"))
 
 
 def _sample_pyramids(domain: Domain, network: NetworkConfig, scale: int) -> list[list[np.ndarray]]:
@@ -85,8 +79,7 @@ def save_contact_sheet(
         UserError: an image cannot be read and `--on_bad_image` is stop, or no image can.
     """
     sources, targets = (_sample_pyramids(domain, network, len(generators) - 1) for domain in (source, target))
-    dtype = next(generators[0].parameters()).dtype
-    translated = []
+    dtype, translated = next(generators[0].parameters()).dtype, []
     for pyramid in sources:
         levels = [PROCST_INPUT(torch.tensor(level[None], device=device), dtype) for level in pyramid]
         sit = translate_pyramid(generators, levels, network.scale_factor)
@@ -96,4 +89,4 @@ def save_contact_sheet(
         ("SiT", translated),
         (f"target ({target.files.data_set.name})", [pyramid[-1] for pyramid in targets]),
     ]
-    save_png(draw_rows(rows), path)
+    save_rows(path, rows)

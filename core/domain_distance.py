@@ -42,7 +42,7 @@ def feature_gaussian(
     Raises:
         UserError: an image cannot be read.
     """
-    fit: GaussianFit | None = None
+    fit = GaussianFit()
     for path in paths:
         image = read_image(path)
         if image.size != size:
@@ -51,11 +51,7 @@ def feature_gaussian(
         features = vgg(PROCST_INPUT(pixels)[None])[layer][0].flatten(1)
         # A regular subset: neighbouring positions have similar features.
         stride = max(1, features.shape[1] // POSITIONS_PER_IMAGE)
-        vectors = features[:, ::stride].T.cpu().numpy()
-        fit = fit or GaussianFit(vectors.shape[1])
-        fit.add(vectors)
-    if fit is None:
-        raise ValueError("no images")
+        fit.add(features[:, ::stride].T.cpu().numpy())
     return fit
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from core.command_flags import ExportFlags
 from core.networks import Generator
-from core.sit_folder import SitFolder, output_names
+from core.sit_folder import FLAG, SitFolder, output_names
 from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import Translator
 from data_handlers.cache import OR_SKIP
@@ -33,10 +33,11 @@ from training.launching import in_processes, is_launched, launch
 from training.precision import resolve_precision, set_convolution_precision
 from utils.devices import cpus_per_device, keep_freed_memory, resolve_devices, workers_for
 from utils.errors import UserError, out_of_memory_means
-from utils.files import atomic_write
+from utils.files import atomic_write, make_folder
 from utils.loaders import load_in_order
-from utils.locks import say
+from utils.locks import locked, say
 from utils.stopping import STOPPED, LoaderDied, Stopped, StopRequests, is_loader_death
+from utils.tensor_files import weights_fingerprint
 
 CONTINUE = "the images translated so far stay, continue with --skip_created_files"
 
@@ -113,7 +114,7 @@ def translate_images(
         outputs: path below `root` of every image wanted.
         flags: with the precision, scale factor and numbers of workers and encoders resolved.
         title: of the progress bar; '' draws none.
-        stop: asked after every batch; translation ends early where it returns True.
+        stop: asked after every batch; where it returns True, the translation ends early.
 
     Returns:
         The images that were skipped because they cannot be read, with `--on_bad_image skip`.
@@ -163,8 +164,8 @@ def export(flags: ExportFlags, script: str) -> None:
 
     Raises:
         UserError: bad input; images translated before stay.
-        Stopped: the export was asked to stop, or a loader process died.
-        SystemExit: with the code of a stop, when a loader process of one of several processes died.
+        Stopped: the export was asked to stop.
+        SystemExit: with the code of a stop, when a loader process died.
     """
     in_processes(lambda rank: _start(flags, Path(script), rank), CONTINUE)
 
@@ -180,13 +181,13 @@ def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
         print(f"computing on {rank.device} (choose with --gpus)")
     stop = StopRequests(quiet=is_launched() or not rank.is_main)
     stop.at_once = rank.count == 1  # until images are translated
-    with stop:
+    with stop, ExitStack() as stack:
         trained = load_trained_generators(Path(flags.trained_procst_path))
         flags = _resolved(flags, trained, devices, rank)
         files = list_images(
             DATA_SETS[flags.source], flags.src_data_dir, "--src_data_dir", list_file=flags.src_list, training=False
         )
-        _export(flags, trained, files, rank, stop)
+        _export(flags, trained, files, rank, stop, stack)
 
 
 def _resolved(
@@ -218,11 +219,13 @@ def _resolved(
     )
 
 
-def _export(flags: ExportFlags, trained: TrainedGenerators, files: FileList, rank: Rank, stop: StopRequests) -> None:
+def _export(
+    flags: ExportFlags, trained: TrainedGenerators, files: FileList, rank: Rank, stop: StopRequests, stack: ExitStack
+) -> None:
     outputs = output_names(files)
     manifest = {
         "format": "procst-sit",
-        "generators": trained.fingerprint(),
+        "generators": weights_fingerprint(*trained.generators),
         "data_set": flags.source,
         "source_folder": str(files.root.resolve()),
         "scale_factor": flags.scale_factor,
@@ -231,7 +234,7 @@ def _export(flags: ExportFlags, trained: TrainedGenerators, files: FileList, ran
     }
     rank.require_equal(manifest)
     folder = SitFolder(root=Path(flags.sit_output_path), files=files, outputs=outputs, manifest=manifest)
-    names = rank.broadcast(_prepare(folder, flags, trained.note) if rank.is_main else None)
+    names = rank.broadcast(_prepare(folder, flags, trained.note, stack) if rank.is_main else None)
     stop.at_once = False
     started = time.perf_counter()
     try:
@@ -249,11 +252,8 @@ def _export(flags: ExportFlags, trained: TrainedGenerators, files: FileList, ran
     except (LoaderDied, RuntimeError) as error:
         if not is_loader_death(error):
             raise
-        line = f"{LoaderDied.because(error)}; {CONTINUE}"
-        if rank.count == 1:
-            raise Stopped(line) from None
-        print(line, file=sys.stderr)  # the other processes do not wait for this one
-        raise SystemExit(STOPPED) from None
+        say(f"{LoaderDied.because(error)}; {CONTINUE}")
+        raise SystemExit(STOPPED) from None  # other processes do not wait for this one
     if rank.all_reduce_max(int(stop())):
         raise Stopped(f"stopped; {CONTINUE}")
     skipped = [name for part in rank.gather(skipped) for name in part]
@@ -261,23 +261,21 @@ def _export(flags: ExportFlags, trained: TrainedGenerators, files: FileList, ran
         _finish(folder, names, sorted(skipped), time.perf_counter() - started)
 
 
-def _prepare(folder: SitFolder, flags: ExportFlags, note: str) -> list[str]:
-    """Check the output folder and a few images, make the folder, and return the images to translate."""
+def _prepare(folder: SitFolder, flags: ExportFlags, note: str, stack: ExitStack) -> list[str]:
+    """Check the output folder and a few images, make and lock the folder, and return the images to translate."""
     folder.check(keep_complete=flags.skip_created_files)
     if flags.on_bad_image == "stop":
         check_samples(folder.files, labels=False, or_else=OR_SKIP)
     print(folder.files.describe())
     if note:
         print(f"note: {note}")
+    stack.enter_context(locked(make_folder(folder.root, FLAG), FLAG))
     folder.make()
     return folder.incomplete() if flags.skip_created_files else list(folder.outputs)
 
 
 def _finish(folder: SitFolder, names: Sequence[str], skipped: Sequence[str], seconds: float) -> None:
     """Write the final manifest and report; `names` are the images that were to be translated."""
-    if missing := set(folder.missing()) - set(skipped):
-        first = folder.outputs[min(missing)]
-        raise UserError(f"{len(missing)} images are missing in {folder.root}, first {first}: run the command again")
     folder.write_manifest(complete=not skipped)
     translated = len(names) - len(skipped)
     print(

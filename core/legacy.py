@@ -52,6 +52,5 @@ def _shape_of(record: Record, scale: int, what: str) -> NetworkShape:
         layers=len(blocks),
         norm="batch" if "BatchNorm2d" in kinds else "group",
         groups=groups,
-        image_channels=inputs if scale == 0 else inputs // 2,
         kernel_size=kernel,
     )

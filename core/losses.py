@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -44,17 +44,6 @@ def gram_matrix(features: Tensor) -> Tensor:
     return torch.baddbmm(flat.new_empty(()), flat.transpose(1, 2), flat, beta=0, alpha=1 / flat.shape[1])
 
 
-def content_loss(fake: Features, content_target: Features, layers: Sequence[int]) -> Tensor:
-    """Mean over the content layers of the squared difference to the features of the image that was translated."""
-    differences = [at_least_float32(fake[i]) - at_least_float32(content_target[i]) for i in layers]
-    return torch.stack([difference.square().mean() for difference in differences]).mean()
-
-
-def style_loss(fake: Features, style_target: Mapping[int, Tensor], layers: Sequence[int]) -> Tensor:
-    """Mean over the style layers of the squared difference to the Gram matrices of an image of the other domain."""
-    return torch.stack([F.mse_loss(gram_matrix(fake[i]), style_target[i]) for i in layers]).mean()
-
-
 def perceptual_targets(features: Features, loss: LossConfig) -> list[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     """(content_target, style_target) of source to target and of target to source.
 
@@ -84,12 +73,17 @@ def style_terms(
 ) -> dict[str, Tensor]:
     """Content, style and total variation loss of a generated image, each times `weight`, and their weighted total.
 
+    Content and style are means over their layers of the squared difference to `content_target` and, of Gram matrices,
+    to `style_target`.
+
     Args:
         features: of `image` (B,3,h,w).
         content_target, style_target: see `perceptual_targets`.
     """
-    content = weight * content_loss(features, content_target, loss.content_layers)
-    style = weight * style_loss(features, style_target, loss.style_layers)
+    apart = [at_least_float32(features[i]) - at_least_float32(content_target[i]) for i in loss.content_layers]
+    content = weight * torch.stack([difference.square().mean() for difference in apart]).mean()
+    grams = [F.mse_loss(gram_matrix(features[i]), style_target[i]) for i in loss.style_layers]
+    style = weight * torch.stack(grams).mean()
     tv = weight * total_variation(image)
     total = loss.content_weight * content + loss.style_weight * style + loss.tv_weight * tv
     return {"ContentLoss": content, "StyleLoss": style, "TVLoss": tv, "TotalStyleLoss": total}

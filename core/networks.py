@@ -79,8 +79,7 @@ class Generator(nn.Module):
     def __init__(self, shape: NetworkShape) -> None:
         super().__init__()
         self.shape = shape
-        inputs = shape.image_channels if shape.scale == 0 else 2 * shape.image_channels
-        _build_trunk(self, shape, inputs, shape.image_channels, nn.Tanh())
+        _build_trunk(self, shape, 3 if shape.scale == 0 else 6, 3, nn.Tanh())
 
     def blocks(self) -> list[ConvBlock]:
         """The L blocks in order; the generator's output is tanh of that of the last one."""
@@ -105,7 +104,7 @@ class Discriminator(nn.Module):
     def __init__(self, shape: NetworkShape) -> None:
         super().__init__()
         self.shape = shape
-        _build_trunk(self, shape, shape.image_channels, 1, nn.LeakyReLU(LEAKY_SLOPE))
+        _build_trunk(self, shape, 3, 1, nn.LeakyReLU(LEAKY_SLOPE))
 
     def forward(self, image: Tensor, differentiable_twice: bool = False) -> Tensor:
         """`differentiable_twice`, for the gradient penalty: the first backward gives a gradient only to the image."""

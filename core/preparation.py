@@ -130,9 +130,20 @@ def _build_seg_sit(config: ProCSTConfig, fresh: bool) -> nn.Module:
 
 def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[ProCSTConfig, Validator | None, str]:
     """The configuration with `--select_by` decided, the validator of the last scale, and a line that describes it."""
-    files, missing = _val_split(target)
-    asked = config.validation.select_by
-    select_by = _decided(asked, files, missing, target)
+    files, asked = _val_split(target), config.validation.select_by
+    missing = len(missing_labels(files)) if files else 0
+    has_labels = files is not None and missing < len(files)
+    select_by = ("miou" if has_labels else "none") if asked == "auto" else asked
+    if select_by == "miou" and not has_labels:
+        raise UserError(
+            f"--select_by miou needs a labelled val split in --trg_data_dir {target.root}, and there is none; use "
+            "--select_by label_free, which needs no labels, or none"
+        )
+    if select_by == "miou" and missing:
+        raise UserError(
+            f"--trg_data_dir {target.root}: {missing} of the {len(files)} val images have no label, so their mIoU is "
+            "unknown; complete the labels, or use --select_by label_free or none"
+        )
     config = replace(config, validation=replace(config.validation, select_by=select_by))
     if select_by == "none":
         if config.validation.validation_rate:
@@ -142,7 +153,7 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
             )
         reason = "as --select_by none says" if asked == "none" else "the target has no labelled val split"
         return config, None, f"no validation of the last scale: {reason}"
-    labelled = files is not None and not missing
+    labelled = has_labels and not missing
     if files is None:
         files = replace(target, images=tuple(evenly_spaced(target.images, LABEL_FREE_IMAGES)))
     skip = config.loader.on_bad_image == "skip"
@@ -160,29 +171,9 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
     return config, validator, f"validating the last scale on {files.describe()}, best by {select_by}"
 
 
-def _val_split(target: FileList) -> tuple[FileList | None, int]:
-    """The target's val split, None where there is none, and how many of its images have no label."""
+def _val_split(target: FileList) -> FileList | None:
+    """The target's val split, None where there is none."""
     patterns = target.data_set.images.get("val", ())
     if not any(True for pattern in patterns for _ in target.root.glob(pattern)):
-        return None, 0
-    files = list_images(target.data_set, target.root, "--trg_data_dir", split="val", training=False)
-    return files, len(missing_labels(files))
-
-
-def _decided(select_by: str, files: FileList | None, missing: int, target: FileList) -> str:
-    """`--select_by` with `auto` decided: `miou` where every image of the val split has a label, else `none`."""
-    if select_by in ("none", "label_free"):
-        return select_by
-    if files is None or missing == len(files):
-        if select_by == "auto":
-            return "none"
-        raise UserError(
-            f"--select_by miou needs a labelled val split in --trg_data_dir {target.root}, and there is none; use "
-            "--select_by label_free, which needs no labels, or none"
-        )
-    if missing:
-        raise UserError(
-            f"--trg_data_dir {target.root}: {missing} of the {len(files)} val images have no label, so their mIoU is "
-            "unknown; complete the labels, or use --select_by label_free or none"
-        )
-    return "miou"
+        return None
+    return list_images(target.data_set, target.root, "--trg_data_dir", split="val", training=False)

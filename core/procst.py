@@ -17,7 +17,7 @@ from core.config import ProCSTConfig
 from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.running import micro_batch_size, procst_runner
-from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets, StepResult, training_step
+from core.step import Batch, ScaleNetworks, SegmentationNets, TrainingStep
 from data_handlers.domain import Domain, PairBatch
 from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import array_pyramid
@@ -73,7 +73,7 @@ class ProCST(Method):
         self.run = procst_runner(config.run.precision, config.optim.bf16_discriminators)
         self.epoch_length = max(len(source), len(target))
         self.segmentation: SegmentationNets | None = None
-        self._result: StepResult | None = None
+        self._images: Mapping[str, Tensor] = {}
         self._inputs = {"perceptual net (--vgg_weights)": weights_fingerprint(perceptual)}
         if seg_source is not None:
             self._inputs["segmentation net (--semseg_weights)"] = weights_fingerprint(seg_source)
@@ -91,22 +91,22 @@ class ProCST(Method):
 
     def stages(self) -> list[Stage]:
         """One stage for each scale, coarse to fine."""
-        config, last, stages = self.config, self.config.network.num_scales, []
-        for scale in range(last + 1):
-            per_epoch = config.schedule.steps_per_epoch(scale, self.epoch_length)
-            pictures = config.run.pics_per_epoch
-            validates = scale == last and self.seg_sit is not None
-            stages.append(Stage(
-                name=f"scale {scale}",
-                steps=config.schedule.steps(scale, self.epoch_length),
-                steps_per_epoch=per_epoch,
-                batch_size=config.schedule.batch_size_list[scale],
-                tag=f"Scale{scale}/",
-                validate_every=(config.validation.validation_rate or per_epoch) if validates else 0,
-                pictures_every=max(1, per_epoch // pictures) if pictures else 0,
-                keep_as=f"scale_{scale}.pth",
-            ))  # fmt: skip
-        return stages
+        return [self._stage(scale) for scale in range(self.config.network.num_scales + 1)]
+
+    def _stage(self, scale: int) -> Stage:
+        config, schedule = self.config, self.config.schedule
+        per_epoch, pictures = schedule.steps_per_epoch(scale, self.epoch_length), config.run.pics_per_epoch
+        validates = scale == config.network.num_scales and self.seg_sit is not None
+        return Stage(
+            name=f"scale {scale}",
+            steps=schedule.steps(scale, self.epoch_length),
+            steps_per_epoch=per_epoch,
+            batch_size=schedule.batch_size_list[scale],
+            tag=f"Scale{scale}/",
+            validate_every=(config.validation.validation_rate or per_epoch) if validates else 0,
+            pictures_every=max(1, per_epoch // pictures) if pictures else 0,
+            keep_as=f"scale_{scale}.pth",
+        )
 
     # --- networks ----------------------------------------------------------------------------------------------------
 
@@ -182,9 +182,9 @@ class ProCST(Method):
         )
         epoch = step // config.schedule.steps_per_epoch(stage, self.epoch_length)
         inputs = self._on_device(batch, penalty_alphas(config.run.manual_seed, stage, step))
-        self._result = training_step(
+        result = TrainingStep(
             nets=nets,
-            optimizers=ScaleOptimizers(**{name: self.optimizers[name] for name in NETWORKS}),
+            optimizers=self.optimizers,
             perceptual=self.perceptual,
             batch=inputs,
             loss=config.loss,
@@ -195,8 +195,9 @@ class ProCST(Method):
             recompute=self.device.type == "cuda",
             micro_batch=micro_batch_size(inputs.source[-1].shape, nets.Gst.shape.norm, self.device),
             local=LocalBatch.of(self.rank, config.schedule.batch_size_list[stage]),
-        )
-        return self._result.losses
+        ).take()
+        self._images = result.images
+        return result.losses
 
     def _on_device(self, batch: PairBatch, alphas: Tensor) -> Batch:
         """The input of a step, on the device and normalised."""
@@ -205,20 +206,16 @@ class ProCST(Method):
             # Channels first; the runner changes the layout for networks that are faster with another.
             return [PROCST_INPUT(to_device(level, self.device), self.dtype).contiguous() for level in levels]
 
-        label = batch.source.label
-        return Batch(
-            source=images(batch.source.levels),
-            target=images(batch.target.levels),
-            alphas=to_device(alphas.to(self.dtype), self.device),
-            label=None if label is None else to_device(label, self.device),
-        )
+        label = batch.source.label if batch.source.label is None else to_device(batch.source.label, self.device)
+        alphas = to_device(alphas.to(self.dtype), self.device)
+        return Batch(images(batch.source.levels), images(batch.target.levels), alphas, label)
 
     # --- reports -----------------------------------------------------------------------------------------------------
 
     def images(self) -> Mapping[str, Tensor]:
         """Images of the last step: source, SiT and back, target, TiS and back."""
-        names = {"source": "source", "SiT": "sit", "SiTiS": "sitis", "target": "target", "TiS": "tis", "TiSiT": "tisit"}
-        return {} if self._result is None else {shown: self._result.images[name] for shown, name in names.items()}
+        shown = {"sit": "SiT", "sitis": "SiTiS", "tis": "TiS", "tisit": "TiSiT"}
+        return {shown.get(name, name): image for name, image in self._images.items()}
 
     def summary(self, losses: Mapping[str, float]) -> str:
         """Sums over both directions of the discriminator, adversarial, cycle and style losses."""

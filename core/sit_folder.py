@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.files import atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
 from utils.png import RGB, SIGNATURE, PngHeader, is_complete_rgb8, read_png_header
 
+FLAG = "--sit_output_path"
 MANIFEST = "sit_manifest.json"
 KEPT = ("generators", "data_set", "source_folder", "scale_factor", "precision")  # equal for all images of a folder
 
@@ -64,11 +65,17 @@ class SitFolder:
             UserError: it would.
         """
         root, source = self.root, self.files.root
-        check_folder(root, "--sit_output_path")
+        check_folder(root, FLAG)
         if any(os.path.realpath(root / folder) == os.path.realpath(source / folder) for folder in self.folders()):
-            raise UserError(f"--sit_output_path {root} would overwrite the source images; choose another folder")
+            raise UserError(f"{FLAG} {root} would overwrite the source images; choose another folder")
         if (root / MANIFEST).exists():
-            self._check_manifest()
+            held = read_json(root / MANIFEST)
+            for name in KEPT:
+                if not isinstance(held, dict) or held.get(name) != self.manifest[name]:
+                    raise UserError(
+                        f"{FLAG} {root} holds images of another {name.replace('_', ' ')} (see its {MANIFEST}); choose "
+                        "another folder, or delete that one"
+                    )
             return
         listing = Listing(root)
         for image, output in self.outputs.items():
@@ -76,27 +83,18 @@ class SitFolder:
                 continue
             if not keep_complete:
                 raise UserError(
-                    f"--sit_output_path {root} already holds images that this program did not write; choose another "
+                    f"{FLAG} {root} already holds images that this program did not write; choose another "
                     "folder, or keep the complete ones with --skip_created_files"
                 )
             if not _may_be_translation(root / output, source / image):
                 raise UserError(
-                    f"{root / output} is no translation of {image} but another file; choose another --sit_output_path"
-                )
-
-    def _check_manifest(self) -> None:
-        held = read_json(self.root / MANIFEST)
-        for name in KEPT:
-            if not isinstance(held, dict) or held.get(name) != self.manifest[name]:
-                raise UserError(
-                    f"--sit_output_path {self.root} holds images of another {name.replace('_', ' ')} (see its "
-                    f"{MANIFEST}); choose another folder, or delete that one"
+                    f"{root / output} is no translation of {image} but another file; choose another {FLAG}"
                 )
 
     def make(self) -> None:
-        """Make the folders, remove temporary files of an interrupted export, and write the manifest."""
+        """Make the folders, remove temporary files of an interrupted export, and write the manifest; call it locked."""
         for folder in {"", *self.folders()}:
-            remove_leftovers(make_folder(self.root / folder, "--sit_output_path"))
+            remove_leftovers(make_folder(self.root / folder, FLAG))
         self.write_manifest(complete=False)
 
     def write_manifest(self, complete: bool) -> None:
@@ -116,11 +114,6 @@ class SitFolder:
             return is_complete_rgb8(path, image_size(source))
         except UserError:
             return False  # translating the image reports that it cannot be read
-
-    def missing(self) -> list[str]:
-        """The images without an output."""
-        listing = Listing(self.root)
-        return [image for image, output in self.outputs.items() if output not in listing]
 
 
 def _may_be_translation(path: Path, image: Path) -> bool:

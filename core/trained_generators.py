@@ -10,7 +10,7 @@ from core.legacy import load_legacy_generators
 from core.networks import Generator, freeze
 from training.checkpoint import LATEST, Checkpoint, checkpoint_from, is_checkpoint
 from utils.errors import UserError
-from utils.tensor_files import load_network, read_tensor_file, weights_fingerprint
+from utils.tensor_files import is_finite, load_network, read_tensor_file
 
 FLAG = "--trained_procst_path"
 
@@ -25,10 +25,6 @@ class TrainedGenerators:
     generators: list[Generator]
     config: ProCSTConfig | None
     note: str = ""
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all weights: tells whether two exports come from the same generators."""
-        return weights_fingerprint(*self.generators)
 
 
 def load_trained_generators(path: Path) -> TrainedGenerators:
@@ -54,7 +50,7 @@ def load_trained_generators(path: Path) -> TrainedGenerators:
         )
     config = ProCSTConfig.from_json(checkpoint.config, file)
     generators = _generators(checkpoint, config, file)
-    if not all(parameter.isfinite().all() for generator in generators for parameter in generator.parameters()):
+    if not all(map(is_finite, generators)):
         raise UserError(f"{FLAG} {file}: the weights are not finite, the training diverged")
     note = "" if checkpoint.stage_finished else f"the last scale is still in training (step {checkpoint.step})"
     return TrainedGenerators(generators, config, note)

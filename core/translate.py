@@ -11,10 +11,12 @@ shows from half a megapixel on, so whole images in float32 use the sums of the t
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -37,29 +39,17 @@ SUMMED_PIXELS = {"cpu": 2**12, "cuda": 2**18}
 SUMMED_IN = {"cpu": torch.float32, "cuda": torch.float64}
 
 
-@dataclass(frozen=True)
-class Affine:
-    """A group norm with known statistics: x * scale + shift, each (B,C,1,1)."""
-
-    scale: Tensor
-    shift: Tensor
+Affine = tuple[Tensor, Tensor]  # a group norm with known statistics: x * scale + shift, each (B,C,1,1)
+Window = tuple[EllipsisType, slice, slice]  # index of rows and columns
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns to read (core plus halo), those of the core in what was read, and `target`, in the image."""
-
-    rows: slice
-    columns: slice
-    core_rows: slice
-    core_columns: slice
-    target: tuple[slice, slice]
-
-
-def tiles(height: int, width: int, halo: int, max_pixels: int) -> Iterator[Tile]:
+def tiles(height: int, width: int, halo: int, max_pixels: int) -> Iterator[tuple[Window, Window, Window]]:
     """Cover (height, width) with tiles of at most about `max_pixels` pixels each, halo included.
 
     There is no halo at the image's border, where the convolutions' zero padding acts as it does for the whole image.
+
+    Yields:
+        What to read (core plus halo), the core in what was read, and the core in the image.
     """
     side = max(math.isqrt(max(max_pixels, MIN_TILE_PIXELS)) - 2 * halo, 16)
 
@@ -69,15 +59,15 @@ def tiles(height: int, width: int, halo: int, max_pixels: int) -> Iterator[Tile]
             read = slice(max(start - halo, 0), min(stop + halo, length))
             yield read, slice(start - read.start, stop - read.start), slice(start, stop)
 
-    for rows, core_rows, target_rows in spans(height):
-        for columns, core_columns, target_columns in spans(width):
-            yield Tile(rows, columns, core_rows, core_columns, (target_rows, target_columns))
+    for vertical, horizontal in itertools.product(spans(height), spans(width)):
+        read, core, target = ((..., rows, columns) for rows, columns in zip(vertical, horizontal, strict=True))
+        yield read, core, target
 
 
 def _run_blocks(blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: Tensor) -> Tensor:
     """Run the blocks on a tile, with `norms` in place of their group norms."""
     for block, norm in zip(blocks, norms, strict=True):
-        x = block(x) if norm is None else block.conv(block.actvn(x * norm.scale + norm.shift))
+        x = block(x) if norm is None else block.conv(block.actvn(x * norm[0] + norm[1]))
     return x
 
 
@@ -109,7 +99,7 @@ def _affine(norm: nn.GroupNorm, sums: Tensor, pixels: int) -> Affine:
     inverse_std = ((mean_square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
     scale = inverse_std.repeat_interleave(spread, 1) * norm.weight.double()
     shift = norm.bias.double() - mean.repeat_interleave(spread, 1) * scale
-    return Affine(scale.float()[..., None, None], shift.float()[..., None, None])
+    return scale.float()[..., None, None], shift.float()[..., None, None]
 
 
 @torch.no_grad()
@@ -128,15 +118,12 @@ def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, m
         if not isinstance(norm, nn.GroupNorm):
             norms.append(None)
             continue
-        sums = 0
-        for tile in cover:
-            features = _run_blocks(blocks[:i], norms, x[..., tile.rows, tile.columns])
-            sums += _group_sums(features[..., tile.core_rows, tile.core_columns], norm.num_groups)
+        features = (_run_blocks(blocks[:i], norms, x[read])[core] for read, core, _ in cover)
+        sums = sum(_group_sums(part, norm.num_groups) for part in features)
         norms.append(_affine(norm, sums, x.shape[-2] * x.shape[-1]))
     output = torch.empty_like(image)
-    for tile in cover:
-        result = torch.tanh(_run_blocks(blocks, norms, x[..., tile.rows, tile.columns]))
-        output[..., *tile.target] = result[..., tile.core_rows, tile.core_columns]
+    for read, core, target in cover:
+        output[target] = torch.tanh(_run_blocks(blocks, norms, x[read]))[core]
     return output
 
 
@@ -151,38 +138,29 @@ def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -
         if not isinstance(block.norm, nn.GroupNorm):
             x = block(x)
             continue
-        norm = _affine(block.norm, _group_sums(x, block.norm.num_groups), x.shape[-2] * x.shape[-1])
+        scale, shift = _affine(block.norm, _group_sums(x, block.norm.num_groups), x.shape[-2] * x.shape[-1])
         x = x.clone() if x is image else x  # the norm is computed in place, and not in the argument
         for band in _bands(x):
-            block.actvn(torch.addcmul(norm.shift, band, norm.scale, out=band))
+            block.actvn(torch.addcmul(shift, band, scale, out=band))
         x = block.conv(x)
     return torch.tanh(x)
 
 
+@dataclass(frozen=True)
 class Translator:
     """Translates image pyramids with a frozen cascade, on tiles where an image is too large for memory.
 
-    Args:
+    Attributes:
         generators: frozen, coarse to fine, on `device`.
         max_pixels: most pixels a generator may see at once; None measures free memory for each batch.
         precision: of whole images; tiles are computed in float32.
     """
 
-    def __init__(
-        self,
-        generators: Sequence[Generator],
-        scale_factor: float,
-        device: torch.device,
-        max_pixels: int | None = None,
-        precision: Precision = "fp32",
-    ) -> None:
-        self.generators = generators
-        self.scale_factor = scale_factor
-        self.device = device
-        self.max_pixels = max_pixels
-        exact = precision == "fp32"
-        self.run_whole = forward_whole if exact and device.type == "cpu" else Runner(precision)
-        self.layout = torch.contiguous_format if exact and device.type == "cuda" else torch.channels_last
+    generators: Sequence[Generator]
+    scale_factor: float
+    device: torch.device
+    max_pixels: int | None = None
+    precision: Precision = "fp32"
 
     def _pixels_that_fit(self, batch: int) -> int:
         """Pixels of each image of a batch that fit into memory."""
@@ -216,8 +194,10 @@ class Translator:
             UserError: the coarsest level is a single pixel, or the GPU's memory does not suffice for the smallest tile.
         """
         self._require_sizes(levels)
+        exact_on_gpu = self.precision == "fp32" and self.device.type == "cuda"
+        layout = torch.contiguous_format if exact_on_gpu else torch.channels_last
         moved = [level.to(self.device, non_blocking=True) for level in levels]
-        inputs = [PROCST_INPUT(level).contiguous(memory_format=self.layout) for level in moved]
+        inputs = [PROCST_INPUT(level).contiguous(memory_format=layout) for level in moved]
         most_pixels = self._pixels_that_fit(len(inputs[0]))
         while True:
             try:
@@ -235,9 +215,12 @@ class Translator:
                 log.warning("out of GPU memory; translating on tiles of %d pixels", most_pixels)
 
     def _translate(self, inputs: Sequence[Tensor], most_pixels: int) -> Tensor:
+        exact_on_cpu = self.precision == "fp32" and self.device.type == "cpu"
+        run_whole = forward_whole if exact_on_cpu else Runner(self.precision)
+
         def run(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
             if image.shape[-2] * image.shape[-1] <= most_pixels:
-                return self.run_whole(generator, image, coarser)
+                return run_whole(generator, image, coarser)
             with exact_convolutions():
                 return forward_tiled(generator, image, coarser, most_pixels)
 

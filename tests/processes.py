@@ -1,4 +1,4 @@
-"""Running a function in several processes that are connected by gloo."""
+"""Running a function in several processes that are connected by gloo, and another process that holds a folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import pickle
 import sys
 import tempfile
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from training.distributed import Rank
+from utils.locks import locked
 
 WORLD = 2
 
@@ -58,3 +60,24 @@ def in_processes(work, *arguments):
     for _, _, failure in found:
         assert failure is None, failure
     return [outcome for _, outcome, _ in found]
+
+
+@contextmanager
+def in_use(folder):
+    """Inside the block another process has locked the folder."""
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+
+    def hold():
+        with locked(folder, "--run_dir"):
+            ready.set()
+            done.wait(60)
+
+    other = context.Process(target=hold)
+    other.start()
+    try:
+        assert ready.wait(30)
+        yield
+    finally:
+        done.set()
+        other.join()

@@ -15,7 +15,7 @@ from conftest import GOLDEN_DIR
 from core.cascade import to_unit_range
 from core.config import LossConfig, NetworkShape, layers_at_scale, published_norm
 from core.networks import Discriminator, Generator, freeze, init_weights
-from core.step import Batch, ScaleNetworks, ScaleOptimizers, SegmentationNets, training_step
+from core.step import Batch, ScaleNetworks, SegmentationNets, TrainingStep
 from data_handlers.images import PROCST_INPUT
 from data_handlers.pyramid import image_pyramid
 from models.segmentation import HEAD_RATE, parameter_groups
@@ -83,6 +83,11 @@ class StandInSegmentation(nn.Module):
         return self.conv2(torch.relu(self.conv1(x)))
 
 
+def training_step(**arguments):
+    """Takes the arguments of the yardstick, `literal_step`."""
+    return TrainingStep(**arguments).take()
+
+
 class RecordedStep:
     """Networks and a batch whose step records the gradients that every optimiser sees.
 
@@ -91,7 +96,7 @@ class RecordedStep:
 
     def record(self):
         self.order, self.gradients = [], {}
-        watched = {name: (getattr(self.optimizers, name), net) for name, net in self.nets.items()}
+        watched = {name: (self.optimizers[name], net) for name, net in self.nets.items()}
         if self.segmentation:
             watched["semseg"] = (self.segmentation.optimizer, self.segmentation.seg_sit)
         for name, (optimizer, net) in watched.items():
@@ -147,7 +152,7 @@ class GoldenStep(RecordedStep):
         self.segmentation = self.segmentation_nets()
         for net in self.all_networks().values():
             net.to(dtype)
-        self.optimizers = ScaleOptimizers(**{name: self.adam(name, net) for name, net in self.nets.items()})
+        self.optimizers = {name: self.adam(name, net) for name, net in self.nets.items()}
         label = torch.from_numpy(self.data[f"{self.prefix}label"]) if self.segmentation else None
         self.batch = Batch(
             [level.to(dtype) for level in self.pyramid("source")],
@@ -302,9 +307,7 @@ class RandomStep(RecordedStep):
             for name in ("Gst", "Gts")
         }
         self.scale_networks = ScaleNetworks(**self.nets, **lower)
-        self.optimizers = ScaleOptimizers(
-            **{name: torch.optim.Adam(net.parameters(), lr=1e-3) for name, net in self.nets.items()}
-        )
+        self.optimizers = {name: torch.optim.Adam(net.parameters(), lr=1e-3) for name, net in self.nets.items()}
         convs = {index: (min(i, 4) if i != 3 else 3, min(o, 4)) for index, (i, o) in VGG16_CONVS.items()}
         torch.manual_seed(0)
         self.perceptual = VGGFeatures(convs, (3, 6))

@@ -15,7 +15,7 @@ from worlds import write_gta5
 
 
 def fit_of(vectors, batches=3):
-    fit = GaussianFit(vectors.shape[1])
+    fit = GaussianFit()
     for part in np.array_split(vectors, batches):
         fit.add(part)
     return fit

@@ -14,8 +14,10 @@ import create_sit_dataset
 import train_procst
 from commands import export_flags, only_run, procst_flags
 from core.trained_generators import load_trained_generators
+from processes import in_use
 from refusals import check_refusal, tree
 from utils.png import is_complete_rgb8
+from utils.tensor_files import weights_fingerprint
 from worlds import noise_image, write_gta5, write_png16
 
 
@@ -65,13 +67,24 @@ def test_native_sizes_at_any_batch_size(export, source, tmp_path):
         assert result.code == 0, result.err
         assert "9 SiT images" in result.out
         assert "images/s" in result.out
-        assert sorted(path.name for path in out.iterdir()) == ["images", "sit_manifest.json"]
+        assert sorted(path.name for path in out.iterdir()) == [".lock", "images", "sit_manifest.json"]
         results[batch_size] = pixels_of(out / "images")
         assert set(results[batch_size]) == {path.name for path in (source / "images").iterdir()}
         assert is_complete_rgb8(out / "images" / "00007.png", (70, 52))
     for name, one in results[1].items():
         assert np.abs(one.astype(int) - results[3][name]).max() <= 1, name
     assert results[1]["00001.png"].std() > 0
+
+
+@pytest.mark.processes
+def test_two_exports_never_write_to_one_folder(export, tmp_path):
+    """The second one would remove the temporary files of the first."""
+    temporary = tmp_path / "sit/images/.00001.png.abc.procst-tmp"
+    temporary.parent.mkdir(parents=True)
+    temporary.write_bytes(b"of the first one")
+    with in_use(tmp_path / "sit"):
+        check_refusal(export("--skip_created_files"), "--sit_output_path", "another process")
+    assert [path.name for path in temporary.parent.iterdir()] == [temporary.name]
 
 
 def test_only_complete_files_are_kept(export, tmp_path):
@@ -106,7 +119,8 @@ def test_the_source_is_that_of_the_run(run_script, trained, tmp_path):
 
 
 def test_run_folder_and_checkpoints_hold_the_same_generators(trained):
-    prints = {load_trained_generators(trained / name).fingerprint() for name in ("", "latest.pth", "scale_1.pth")}
+    names = ("", "latest.pth", "scale_1.pth")
+    prints = {weights_fingerprint(*load_trained_generators(trained / name).generators) for name in names}
     assert len(prints) == 1
 
 

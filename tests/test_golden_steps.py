@@ -15,8 +15,7 @@ import torch
 from benchmarks.literal_step import collect_gradients, literal_step
 from conftest import GOLDEN_DIR
 from core.cascade import translate_pyramid
-from core.step import training_step
-from steps import GOLDEN_FILES, GoldenStep, is_batch_norm, meta_of
+from steps import GOLDEN_FILES, GoldenStep, is_batch_norm, meta_of, training_step
 from training.precision import Runner, channels_last
 
 

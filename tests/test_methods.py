@@ -167,7 +167,7 @@ def test_learning(tmp_path, case, seed):
 
 def colours(images):
     """Gaussian of the colours of images (B,3,h,w)."""
-    fit = GaussianFit(3)
+    fit = GaussianFit()
     fit.add(images.permute(0, 2, 3, 1).flatten(0, 2).numpy())
     return fit
 

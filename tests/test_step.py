@@ -141,7 +141,7 @@ def test_warm_up_leaves_out_the_label_loss_and_gst_s_second_step():
     for step in (warm, full):
         assert torch.equal(weights(step.segmentation.seg_source), weights(untouched))
         assert all(parameter.grad is None for parameter in step.segmentation.seg_source.parameters())
-    steps = [step.optimizers.Gst.state[next(iter(step.nets["Gst"].parameters()))]["step"] for step in (warm, full)]
+    steps = [step.optimizers["Gst"].state[next(iter(step.nets["Gst"].parameters()))]["step"] for step in (warm, full)]
     assert [int(count) for count in steps] == [1, 2]
 
 

@@ -38,10 +38,11 @@ def make_generators(norm, channels=8, scales=3):
 def test_tiles_cover_every_pixel_once():
     for height, width, halo in ((250, 331, 7), (96, 400, 5), (10, 10, 7)):
         count = np.zeros((height, width), dtype=int)
-        for tile in tiles(height, width, halo, max_pixels=1):
-            count[tile.target] += 1
-            assert tile.rows.start == max(0, tile.target[0].start - halo)
-            assert tile.columns.stop == min(width, tile.target[1].stop + halo)
+        for read, core, target in tiles(height, width, halo, max_pixels=1):
+            count[target] += 1
+            assert read[1].start == max(0, target[1].start - halo)
+            assert read[2].stop == min(width, target[2].stop + halo)
+            assert read[1].start + core[1].start == target[1].start
         assert (count == 1).all()
 
 

@@ -7,23 +7,18 @@ from scipy import linalg
 
 
 class GaussianFit:
-    """Mean and covariance of vectors that arrive in batches, summed in float64.
+    """Mean and covariance of vectors of one length D that arrive in batches, summed in float64."""
 
-    Args:
-        dimension: length D of a vector.
-    """
-
-    def __init__(self, dimension: int) -> None:
+    def __init__(self) -> None:
         self.count = 0
-        self._sum = np.zeros(dimension)
-        self._outer = np.zeros((dimension, dimension))
+        self._sum = self._outer = np.zeros(())
 
     def add(self, vectors: np.ndarray) -> None:
         """Take in vectors (n,D)."""
         vectors = vectors.astype(np.float64)
         self.count += len(vectors)
-        self._sum += vectors.sum(axis=0)
-        self._outer += vectors.T @ vectors
+        self._sum = self._sum + vectors.sum(axis=0)
+        self._outer = self._outer + vectors.T @ vectors
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """(D,) and the unbiased (D,D); needs at least two vectors."""
