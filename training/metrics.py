@@ -43,8 +43,8 @@ class Scores:
     """Scores of a confusion matrix over a subset of classes.
 
     Pixels labelled with a class outside the subset are ignored. Predictions outside the subset count as errors of the
-    labelled class. A class without a labelled pixel is absent: it has no IoU and is left out of the means, even if it
-    was predicted.
+    labelled class. A class without a labelled pixel is absent: it has no IoU and does not count in the means,
+    even if it was predicted.
 
     Attributes:
         iou: intersection over union of each of `classes`, None where absent.

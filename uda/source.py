@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,15 +63,10 @@ class SourceTraining(Method):
         """One stage of `--num_steps` steps."""
         config = self.config
         validates = 0 if config.validation.select_by == "none" else config.validation.validation_rate
-        return [
-            Stage(
-                name="training",
-                steps=config.poly.num_steps,
-                steps_per_epoch=self.steps_per_epoch,
-                batch_size=config.poly.batch_size,
-                validate_every=validates,
-            )
-        ]
+        return [Stage(
+            name="training", steps=config.poly.num_steps, steps_per_epoch=self.steps_per_epoch,
+            batch_size=config.poly.batch_size, validate_every=validates,
+        )]  # fmt: skip
 
     def begin_stage(self, stage: int, resumed: bool) -> None:
         """Move the net to the device and make its optimiser."""
@@ -140,9 +134,6 @@ class SourceTraining(Method):
 
     def conclusion(self, folder: Path) -> str:
         """The flags of train_procst.py that use the net."""
-        best = folder
-        with suppress(UnavailableFileError):
-            if self.published:
-                best = Path(self.config.held_out.output)
-        words = ["train_procst.py", *self.shape.flags(), "--semseg_weights", str(best)]
+        weights = self.config.held_out.output if self.published else str(folder)
+        words = ["train_procst.py", *self.shape.flags(), "--semseg_weights", weights]
         return f"use the net with: python {shlex.join(words)}"

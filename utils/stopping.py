@@ -94,7 +94,7 @@ class StopRequests:
         if self.at_once and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.at_once:
-            raise Stopped(f"{name}: stopped before the training began; run the command again")
+            raise Stopped(f"{name}: stopped with nothing to save yet; run the command again")
         if not self.quiet:
             announce(self.received)
 
