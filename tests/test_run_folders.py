@@ -10,6 +10,7 @@ import pytest
 import train_procst
 from commands import procst_flags
 from refusals import check_refusal
+from training.launching import FOLDER, remember, remembered
 from training.run_folder import log_name, new_run_folder
 from utils.locks import locked
 
@@ -66,6 +67,16 @@ def test_runs_of_one_second_have_their_own_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "2026-11-21_10-00-00")
     names = [new_run_folder(tmp_path, "gta5_to_cityscapes").name for _ in range(3)]
     assert names == [f"2026-11-21_10-00-00_gta5_to_cityscapes{end}" for end in ("", "_2", "_2_2")]
+
+
+def test_restarted_processes_find_the_folder_that_was_made(tmp_path, monkeypatch):
+    monkeypatch.delenv(FOLDER, raising=False)
+    remember("nowhere")
+    assert remembered() == ""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    assert remembered() == ""
+    remember(str(tmp_path / "models/run"))
+    assert remembered() == str(tmp_path / "models/run")
 
 
 def test_logs_of_runs_named_alike_are_apart(tmp_path):

@@ -36,11 +36,12 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
     domains = method.domains.values()
     if is_main:
         print(json.dumps(method.config.to_json(), indent=2))
-        for domain in domains:
-            _check_every_file(domain.files, domain.labels != "none", domain.skips)
-        if loop.validator is not None:
-            _check_every_file(loop.validator.files, loop.validator.with_labels, loop.validator.skip_unusable)
-        print(f"checked the headers of {' + '.join(str(len(domain)) for domain in domains)} files", flush=True)
+        lists = [(domain.files, domain.labels != "none", domain.skips) for domain in domains]
+        if (validator := loop.validator) is not None:
+            lists.append((validator.files, validator.with_labels, validator.skip_unusable))
+        for files, with_labels, skips in lists:
+            _check_every_file(files, with_labels, skips)
+        print(f"checked the headers of {' + '.join(str(len(files)) for files, *_ in lists)} files", flush=True)
     memory_name = "GPU memory" if method.device.type == "cuda" else "memory of the process"
     total, kept, size = 0.0, 0, 0
     for index, stage in enumerate(stages):

@@ -90,10 +90,7 @@ def log_name(folder: Path) -> str:
 def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, task: str, stack: ExitStack) -> Path:
     """The run's folder, locked for this process until `stack` is closed; made here for a new run.
 
-    Args:
-        run_dir: `--run_dir`, or ''.
-        parent: `--checkpoints_dir`, where new runs go without `--run_dir`.
-        task: ends the name of a new folder there.
+    Without `run_dir` (`--run_dir`) a new run goes into a new folder in `parent`; `task` ends its name.
 
     Raises:
         UserError: another process works in it, or it cannot be made.

@@ -24,11 +24,7 @@ from training.flags import Config, check, check_not_negative, check_positive, op
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    """Where the labels are, and which labelled images the net is validated on.
-
-    Attributes:
-        output: where the best net goes besides the run folder, or ''.
-    """
+    """Where the labels are, which labelled images the net is validated on, and where the best net goes."""
 
     src_label_dir: str = path_option(
         "", "root folder of the labels, where it is another: SiT images have the labels of their source", metavar="DIR",
@@ -89,11 +85,7 @@ class SourceTrainingConfig(Config):
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
-        """Refuse flags that contradict each other.
-
-        Raises:
-            UserError: names the flags.
-        """
+        """See `Config.check_given`."""
         check_common(given)
         both = given.get("val_list") and given.get("val_count")
         check(not both, "--val_list and --val_count contradict each other; give one")
