@@ -124,7 +124,7 @@ class Loop:
         stage = self.stages[self.stage]
         step = (epoch - 1) * stage.steps_per_epoch
         if self.stage_finished:
-            raise UserError(f"--resume_to_epoch {epoch}: {stage.name} is finished; leave the flag out")
+            raise UserError(f"--resume_to_epoch {epoch}: {stage.name} is finished; remove the flag")
         if epoch < 1 or step >= stage.steps:
             raise UserError(f"--resume_to_epoch {epoch}: {stage.name} has {stage.steps} steps, and epochs count from 1")
         self.step = step

@@ -105,7 +105,7 @@ class SourceTraining(Method):
     # --- the net for use ---------------------------------------------------------------------------------------------
 
     def publish(self, path: Path, info: Mapping[str, Any]) -> None:
-        """Copy the net to the configured output, unless a file of another run has come to stand there."""
+        """Copy the net to the configured output, unless a file of another run is there by now."""
         output = Path(self.config.held_out.output)
         if not self.config.held_out.output:
             return
@@ -119,7 +119,7 @@ class SourceTraining(Method):
                 self.published = True
         except (DamagedFileError, UnavailableFileError) as error:
             # This is no reason to end the training: the next better net is written anew.
-            say(f"WARNING: {output} is not brought up to date: {error}")
+            say(f"WARNING: {output} is not updated: {error}")
 
     def describe(self) -> list[str]:
         """What is trained on what."""
