@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data_handlers.images import check_label_header, image_size
 from data_handlers.lists import FileList
@@ -50,12 +51,12 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
         kept += size if stage.keep_as else 0
         if is_main:
             print(
-                f"{stage.name}: {stage.steps} steps of {seconds:.3g} s, {_duration(stage.steps * seconds)}; most "
-                f"{memory_name} {memory / 1e9:.2f} GB; checkpoint {size / 1e6:.1f} MB"
+                f"{stage.name}: {stage.steps} steps of {seconds:.3g} s, {tqdm.format_interval(stage.steps * seconds)}; "
+                f"most {memory_name} {memory / 1e9:.2f} GB; checkpoint {size / 1e6:.1f} MB"
             )
     if not is_main:
         return
-    print(f"whole run, without validations: {_duration(total)}")
+    print(f"whole run, without validations: {tqdm.format_interval(total)}")
     # Besides those that are kept: the newest, the one before, one being written, and the best.
     needed = kept + (4 if with_best else 3) * size - (bytes_in(loop.folder) if continued else 0)
     wanted = {"checkpoints": (loop.folder, max(0, needed))}
@@ -132,8 +133,3 @@ def require_space(wanted: Mapping[str, tuple[Path, int]]) -> None:
         if size > free:
             raise UserError(f"{folder}: too little space for the {what}; free some, or choose a folder on another disk")
         taken[disk] = taken.get(disk, 0) + size
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

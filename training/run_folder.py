@@ -123,34 +123,21 @@ def new_run_folder(parent: Path, task: str) -> Path:
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """Versions, devices and the commit of this checkout, as far as results depend on them."""
     found: dict[str, Any] = {
-        "commit": git_commit(Path(__file__).parent),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "system": platform.platform(),
-        "device": str(device),
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-    }
+        "commit": git_commit(Path(__file__).parent), "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "system": platform.platform(), "device": str(device),
+        "processes": processes, "threads": torch.get_num_threads(),
+    }  # fmt: skip
     if device.type == "cuda":
-        found |= {
-            "device_name": torch.cuda.get_device_name(device),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
+        found |= {"device_name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        found["cudnn"] = torch.backends.cudnn.version()
     return found
 
 
 def git_commit(folder: Path) -> str | None:
     """The commit of the checkout a folder is in, with `+changes` where files differ from it; None outside of one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
+    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
