@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import Dataset
 
 import train_procst
@@ -174,6 +176,20 @@ def test_a_worker_that_dies_or_is_stuck(monkeypatch, happens, part):
     assert "\n" not in str(death.value)
     assert is_loader_death(death.value)
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_save():
+    """PyTorch raises in the main thread, and `torch.save` turns that into an error of its own."""
+
+    class File(io.BytesIO):
+        def write(self, data):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.raises(RuntimeError) as found:
+        torch.save({"weight": torch.zeros(1000)}, File())
+    assert is_loader_death(found.value)
+    assert "DataLoader worker (pid 7) is killed by signal: Killed: memory" in str(LoaderDied.because(found.value))
+    assert not is_loader_death(RuntimeError("unexpected pos"))
 
 
 def test_workers_killed_in_the_middle_of_sending():
