@@ -182,10 +182,15 @@ def test_a_worker_that_dies_in_the_middle_of_a_save():
     """PyTorch raises in the main thread, and `torch.save` turns that into an error of its own."""
 
     class File(io.BytesIO):
-        def write(self, data):
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        writes = 0
 
-    with pytest.raises(RuntimeError) as found:
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 5:
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+            return super().write(data)
+
+    with pytest.raises(RuntimeError, match="unexpected pos") as found:
         torch.save({"weight": torch.zeros(1000)}, File())
     assert is_loader_death(found.value)
     assert "DataLoader worker (pid 7) is killed by signal: Killed: memory" in str(LoaderDied.because(found.value))
