@@ -21,7 +21,8 @@ from training.config import (
     check_common,
     check_crop,
     check_crop_fits,
-    resolve_net,
+    default_semseg_weights,
+    resolve_common,
 )
 from training.flags import Config, check, check_not_negative, check_positive, flag_of, option, path_option
 from utils.sizes import level_size
@@ -213,11 +214,6 @@ class LabelLossConfig:
     )  # fmt: skip
 
 
-def default_semseg_weights(source: str) -> str:
-    """Default path of P, for training on source, which writes it, and for ProCST."""
-    return f"pretrained/pretrained_semseg_on_{source}.pth"
-
-
 @dataclass(frozen=True)
 class ProCSTConfig(Config):
     """The whole configuration of a training run."""
@@ -297,8 +293,7 @@ class ProCSTConfig(Config):
     @classmethod
     def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:
         """The flags with defaults that depend on the data sets, the scales and the GPUs filled in."""
-        flags = resolve_net(flags)
-        source, target = DATA_SETS[flags["source"]], DATA_SETS[flags["target"]]
+        flags = resolve_common(flags)
         scales = max(flags["num_scales"], 0) + 1
         if flags["batch_size"]:
             flags["batch_size_list"], flags["batch_size"] = (flags["batch_size"],) * scales, 0
@@ -311,9 +306,7 @@ class ProCSTConfig(Config):
             norm = tuple(published_norm(batch // gpus) for batch in flags["batch_size_list"])
         return {
             **flags,
-            "src_resize": flags["src_resize"] or source.resize,
-            "trg_resize": flags["trg_resize"] or target.resize,
-            "crop_size": flags["crop_size"] or source.crop,
+            "trg_resize": flags["trg_resize"] or DATA_SETS[flags["target"]].resize,
             "base_channels_list": _per_scale(flags["base_channels_list"] or (PUBLISHED_WIDTH,), scales),
             "steps_per_scale": _per_scale(flags["steps_per_scale"], scales),
             "norm": _per_scale(norm, scales),

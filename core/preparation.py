@@ -6,10 +6,9 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from core.config import ProCSTConfig, default_semseg_weights
+from core.config import ProCSTConfig
 from core.procst import ProCST
 from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS, with_labels
@@ -17,16 +16,16 @@ from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
 from models.resnet import recompute_blocks
-from models.segmentation import build_segmentation_net, load_backbone, require_classes
+from models.segmentation import require_classes
 from models.vgg import build_vgg
+from training.config import default_semseg_weights
 from training.distributed import Rank
 from training.precision import recomputes_blocks
 from training.run import Continued, Prepared
-from training.segmentation_files import load_segmentation_net
+from training.segmentation_files import load_segmentation_net, net_to_train
 from training.validation import Validator, scored_classes
 from utils.devices import workers_for
 from utils.errors import UserError
-from utils.seeds import NET_WEIGHTS, seed_for
 from utils.sizes import evenly_spaced
 
 LABEL_FREE_IMAGES = 100  # target images of the label-free score where there is no val split
@@ -45,7 +44,7 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
         require_classes(config.net.num_classes, source.data_set.name, source.data_set.value_map)
         config, validator, line = _validation(config, target, rank)
         seg_source = _load_seg_source(config)
-        seg_sit = _build_seg_sit(config, fresh)
+        seg_sit = net_to_train(config.net, config.run.manual_seed, fresh)
         if recomputes_blocks(config.run.precision, rank.device):
             recompute_blocks(seg_sit)
     reads_labels = not config.labels.no_semseg
@@ -114,15 +113,6 @@ def _training_command(config: ProCSTConfig) -> str:
     if Path(weights) != Path(default_semseg_weights(source.source)).absolute():
         words += ["--output", weights]
     return shlex.join(["python", "train_semseg_on_source.py", *words])
-
-
-def _build_seg_sit(config: ProCSTConfig, fresh: bool) -> nn.Module:
-    """Q on the CPU; a fresh one has the configured weights of its backbone, another one is filled by a checkpoint."""
-    torch.manual_seed(seed_for(config.run.manual_seed, NET_WEIGHTS))
-    net = build_segmentation_net(config.net.shape())
-    if fresh and config.net.backbone_weights != "random":
-        load_backbone(net, config.net.backbone, config.net.backbone_weights)
-    return net.train()
 
 
 # --- validation ------------------------------------------------------------------------------------------------------

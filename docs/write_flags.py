@@ -16,7 +16,7 @@ import make_toy_data
 import measure_domain_distance
 import train_procst
 import train_semseg_on_source
-from training.flags import flag_of, options_of
+from training.flags import flag_of, options_of, shown_default
 
 SCRIPTS = (
     train_procst, create_sit_dataset, train_semseg_on_source, evaluate, measure_domain_distance, make_toy_data,
@@ -31,15 +31,12 @@ may differ when a run is continued; with any other, a continued run refuses anot
 
 def rows(field) -> str:
     """A row of the table; '' for a flag that `--help` hides."""
-    option, default = field.metadata, field.default
+    option = field.metadata
     if option["hidden"]:
         return ""
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    shown = f"{default:.4g}" if isinstance(default, float) else shown
-    shown = "" if default in (None, "", False) or "(default" in option["help"] else shown
     choices = f" One of: {', '.join(map(str, option['choices']))}." if option["choices"] else ""
     marked = "continue" if option["may_change"] else ""
-    return f"| `{flag_of(field.name)}` | {shown} | {marked} | {option['help']}.{choices} |\n"
+    return f"| `{flag_of(field.name)}` | {shown_default(field)} | {marked} | {option['help']}.{choices} |\n"
 
 
 def page() -> str:

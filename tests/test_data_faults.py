@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import train_procst
 from commands import assert_same_tensors, at_step
@@ -174,6 +176,25 @@ def test_a_worker_that_dies_or_is_stuck(monkeypatch, happens, part):
     assert "\n" not in str(death.value)
     assert is_loader_death(death.value)
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_save():
+    """PyTorch raises in the main thread, and `torch.save` turns that into an error of its own."""
+
+    class File(io.BytesIO):
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 5:
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+            return super().write(data)
+
+    with pytest.raises(RuntimeError, match="unexpected pos") as found:
+        torch.save({"weight": torch.zeros(1000)}, File())
+    assert is_loader_death(found.value)
+    assert "DataLoader worker (pid 7) is killed by signal: Killed: memory" in str(LoaderDied.because(found.value))
+    assert not is_loader_death(RuntimeError("unexpected pos"))
 
 
 def test_workers_killed_in_the_middle_of_sending():

@@ -11,12 +11,12 @@ import torch
 
 import train_procst
 import train_semseg_on_source
-from commands import procst_flags, source_flags
+from commands import label_flags, procst_flags, source_flags
 from refusals import check_refusal, tree
 from training import dry_run
 from training.run_folder import git_commit
 from utils.errors import UserError
-from worlds import write_gta5
+from worlds import write_cityscapes, write_gta5
 
 
 def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(world, tmp_path, run_script, monkeypatch):
@@ -45,6 +45,15 @@ def test_a_dry_run_checks_every_file(world, tmp_path, run_script):
     image.write_bytes(b"text")
     result = run_script(train_procst, *procst_flags(world, tmp_path, src_data_dir=root), "--dry_run")
     check_refusal(result, "1 of 44 files", image)
+
+
+def test_a_dry_run_checks_every_validation_image(world, source_net, tmp_path, run_script):
+    root = write_cityscapes(tmp_path / "cityscapes", count=3, labels=False)
+    write_cityscapes(root, count=8, labels=False, split="val")
+    image = sorted((root / "leftImg8bit/val").rglob("*.png"))[2]  # any run checks six others
+    image.write_bytes(b"text")
+    flags = label_flags(world, tmp_path, source_net, trg_data_dir=root, select_by="label_free")
+    check_refusal(run_script(train_procst, *flags, "--dry_run"), "1 of 8 files", image)
 
 
 def test_a_dry_run_without_space_for_the_checkpoints(world, tmp_path, run_script, monkeypatch):

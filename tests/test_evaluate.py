@@ -234,14 +234,14 @@ def test_validating_leaves_the_net_as_it_was_and_streams(pictures, monkeypatch, 
     assert expected.sum() > 0
     assert torch.equal(found.confusion, expected)
     assert found.scores == scores_of(expected, range(3))
-    assert found.confidence_histogram.sum() == sum((8 + k) * 12 for k in range(4))  # pixels without a label, too
+    assert found.statistics.pixels == sum((8 + k) * 12 for k in range(4))  # pixels without a label, too
 
 
 def test_without_labels_nothing_is_scored(pictures):
     with_labels, without = validator(pictures)(norm_net()), validator(pictures, with_labels=False)(norm_net())
     assert without.scores is None
     assert without.confusion.sum() == 0
-    assert without.label_free == with_labels.label_free > 0
+    assert without.statistics.mutual_information() == with_labels.statistics.mutual_information() > 0
 
 
 def test_an_error_while_validating_gives_the_training_mode_back(pictures):
@@ -323,7 +323,7 @@ def check_report(out, report, predictions, labels, subset):
     assert re.search(rf"^pixel accuracy +{100 * accuracy:.2f}$", out, re.MULTILINE), out
     assert f"\nabsent: {', '.join(report['absent'])}\n" in out
     assert report["convention"] in out
-    assert "left out of the mean" in report["convention"]
+    assert "do not count in the mean" in report["convention"]
 
 
 @pytest.mark.parametrize(

@@ -271,15 +271,15 @@ def test_a_log_that_cannot_be_written_gives_one_line(tmp_path, capsys, monkeypat
     if fault == "disk full from the start":
         monkeypatch.setattr(RecordWriter, "write", full)
     log = TensorBoardLog(tmp_path / "log", purge_step=1)
-    log.flush()
+    log.write("flush")
     if fault == "folder deleted":
         shutil.rmtree(tmp_path / "log")
     if fault == "disk full":
         monkeypatch.setattr(RecordWriter, "write", full)
     for step in range(3):
-        log.add_scalar("loss", 1.0, step)
-        log.flush()
-    log.close()
+        log.write("add_scalar", "loss", 1.0, step)
+        log.write("flush")
+    log.write("close")
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert "without TensorBoard" in lines[0]
@@ -288,8 +288,8 @@ def test_a_log_that_cannot_be_written_gives_one_line(tmp_path, capsys, monkeypat
 def test_a_start_that_left_no_checkpoint_leaves_no_log(tmp_path):
     for value in (1.0, 2.0):
         log = TensorBoardLog(tmp_path / "log", purge_step=1)
-        log.add_scalar("loss", value, 1)
-        log.close()
+        log.write("add_scalar", "loss", value, 1)
+        log.write("close")
     events = EventAccumulator(str(tmp_path / "log"))
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == [2.0]

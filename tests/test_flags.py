@@ -119,7 +119,7 @@ OTHER_VALUES = {
     "content_layers": "8", "style_layers": "3", "steps_per_scale": "5", "model": "VGG", "backbone": "resnet50",
     "beta1": "0.5", "momentum": "0.5", "scale_factor": "0.75", "ker_size": "5", "num_workers": "3",
     "bf16_discriminators": "--precision bf16", "debug_stop_iteration": "3 --debug_run", "output": "other",
-    "debug_stop_epoch": "2 --debug_run", "source": "synthia", "target": "gta5",
+    "debug_stop_epoch": "2 --debug_run", "backbone_weights": "random", "source": "synthia", "target": "gta5",
 }  # fmt: skip
 
 
@@ -172,6 +172,12 @@ def test_what_may_change(config):
         SourceTrainingConfig: {"src_label_dir", "output"},
     }
     assert {name for name, field in options.items() if field.metadata["may_change"]} == shared | own[config]
+
+
+def test_a_refusal_names_the_flag_that_changes_the_run():
+    started = config_of(ProCSTConfig, "--batch_size_list", 2, 2, 2)
+    with pytest.raises(UserError, match=r"^--batch_size: the run was started with 2 2 2"):
+        started.continued({"batch_size": 3, "backbone_weights": "random", "print_rate": 3})
 
 
 # --- continuing a run ------------------------------------------------------------------------------------------------

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import shutil
+import time
 
 import pytest
 
 import train_procst
 from commands import procst_flags
-from core.procst import ProCST
 from refusals import check_refusal
-from training.run_folder import log_name
+from training.launching import FOLDER, remember, remembered
+from training.run_folder import log_name, new_run_folder
 from utils.locks import locked
 
 
@@ -63,19 +63,20 @@ def test_what_a_kill_in_the_first_write_leaves_is_no_other_file(flags, tmp_path,
     assert not list(folder.glob(".*.procst-tmp"))
 
 
-def test_a_run_that_another_process_continued_meanwhile_is_left_alone(flags, tmp_path, run_script, monkeypatch):
-    """Between reading the checkpoint and locking the folder, as the method asks for its inputs."""
-    assert run_script(train_procst, *flags).code == 0
-    latest = tmp_path / "run" / "latest.pth"
-    real = ProCST.inputs
+def test_runs_of_one_second_have_their_own_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "2026-11-21_10-00-00")
+    names = [new_run_folder(tmp_path, "gta5_to_cityscapes").name for _ in range(3)]
+    assert names == [f"2026-11-21_10-00-00_gta5_to_cityscapes{end}" for end in ("", "_2", "_2_2")]
 
-    def and_another_saves(self):
-        shutil.copy(latest, tmp_path / "other.pth")
-        (tmp_path / "other.pth").replace(latest)
-        return real(self)
 
-    monkeypatch.setattr(ProCST, "inputs", and_another_saves)
-    check_refusal(run_script(train_procst, *flags), "meanwhile")
+def test_restarted_processes_find_the_folder_that_was_made(tmp_path, monkeypatch):
+    monkeypatch.delenv(FOLDER, raising=False)
+    remember("nowhere")
+    assert remembered() == ""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    assert remembered() == ""
+    remember(str(tmp_path / "models/run"))
+    assert remembered() == str(tmp_path / "models/run")
 
 
 def test_logs_of_runs_named_alike_are_apart(tmp_path):

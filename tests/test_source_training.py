@@ -13,11 +13,12 @@ from PIL import Image
 import train_semseg_on_source
 from commands import assert_same_tensors, at_step, logged, metrics_of, only_run, source_flags, stop_at, tensors_of
 from refusals import check_refusal, tree
-from training.checkpoint import load_checkpoint
+from training.checkpoint import Checkpoint, load_checkpoint
 from training.precision import computes_in_bf16
 from training.segmentation_files import load_segmentation_net
 from training.validation import Validator
 from uda.source import SourceTraining, poly_rate
+from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,39 @@ def test_a_copy_of_a_run_does_not_own_its_output(world, tmp_path, run_script):
     for other in ("a/copy", "b/run"):
         refused = run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / other)
         check_refusal(refused, f"--output {tmp_path / 'source.pth'}", "is not of this run")
+    shutil.rmtree(tmp_path / "a/copy")
+    (tmp_path / "a/run").rename(tmp_path / "a/renamed")
+    assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/renamed").code == 0
+
+
+def test_a_copied_checkpoint_finds_its_own_best_state(world, tmp_path, run_script, monkeypatch):
+    """A score that the copied run has reached before does not count: its best state is in another folder."""
+    flags = source_flags(world, tmp_path, checkpoints_dir=None, output="", run_dir=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, SourceTraining, 0, 4)
+        assert run_script(train_semseg_on_source, *flags).code == 75
+    state = torch.load(tmp_path / "run/latest.pth", weights_only=True)
+    state["validations"][-1] |= {"best": True, "score": 2.0}
+    (tmp_path / "copy").mkdir()
+    torch.save(state, tmp_path / "copy/latest.pth")
+    assert run_script(train_semseg_on_source, "--continue_train_from_path", tmp_path / "copy").code == 0
+    assert load_checkpoint(tmp_path / "copy/best.pth").step > 4
+
+
+def test_a_run_killed_while_it_saves_a_validation_logs_it_once(world, whole, tmp_path, run_script, monkeypatch):
+    flags = source_flags(world, tmp_path, checkpoints_dir=None, run_dir=tmp_path / "run")
+    real = Checkpoint.save
+
+    def killed(self, path, keep=None):
+        if path.name == "best.pth":
+            raise UserError("killed")
+        real(self, path, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", killed)
+        assert run_script(train_semseg_on_source, *flags).code == 2
+    assert run_script(train_semseg_on_source, *flags).code == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(whole)
 
 
 def test_labels_from_another_folder(world, whole, tmp_path, run_script):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data_handlers.choices import LABELS, ON_BAD_IMAGE, RESAMPLINGS
@@ -12,7 +13,6 @@ from models.shapes import BACKBONES, MODEL_BACKBONES, SMALLEST_CROP, Segmentatio
 from training.flags import (
     Size,
     check,
-    check_choices,
     check_not_negative,
     check_positive,
     option,
@@ -67,7 +67,6 @@ class RunConfig:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_choices(self)
         check_positive(self, "print_rate", "save_checkpoint_rate", "save_checkpoint_minutes")
         check_not_negative(self, "pics_per_epoch", "manual_seed")
 
@@ -94,7 +93,6 @@ class LoaderConfig:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_choices(self)
         check_not_negative(self, "num_workers")
 
 
@@ -110,8 +108,8 @@ class SourceConfig:
     crop_size: Size | None = size_option("random crop, and size of the finest scale (default: 1024 512)")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        _check_sizes(self, "src_resize", self.crop_size)
+        check_positive(self, "src_resize", "crop_size")
+        check_crop_fits(self.crop_size, "src_resize", self.src_resize)
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,7 @@ class TargetConfig:
     trg_resize: Size | None = size_option("size target images are resized to (default: the data set's, 1024 512)")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        _check_sizes(self, "trg_resize", None)
+        check_positive(self, "trg_resize")
 
 
 @dataclass(frozen=True)
@@ -175,16 +172,26 @@ class ValidationConfig:
     validation_rate: int = option(0, "steps between two validations (default: one epoch)", metavar="STEPS")
 
     def __post_init__(self) -> None:
-        check_choices(self)
         check_not_negative(self, "validation_rate")
 
 
-def resolve_net(flags: dict[str, Any]) -> dict[str, Any]:
-    """Decide the backbone and its weights in the flags of `NetConfig`; without a backbone the weights are random."""
-    backbone = flags["backbone"] or default_backbone(flags["model"])
+def default_semseg_weights(source: str) -> str:
+    """Default path of the segmentation net, for training on source, which writes it, and for ProCST."""
+    return f"pretrained/pretrained_semseg_on_{source}.pth"
+
+
+def resolve_common(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags with the backbone, its weights and the sizes of the source decided; no backbone: random weights."""
+    backbone, source = flags["backbone"] or default_backbone(flags["model"]), DATA_SETS[flags["source"]]
     at_random = flags["no_pretrained_backbone"] or (backbone == "none" and flags["backbone_weights"] == "imagenet")
-    weights = "random" if at_random else flags["backbone_weights"]
-    return {**flags, "backbone": backbone, "backbone_weights": weights, "no_pretrained_backbone": False}
+    return {
+        **flags,
+        "src_resize": flags["src_resize"] or source.resize,
+        "crop_size": flags["crop_size"] or source.crop,
+        "backbone": backbone,
+        "backbone_weights": "random" if at_random else flags["backbone_weights"],
+        "no_pretrained_backbone": False,
+    }
 
 
 def check_common(given: Mapping[str, Any]) -> None:
@@ -196,6 +203,9 @@ def check_common(given: Mapping[str, Any]) -> None:
     )
     for one, other in contradictions:
         check(not (given.get(one) and other in given), f"--{one} and --{other} contradict each other; give one")
+    weights = given.get("backbone_weights", "")  # a continued run does not read them
+    there = weights in ("", "imagenet", "random") or Path(weights).expanduser().is_file()
+    check(there, f"--backbone_weights {weights}: no such file; name another one, or imagenet")
     check(
         not given.get("resume_to_epoch") or bool(given.get("continue_train_from_path")),
         "--resume_to_epoch acts only with --continue_train_from_path",
@@ -214,12 +224,3 @@ def check_crop_fits(crop: Size, name: str, resize: Size) -> None:
     fits = crop[0] <= resize[0] and crop[1] <= resize[1]
     sizes = f"--crop_size {crop[0]} {crop[1]} does not fit into --{name} {resize[0]} {resize[1]}"
     check(fits, f"{sizes}; lower the crop or raise the resize")
-
-
-def _check_sizes(section: object, name: str, crop: Size | None) -> None:
-    resize = getattr(section, name)
-    for flag, size in ((name, resize), ("crop_size", crop)):
-        if size is not None:
-            check(min(size) > 0, f"--{flag} {size[0]} {size[1]}: both sides must be greater than 0")
-    if resize is not None and crop is not None:
-        check_crop_fits(crop, name, resize)

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data_handlers.images import check_label_header, image_size
 from data_handlers.lists import FileList
@@ -36,11 +37,12 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
     domains = method.domains.values()
     if is_main:
         print(json.dumps(method.config.to_json(), indent=2))
-        for domain in domains:
-            _check_every_file(domain.files, domain.labels, domain.skips)
-        if loop.validator is not None:
-            _check_every_file(loop.validator.files, loop.validator.with_labels, loop.validator.skip_unusable)
-        print(f"checked the headers of {' + '.join(str(len(domain)) for domain in domains)} files", flush=True)
+        lists = [(domain.files, domain.labels, domain.skips) for domain in domains]
+        if (validator := loop.validator) is not None:
+            lists.append((validator.files, validator.with_labels, validator.skip_unusable))
+        for files, with_labels, skips in lists:
+            _check_every_file(files, with_labels, skips)
+        print(f"checked the headers of {' + '.join(str(len(files)) for files, *_ in lists)} files", flush=True)
     memory_name = "GPU memory" if method.device.type == "cuda" else "memory of the process"
     total, kept, size = 0.0, 0, 0
     for index, stage in enumerate(stages):
@@ -49,12 +51,12 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
         kept += size if stage.keep_as else 0
         if is_main:
             print(
-                f"{stage.name}: {stage.steps} steps of {seconds:.3g} s, {_duration(stage.steps * seconds)}; most "
-                f"{memory_name} {memory / 1e9:.2f} GB; checkpoint {size / 1e6:.1f} MB"
+                f"{stage.name}: {stage.steps} steps of {seconds:.3g} s, {tqdm.format_interval(stage.steps * seconds)}; "
+                f"most {memory_name} {memory / 1e9:.2f} GB; checkpoint {size / 1e6:.1f} MB"
             )
     if not is_main:
         return
-    print(f"whole run, without validations: {_duration(total)}")
+    print(f"whole run, without validations: {tqdm.format_interval(total)}")
     # Besides those that are kept: the newest, the one before, one being written, and the best.
     needed = kept + (4 if with_best else 3) * size - (bytes_in(loop.folder) if continued else 0)
     wanted = {"checkpoints": (loop.folder, max(0, needed))}
@@ -131,8 +133,3 @@ def require_space(wanted: Mapping[str, tuple[Path, int]]) -> None:
         if size > free:
             raise UserError(f"{folder}: too little space for the {what}; free some, or choose a folder on another disk")
         taken[disk] = taken.get(disk, 0) + size
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -24,7 +24,7 @@ from training.segmentation_files import load_segmentation_net
 from training.validation import CONVENTION, Validator, report, score_table
 from utils.devices import resolve_device, workers_for
 from utils.errors import UserError, out_of_memory_means
-from utils.files import atomic_write_bytes, atomic_write_json, check_folder, check_output_file, make_folder
+from utils.files import atomic_write, atomic_write_json, check_folder, check_output_file, make_folder
 
 SUBSETS = {16: SYNTHIA_16, 13: SYNTHIA_13}
 ENCODERS = {"labelids": to_label_ids, "trainids": np.asarray, "colour": colourise}
@@ -55,16 +55,10 @@ def evaluate(flags: EvaluationFlags) -> None:
             f"{len(data_set.class_names)}"
         )
     validator = Validator(
-        files=files,
-        with_labels=True,
-        classes=_scored_classes(flags.classes, data_set, shape.num_classes),
-        num_classes=shape.num_classes,
-        num_workers=workers_for(flags.num_workers, device),
-        rank=Rank(device=device),
-        or_else="",
-        scales=flags.scales,
-        flip=flags.flip,
-    )
+        files=files, with_labels=True, classes=_scored_classes(flags.classes, data_set, shape.num_classes),
+        num_classes=shape.num_classes, num_workers=workers_for(flags.num_workers, device), rank=Rank(device=device),
+        or_else="", scales=flags.scales, flip=flags.flip,
+    )  # fmt: skip
     check_samples(files, flag="--labels")
     net.to(device)
     if device.type == "cpu":
@@ -87,17 +81,10 @@ def evaluate(flags: EvaluationFlags) -> None:
     print(score_table(found.scores, data_set.class_names))
     if flags.json:
         content = {
-            "weights": flags.weights,
-            "net": str(shape),
-            "data_set": data_set.name,
-            "data_dir": flags.data_dir,
-            "images": len(files),
-            "scales": flags.scales,
-            "flip": flags.flip,
-            **report(found, data_set.class_names),
-            "convention": CONVENTION,
-            "confusion": found.confusion.tolist(),
-        }
+            "weights": flags.weights, "net": str(shape), "data_set": data_set.name, "data_dir": flags.data_dir,
+            "images": len(files), "scales": flags.scales, "flip": flags.flip, **report(found, data_set.class_names),
+            "convention": CONVENTION, "confusion": found.confusion.tolist(),
+        }  # fmt: skip
         atomic_write_json(Path(flags.json), content)
 
 
@@ -112,6 +99,4 @@ def _scored_classes(wanted: int, data_set: DataSet, num_classes: int) -> tuple[i
 
 def _save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
-    atomic_write_bytes(path, buffer.getvalue())
+    atomic_write(path, partial(Image.fromarray(pixels).save, format="PNG", compress_level=1))

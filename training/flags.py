@@ -73,12 +73,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
-            description=description,
-            usage="python %(prog)s [flags]",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
+            description=description, usage="python %(prog)s [flags]", allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -111,7 +108,8 @@ def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], 
 def _add(add_argument: Callable[..., Any], field: dataclasses.Field) -> None:
     option = field.metadata
     names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])  # both spellings where they differ
-    text = argparse.SUPPRESS if option["hidden"] else option["help"] + _shown_default(field)
+    default = shown_default(field)
+    text = argparse.SUPPRESS if option["hidden"] else option["help"] + (f" (default: {default})" if default else "")
     if option["type"] is bool:
         action = argparse.BooleanOptionalAction if option["may_change"] else "store_true"
         add_argument(*names, dest=field.name, action=action, help=text)
@@ -123,11 +121,12 @@ def _add(add_argument: Callable[..., Any], field: dataclasses.Field) -> None:
     )  # fmt: skip
 
 
-def _shown_default(field: dataclasses.Field) -> str:
+def shown_default(field: dataclasses.Field) -> str:
+    """The default for a reader; '' where there is none, or where the help says it."""
     default = field.default
     if default in (None, "", False, (), 0) or "(default" in field.metadata["help"]:
         return ""
-    return f" (default: {f'{default:.4g}' if isinstance(default, float) else _shown(default)})"
+    return f"{default:.4g}" if isinstance(default, float) else _shown(default)
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -214,6 +213,7 @@ class Config:
             sections = {}
             for name, section in cls._sections().items():
                 values = {k: tuple(v) if isinstance(v, list) else v for k, v in content[name].items()}
+                _check_choices(section, values)
                 sections[name] = section(**values)
             return cls(**sections)
         except UserError as error:
@@ -224,20 +224,18 @@ class Config:
     def continued(self, given: Mapping[str, Any]) -> Any:
         """This configuration with the given flags. Raises `UserError` for one that a continued run may not change."""
         started = self.flags()
+        changed = ", ".join(flag_of(n) for n, v in given.items() if v != started[n] and not self.may_change(n))
         try:
             wanted = type(self).from_flags({**started, **given})
         except UserError as error:
-            names = [flag_of(n) for n, value in given.items() if value != started[n] and not self.may_change(n)]
-            raise UserError(
-                f"{', '.join(names)} changes the run's configuration: {error}" if names else error
-            ) from None
+            raise UserError(f"{changed} changes the run's configuration: {error}" if changed else error) from None
         for name, value in wanted.flags().items():
             if value != started[name] and not self.may_change(name):
-                cause = name if name in given else next(iter(sorted(given)))
+                # Another flag may decide this one, as --batch_size decides --batch_size_list.
+                cause = flag_of(name) if name in given or not changed else changed
                 raise UserError(
-                    f"{flag_of(cause)}: the run was started with {_shown(started[name])}, the command line says "
-                    f"{_shown(value)}; a continued run keeps its configuration, so leave the flag out or start a new "
-                    "run"
+                    f"{cause}: the run was started with {_shown(started[name])}, the command line says "
+                    f"{_shown(value)}; a continued run keeps its configuration: remove the flag or start a new run"
                 )
         return wanted
 
@@ -265,13 +263,13 @@ def check_not_negative(section: object, *names: str) -> None:
 def _check_bounds(section: object, names: Sequence[str], words: str, holds: Callable[[float], bool]) -> None:
     for name in names:
         value = getattr(section, name)
-        fits = value is None or (holds(value) and value < LARGEST)
-        check(fits, f"{flag_of(name)} is {str(value)[:20]}; it must be {words} and below {LARGEST:g}")
+        fits = value is None or all(holds(v) and v < LARGEST for v in (value if isinstance(value, tuple) else (value,)))
+        check(fits, f"{flag_of(name)} is {_shown(value)[:20]}; it must be {words} and below {LARGEST:g}")
 
 
-def check_choices(section: object) -> None:
-    """Raise `UserError` for a field whose value is none of its choices, as one read from a file may be."""
-    for name, field in options_of(type(section)).items():
-        choices, value = field.metadata["choices"] or (), getattr(section, name)
-        known = not choices or value in (*choices, field.default)
-        check(known, f"{flag_of(name)} {value}: must be one of {', '.join(map(str, choices))}")
+def _check_choices(section: type, values: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a value read from a file that is none of the choices; a parser checks its own."""
+    for name, field in options_of(section).items():
+        choices = field.metadata["choices"] or ()
+        known = not choices or values.get(name, field.default) in (*choices, field.default)
+        check(known, f"{flag_of(name)} {values.get(name)}: must be one of {', '.join(map(str, choices))}")

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +44,18 @@ CLOSING = 5.0  # seconds in which connections are closed after an error
 def is_launched() -> bool:
     """Whether `launch` started this process."""
     return FOLDER in os.environ
+
+
+def remember(line: str) -> None:
+    """In a process of `launch`: keep a line for the processes that are started again after one has died."""
+    if is_launched():
+        (Path(os.environ[FOLDER]) / "remembered").write_text(line)
+
+
+def remembered() -> str:
+    """What `remember` was given; '' where nothing was, or where `launch` did not start this process."""
+    path = Path(os.environ.get(FOLDER, "")) / "remembered"
+    return path.read_text() if is_launched() and path.exists() else ""
 
 
 def is_restarted() -> bool:
@@ -96,13 +108,9 @@ def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
 
 
 def launch(
-    script: Path,
-    devices: Sequence[torch.device],
-    *,
-    environment: Mapping[str, str] | None = None,
-    restarts: int = RESTARTS,
+    script: Path, devices: Sequence[torch.device], *, restarts: int = RESTARTS,
     if_killed: str = "the same command continues from the last checkpoint",
-) -> None:
+) -> None:  # fmt: skip
     """Run a script with this command line in one process for each device of this machine, and wait for all.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the processes; a second signal kills them. This process is
@@ -110,7 +118,6 @@ def launch(
 
     Args:
         script: does its work inside `in_processes`.
-        environment: variables for the processes.
         restarts: how often all processes are started again when one has died.
         if_killed: what to do when a process was killed more often, as the end of a message.
 
@@ -123,23 +130,16 @@ def launch(
     logging.disable(logging.CRITICAL)  # PyTorch's launcher logs some thirty lines about a failure
     with tempfile.TemporaryDirectory(prefix="procst_ranks_") as name:
         folder, failure = Path(name), None
-        os.environ.update({FOLDER: name, **(environment or {})})
+        os.environ[FOLDER] = name
         received = _pass_signals_on(folder)
         configuration = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=len(devices),
-            run_id=uuid.uuid4().hex,
+            min_nodes=1, max_nodes=1, nproc_per_node=len(devices), run_id=uuid.uuid4().hex, max_restarts=restarts,
             # A store on a free port of this machine, which needs no network and no name.
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=restarts,
-            monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+            monitor_interval=0.1, logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
             # By default it kills the processes 30 seconds after a stop signal, in the middle of saving.
             signals_to_handle="SIGUSR2",
-        )
+        )  # fmt: skip
         try:
             elastic_launch(configuration, sys.executable)(str(script), *sys.argv[1:])
         except ChildFailedError as error:
@@ -177,8 +177,9 @@ def _pass_signals_on(folder: Path) -> list[int]:
             if again:
                 (folder / "killed.code").write_text(str(128 + number))
         for path in folder.glob("*.rank"):
-            with suppress(ProcessLookupError):
-                os.kill(int(path.stem), signal.SIGKILL if again else number)
+            # A process that is gone, or that has not yet written its number and will look for the signal.
+            with suppress(ProcessLookupError, PermissionError, ValueError):
+                os.kill(int(path.read_text()), signal.SIGKILL if again else number)
 
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # an ignored signal stays ignored, as with nohup
@@ -192,7 +193,7 @@ def _reporting_to_launcher() -> Iterator[None]:
     folder = Path(os.environ[FOLDER])
     if any(folder.glob("*.code")):
         raise SystemExit(0)  # all were restarted because others lost their connection to one that ended for good
-    (folder / f"{os.getpid()}.rank").touch()
+    (folder / f"{os.environ['LOCAL_RANK']}.rank").write_text(str(os.getpid()))
     try:
         if (folder / "signal").exists():  # sent before this process had its file
             raise SystemExit(128 + int((folder / "signal").read_text()))

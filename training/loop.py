@@ -36,15 +36,9 @@ class Loop:
     """
 
     def __init__(
-        self,
-        *,
-        method: Method,
-        run: RunConfig,
-        folder: Path,
-        validator: Validator | None = None,
-        info: Mapping[str, Any] | None = None,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> None:
+        self, *, method: Method, run: RunConfig, folder: Path, validator: Validator | None = None,
+        info: Mapping[str, Any] | None = None, stop: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         self.method = method
         self.rank = method.rank
         self.run_config = run
@@ -116,6 +110,8 @@ class Loop:
         self.step, self.stage_finished = checkpoint.step, checkpoint.stage_finished
         self.info = {**checkpoint.info, **self.info}
         self.validations, self.skipped = list(checkpoint.validations), list(checkpoint.skipped)
+        if not (self.folder / BEST).is_file():  # as where only latest.pth was copied: the next validation is the best
+            self.validations = [{**found, "best": False} for found in self.validations]
         self.saved = (self.stage, self.step)
 
     def begin_stage(self, stage: int, resumed: bool) -> None:
@@ -128,7 +124,7 @@ class Loop:
         stage = self.stages[self.stage]
         step = (epoch - 1) * stage.steps_per_epoch
         if self.stage_finished:
-            raise UserError(f"--resume_to_epoch {epoch}: {stage.name} is finished; leave the flag out")
+            raise UserError(f"--resume_to_epoch {epoch}: {stage.name} is finished; remove the flag")
         if epoch < 1 or step >= stage.steps:
             raise UserError(f"--resume_to_epoch {epoch}: {stage.name} has {stage.steps} steps, and epochs count from 1")
         self.step = step
@@ -164,7 +160,7 @@ class Loop:
         Raises:
             UserError: an image or label cannot be used, the run folder cannot be written to, or the training diverged.
             Stopped: a stop was requested, or a loader process died; the state is saved.
-            LoaderDied: a loader process died where the state cannot be saved.
+            LoaderDied, RuntimeError: a loader process died where the state cannot be saved (`is_loader_death`).
         """
         try:
             self._run(progress)
@@ -191,7 +187,7 @@ class Loop:
             if self.rank.is_main and (line := self.method.write_summary(self.stage, self.folder)):
                 progress.say(line)
             if self.stage == len(self.stages) - 1:
-                self._publish(BEST if (self.folder / BEST).is_file() else LATEST)
+                self._publish(BEST if self.best() else LATEST)
                 return
             self.begin_stage(self.stage + 1, resumed=False)
 
@@ -206,8 +202,11 @@ class Loop:
         while self.step < stage.steps:
             try:
                 batch = next(batches)
-            except (LoaderDied, RuntimeError, OSError, EOFError) as error:
-                self._stop_for_loader(error, progress)
+            except (LoaderDied, RuntimeError) as error:
+                if self.rank.count > 1 or not is_loader_death(error):
+                    raise  # other processes are in a step that this one cannot take
+                self._save(progress, LATEST)
+                raise Stopped(f"{error}; {self._how_to_continue()}") from None
             # The seed depends on the step, so that dropout of a continued run equals that of an uninterrupted one.
             # Other processes draw for other samples; the main one's seed is that of a single process.
             others = (self.rank.index,) if self.rank.index else ()
@@ -225,15 +224,6 @@ class Loop:
             self._stop_if(action == STOP)
             if validates:
                 self._validate(progress)
-
-    def _stop_for_loader(self, error: Exception, progress: Progress) -> None:
-        """Save and stop where a loader process died between two steps."""
-        if not is_loader_death(error):
-            raise error
-        if self.rank.count > 1:  # the others are in a step that this one cannot take; all are restarted
-            raise LoaderDied(str(error)) from None
-        self._save(progress, LATEST)
-        raise Stopped(f"{error}; {self._how_to_continue()}") from None
 
     def _how_to_continue(self) -> str:
         return (
@@ -284,17 +274,17 @@ class Loop:
             validation = validator(self.method.eval_net(), lambda *_: self._stop_if(alone and self.stop()))
         score = validator.score(validation)
         names = validator.files.data_set.class_names
-        progress.validation(self.stage, self.step, validation, names)
         self._note_skipped(progress, *validation.skipped)
         if score is None:
             say(f"WARNING: the labels of {validator.files.root} hold no pixel of a scored class: no best state")
         earlier = self.best()
         best = score is not None and (earlier is None or score > earlier["score"])
-        where = {"stage": self.stage, "step": self.step, "score": score, "best": best}
-        self.validations.append({**where, **report(validation, names)})
+        where, found = {"stage": self.stage, "step": self.step, "score": score, "best": best}, report(validation, names)
+        self.validations.append({**where, **found})
         if best:
-            self.info |= {"miou": validation.mean_iou, "label_free": validation.label_free}
+            self.info |= {"miou": found["miou"], "label_free": found["label_free"]}
         self._save(progress, *([BEST] if best else []), LATEST)
+        progress.validation(self.stage, self.step, validation, names)  # once: a run killed before validates again
         if self.rank.is_main:
             atomic_write_json(self.folder / VALIDATIONS, self.validations)
         if best:

@@ -43,8 +43,8 @@ class Scores:
     """Scores of a confusion matrix over a subset of classes.
 
     Pixels labelled with a class outside the subset are ignored. Predictions outside the subset count as errors of the
-    labelled class. A class without a labelled pixel is absent: it has no IoU and is left out of the means, even if it
-    was predicted.
+    labelled class. A class without a labelled pixel is absent: it has no IoU and does not count in the means,
+    even if it was predicted.
 
     Attributes:
         iou: intersection over union of each of `classes`, None where absent.
@@ -61,13 +61,10 @@ class Scores:
 
 def scores_of(matrix: Tensor, classes: Sequence[int]) -> Scores:
     """Scores of a matrix (K,K) over the given classes, all below K."""
-    if not classes:
-        return Scores((), (), None, None, ())
     rows = matrix.cpu().double()[list(classes)]
-    labelled = rows.sum(dim=1)
-    right = torch.stack([row[c] for row, c in zip(rows, classes, strict=True)])
-    predicted = rows.sum(dim=0)[list(classes)]
-    union = labelled + predicted - right
+    labelled, counted = rows.sum(dim=1), rows[:, list(classes)]
+    right = counted.diagonal()
+    union = labelled + counted.sum(dim=0) - right
     iou = tuple(float(r / u) if n else None for r, u, n in zip(right, union, labelled, strict=True))
     present = [value for value in iou if value is not None]
     return Scores(

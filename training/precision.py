@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -95,22 +96,20 @@ def channels_last(network: nn.Module) -> None:
         network.to(memory_format=torch.channels_last)
 
 
+@dataclass(frozen=True)
 class Runner:
     """Calls networks in a precision: `run(network, *inputs)` returns what `network(*inputs)` does.
 
-    Args:
+    Attributes:
         precision: bf16 runs networks under autocast; fp32 and tf32 differ in `set_convolution_precision` alone.
         keep_float32: classes of networks that compute in float32 in a bf16 run, too.
         layout: memory format of the tensors given to a network that computes in float32, chosen by the network and its
             first input.
     """
 
-    def __init__(
-        self, precision: Precision = "fp32", *, keep_float32: tuple[type, ...] = (), layout: Layout | None = None
-    ) -> None:
-        self.precision = precision
-        self.keep_float32 = keep_float32
-        self.layout = layout
+    precision: Precision = "fp32"
+    keep_float32: tuple[type, ...] = ()
+    layout: Layout | None = None
 
     def __call__(self, network: nn.Module, *inputs: Any) -> Any:
         rounds = self.precision == "bf16" and not isinstance(network, self.keep_float32)

@@ -40,15 +40,9 @@ class Progress:
     """
 
     def __init__(
-        self,
-        *,
-        method: Method,
-        done: tuple[int, int],
-        folder: Path | None,
-        log_dir: Path | None,
-        print_rate: int,
+        self, *, method: Method, done: tuple[int, int], folder: Path | None, log_dir: Path | None, print_rate: int,
         quiet: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.method = method
         self.stages: Sequence[Stage] = method.stages()
         self.print_rate = print_rate
@@ -117,10 +111,10 @@ class Progress:
         rates = {name: o.param_groups[0]["lr"] for name, o in self.method.optimizers.items()}
         if self.writer:
             for name, value in values.items():
-                self.writer.add_scalar(_tag(stage, name), value, overall)
+                self.writer.write("add_scalar", _tag(stage, name), value, overall)
             for name, rate in rates.items():
-                self.writer.add_scalar(f"{stage.tag}LearningRate/{name}", rate, overall)
-            self.writer.add_scalar(f"{stage.tag}Time/SecondsPerStep", seconds, overall)
+                self.writer.write("add_scalar", f"{stage.tag}LearningRate/{name}", rate, overall)
+            self.writer.write("add_scalar", f"{stage.tag}Time/SecondsPerStep", seconds, overall)
         self._write(index, step, {"seconds_per_step": seconds, "losses": values, "learning_rates": rates})
         eta = tqdm.format_interval(int(seconds * (stage.steps - step)))
         text = f"{seconds:.3g} s/step, ETA {eta}"
@@ -143,7 +137,8 @@ class Progress:
         """Log the first sample of the batch as a row of pictures; images (B,3,h,w) in [-1,1] by name."""
         if self.writer and images:
             row = torch.cat([((image[0].float() + 1.0) / 2.0).clamp(0.0, 1.0) for image in images.values()], dim=2)
-            self.writer.add_image(f"{self.stages[stage].tag}{'-'.join(images)}", row, self._overall(stage, step))
+            tag = f"{self.stages[stage].tag}{'-'.join(images)}"
+            self.writer.write("add_image", tag, row, self._overall(stage, step))
 
     def validation(self, stage: int, step: int, validation: Validation, names: Sequence[str]) -> None:
         """Print and log a validation of the segmentation net; `names` are those of the classes."""
@@ -161,7 +156,7 @@ class Progress:
         """Finish the bar and flush TensorBoard."""
         self.bar.close()
         if self.writer:
-            self.writer.close()
+            self.writer.write("close")
 
 
 def _drop_later_lines(path: Path, overall_step: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import sys
@@ -17,28 +16,17 @@ from training.config import StartFlags
 from training.distributed import Rank
 from training.dry_run import dry_run
 from training.flags import Config, section_from
-from training.launching import in_processes, is_launched, is_restarted, launch
+from training.launching import in_processes, is_launched, is_restarted, launch, remember, remembered
 from training.loop import Loop
 from training.method import Method
 from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
 from training.progress import Progress
-from training.run_folder import (
-    Continued,
-    environment,
-    lock_run_folder,
-    log_name,
-    run_name,
-    run_to_continue,
-    write_record,
-)
+from training.run_folder import Continued, environment, lock_run_folder, log_name, run_to_continue, write_record
 from training.validation import Validator
 from utils.devices import keep_freed_memory, resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder
-from utils.stopping import Stopped, StopRequests, is_loader_death
-
-# Environment variable: the folder of a new run, for the processes that train it together and are started again.
-RUN_DIR = "PROCST_RUN_DIR"
+from utils.stopping import StopRequests, is_loader_death
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +86,15 @@ class _Run:
         """See `train`."""
         self.config_class.check_given(self.given)
         flags = section_from(StartFlags, self.given)
-        run_dir = flags.run_dir or ("" if flags.continue_train_from_path else os.environ.get(RUN_DIR, ""))
-        if is_restarted() and not (run_dir or flags.continue_train_from_path):
+        run_dir = flags.run_dir or ("" if flags.continue_train_from_path else remembered())
+        if is_restarted() and not (is_launched() or run_dir or flags.continue_train_from_path):
             raise UserError("--run_dir is needed where processes are restarted: without it, each start is a new run")
         stop = StopRequests(quiet=is_launched() or not self.rank.is_main)
         continued = run_to_continue(flags.continue_train_from_path, run_dir, self.method_class.name)
         config = self._config(continued)
         devices = resolve_devices(config.run.gpus)
         if self.rank.count == 1 and len(devices) > 1:
-            # A new run gets its folder's name here, so that restarted processes find it.
-            folder = Path(config.run.checkpoints_dir).absolute() / run_name(self.method_class.task(config))
-            known = run_dir or flags.continue_train_from_path
-            launch(self.script, devices, environment={} if known else {RUN_DIR: str(folder)})
+            launch(self.script, devices)
             return
         self.rank = self.rank.at(devices)
         if not config.run.gpus and self.rank.is_main:
@@ -187,9 +172,10 @@ class _Run:
             # All input has been checked; only now is a run folder made.
             parent = Path(config.run.checkpoints_dir)
             folder = lock_run_folder(continued, run_dir=run_dir, parent=parent, task=task, stack=self.stack)
+            remember(str(folder))
         folder = rank.broadcast(folder)
         run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
-        info = {"run": folder.name, "run_id": run_id}
+        info = {"run": str(folder), "run_id": run_id}
         loop = Loop(method=method, run=config.run, folder=folder, validator=prepared.validator, info=info, stop=stop)
         if continued:
             loop.restore(continued.checkpoint, continued.origin)
@@ -202,28 +188,26 @@ class _Run:
             prepared.print_description()
             print(f"run folder: {folder}", flush=True)
         progress = Progress(
-            method=method,
-            done=(loop.stage, loop.step),
-            folder=folder if rank.is_main else None,
+            method=method, done=(loop.stage, loop.step), folder=folder if rank.is_main else None,
             log_dir=Path(config.run.tb_logs_dir) / log_name(folder) if rank.is_main else None,
-            print_rate=config.run.print_rate,
-            quiet=not rank.is_main,
-        )
+            print_rate=config.run.print_rate, quiet=not rank.is_main,
+        )  # fmt: skip
         stop.at_once = False
         try:
             with out_of_memory_means(lambda: _less_memory(loop)):
                 loop.run(progress)
         except Exception as error:
-            if is_loader_death(error):
-                _end_for_loader(error, rank)
-            raise
+            if rank.count == 1 or not is_loader_death(error):
+                raise
+            print(f"{error}; all processes are started again from the last checkpoint", file=sys.stderr)
+            raise SystemExit(1) from None
         finally:
             progress.close()
         if rank.is_main:
             if loop.skipped:
                 print(f"{len(loop.skipped)} images or labels could not be used and were skipped:")
                 print("\n".join(f"  {reason}" for reason in loop.skipped))
-            if (best := loop.best()) and (folder / BEST).is_file():
+            if best := loop.best():
                 print(f"best state by {prepared.validator.select_by}: {folder / BEST}, of step {best['step']}")
             print(f"finished; {method.conclusion(folder)}")
 
@@ -232,15 +216,6 @@ def agreed_precision(wanted: str, rank: Rank) -> Precision:
     """The precision of all processes. Raises `UserError` if they were given different ones or a device lacks it."""
     rank.require_equal({"--precision": wanted})
     return resolve_precision(rank.broadcast(resolve_precision(wanted, rank.device)), rank.device)
-
-
-def _end_for_loader(error: Exception, rank: Rank) -> None:
-    """End where a loader process died within a step; code 1 makes a launcher start all processes again."""
-    line = f"{error}; the last checkpoint stays, run the same command again"
-    if rank.count == 1:
-        raise Stopped(line) from None
-    print(line, file=sys.stderr)
-    raise SystemExit(1) from None
 
 
 def _less_memory(loop: Loop) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torchvision
 
-from training.checkpoint import LATEST, PREVIOUS, Checkpoint, has_checkpoint, read_newest, set_damaged_aside
+from training.checkpoint import LATEST, Checkpoint, has_checkpoint, read_newest, set_damaged_aside
 from utils.errors import UserError
 from utils.files import TEMPORARY, atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
 from utils.locks import LOCK, locked
@@ -28,11 +28,10 @@ STARTS = "starts"
 
 @dataclass(frozen=True, kw_only=True)
 class Continued:
-    """The run that is continued: its newest checkpoint, the file that holds it, and `_checkpoint_ids` of its folder."""
+    """The run that is continued: its newest checkpoint, and the file in its folder that holds it."""
 
     checkpoint: Checkpoint
     origin: Path
-    ids_before: dict[str, tuple[int, int]]
 
 
 def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
@@ -44,7 +43,6 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
     folder = _folder_to_continue(path, run_dir)
     if folder is None:
         return None
-    ids_before = _checkpoint_ids(folder)
     checkpoint, origin = read_newest(folder)
     if checkpoint.method != method:
         raise UserError(
@@ -52,7 +50,7 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
         )
     if not checkpoint.optimizers:
         raise UserError(f"{origin} holds a finished net and no training state")
-    return Continued(checkpoint=checkpoint, origin=origin, ids_before=ids_before)
+    return Continued(checkpoint=checkpoint, origin=origin)
 
 
 def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
@@ -82,11 +80,6 @@ def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
     return None
 
 
-def run_name(task: str) -> str:
-    """Name of a new run folder: the time and the task."""
-    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}"
-
-
 def log_name(folder: Path) -> str:
     """Name of a run's TensorBoard log: its folder's name, with a hash of the path if a user chose the name."""
     if re.match(r"\d{4}-\d\d-\d\d_", folder.name):
@@ -94,43 +87,28 @@ def log_name(folder: Path) -> str:
     return f"{folder.name}_{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}"
 
 
-def _checkpoint_ids(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of the checkpoints in a folder; they show whether another process has replaced one."""
-    found = {}
-    for name in (LATEST, PREVIOUS):
-        with suppress(FileNotFoundError):
-            status = (folder / name).stat()
-            found[name] = (status.st_ino, status.st_mtime_ns)
-    return found
-
-
 def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, task: str, stack: ExitStack) -> Path:
     """The run's folder, locked for this process until `stack` is closed; made here for a new run.
 
-    Args:
-        run_dir: `--run_dir`, or ''.
-        parent: `--checkpoints_dir`, where new runs go without `--run_dir`.
-        task: ends the name of a new folder there.
+    Without `run_dir` (`--run_dir`) a new run goes into a new folder in `parent`; `task` ends its name.
 
     Raises:
-        UserError: another process works or has worked in it, or it cannot be made.
+        UserError: another process works in it, or it cannot be made.
     """
     if continued:
-        folder, flag = continued.origin.parent, "--run_dir" if run_dir else "--continue_train_from_path"
+        folder = continued.origin.parent
     else:
-        folder, flag = make_folder(Path(run_dir), "--run_dir").resolve() if run_dir else _new(parent, task), "--run_dir"
-    stack.enter_context(locked(folder, flag))
-    if _checkpoint_ids(folder) != (continued.ids_before if continued else {}):
-        raise UserError(f"{flag} {folder}: another process has trained this run meanwhile; run the command again")
+        folder = (make_folder(Path(run_dir), "--run_dir") if run_dir else new_run_folder(parent, task)).resolve()
+    stack.enter_context(locked(folder, "--continue_train_from_path" if continued and not run_dir else "--run_dir"))
     if continued:
         set_damaged_aside(continued.origin)
     remove_leftovers(folder)
     return folder
 
 
-def _new(parent: Path, task: str) -> Path:
-    """Make a run folder; another run may have started in the same second."""
-    folder = make_folder(parent, "--checkpoints_dir") / run_name(task)
+def new_run_folder(parent: Path, task: str) -> Path:
+    """Make a folder that is named by the time and the task; another run may have started in the same second."""
+    folder = make_folder(parent, "--checkpoints_dir") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}"
     while True:
         try:
             folder.mkdir()
@@ -145,34 +123,21 @@ def _new(parent: Path, task: str) -> Path:
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """Versions, devices and the commit of this checkout, as far as results depend on them."""
     found: dict[str, Any] = {
-        "commit": git_commit(Path(__file__).parent),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "system": platform.platform(),
-        "device": str(device),
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-    }
+        "commit": git_commit(Path(__file__).parent), "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "system": platform.platform(), "device": str(device),
+        "processes": processes, "threads": torch.get_num_threads(),
+    }  # fmt: skip
     if device.type == "cuda":
-        found |= {
-            "device_name": torch.cuda.get_device_name(device),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
+        found |= {"device_name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        found["cudnn"] = torch.backends.cudnn.version()
     return found
 
 
 def git_commit(folder: Path) -> str | None:
     """The commit of the checkout a folder is in, with `+changes` where files differ from it; None outside of one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
+    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -6,28 +6,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from models.legacy import load_legacy_segmentation
-from models.segmentation import build_segmentation_net
+from models.segmentation import build_segmentation_net, load_backbone
 from models.shapes import SegmentationShape
 from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint, load_checkpoint
+from training.config import NetConfig
 from utils.errors import UserError
+from utils.seeds import NET_WEIGHTS, seed_for
 from utils.tensor_files import is_finite, load_network, read_tensor_file
 
 
-def run_identity(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
-    """The name and number that identify the files of a run; folders may have the same name, and copies the number."""
-    return {"run": folder.name, "run_id": info.get("run_id")}
+def net_to_train(config: NetConfig, seed: int, fresh: bool) -> nn.Module:
+    """A net on the CPU, with its starting weights if `fresh`; a checkpoint fills another one. Raises `UserError`."""
+    torch.manual_seed(seed_for(seed, NET_WEIGHTS))
+    net = build_segmentation_net(config.shape())
+    if fresh and config.backbone_weights != "random":
+        load_backbone(net, config.backbone, config.backbone_weights)
+    return net
 
 
 def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
-    """Whether the run of this `run_identity` wrote a file; False for one that cannot be read."""
+    """Whether the run with this `Checkpoint.info` wrote a file; a copy of a run does not own the files of the first."""
     try:
         info = load_checkpoint(path).info
     except UserError:
         return False
-    return all(info.get(name) == run[name] for name in ("run", "run_id"))
+    # The folder of a run may have been renamed; that of a run which was copied is still there.
+    same_folder = info.get("run") == run["run"] or not Path(str(info.get("run"))).exists()
+    return same_folder and info.get("run_id") == run.get("run_id") is not None
 
 
 def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:

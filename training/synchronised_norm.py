@@ -46,12 +46,8 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
             mean, variance, count = _moments(features)
             if self.track_running_stats:
                 self._update_running_statistics(mean.detach(), variance.detach(), count)
-            scale = (variance + self.eps).rsqrt()
-            if self.affine:
-                scale = scale * self.weight
-            shift = -mean * scale
-            if self.affine:
-                shift = shift + self.bias
+            scale = (variance + self.eps).rsqrt() * self.weight
+            shift = self.bias - mean * scale
             # Only the features are kept for the backward, as PyTorch's own batch norm does.
             return torch.addcmul(shift[:, None, None], features, scale[:, None, None]).to(x.dtype)
 

@@ -29,28 +29,8 @@ class TensorBoardLog:
         except OSError as error:
             self._give_up(error)
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """Log a number."""
-        self._call("add_scalar", tag, value, step)
-
-    def add_image(self, tag: str, image: Any, step: int, dataformats: str = "CHW") -> None:
-        """Log a picture, float in [0,1] or uint8."""
-        self._call("add_image", tag, image, step, dataformats=dataformats)
-
-    def add_histogram_raw(self, tag: str, **counts: Any) -> None:
-        """Log a histogram from its counts; see `SummaryWriter.add_histogram_raw`."""
-        self._call("add_histogram_raw", tag, **counts)
-
-    def flush(self) -> None:
-        """Write the pending entries."""
-        self._call("flush")
-
-    def close(self) -> None:
-        """Flush, and log no more."""
-        self._call("close")
-        self._writer = None
-
-    def _call(self, method: str, *arguments: Any, **named: Any) -> None:
+    def write(self, method: str, *arguments: Any, **named: Any) -> None:
+        """Call a method of the `SummaryWriter`, such as `add_scalar`."""
         if self._writer is not None:
             try:
                 getattr(self._writer, method)(*arguments, **named)
@@ -59,7 +39,7 @@ class TensorBoardLog:
 
     def _give_up(self, error: OSError) -> None:
         self._writer = None
-        say(f"WARNING: cannot log to {self.folder} ({error.strerror or error}); the run goes on without TensorBoard")
+        say(f"WARNING: cannot log to {self.folder} ({error.strerror or error}); the run continues without TensorBoard")
 
 
 def _without_writer_errors(args: threading.ExceptHookArgs) -> None:

@@ -30,7 +30,7 @@ PICTURE_WIDTH = 512
 CONVENTION = (
     "IoU = right / (labelled + predicted - right), summed over all images at native size. Pixels labelled 'ignore' or "
     "outside the scored classes do not count; predictions outside them are errors. Classes without a labelled pixel "
-    "are absent and left out of the mean."
+    "are absent and do not count in the mean."
 )
 OnPrediction = Callable[[LabelledImage, Tensor], object]
 
@@ -72,18 +72,14 @@ class Validation:
     Attributes:
         scores: None where the images have no labels.
         confusion: int64 (C,C) on the net's device, rows are labels.
-        label_free: mutual information of the predictions, 0 to 1; needs no labels.
-        mean_confidence: mean probability of the predicted class.
-        confidence_histogram: pixels in each of `CONFIDENCE_BINS` equal bins of 0..1.
+        statistics: of the predictions, which need no labels.
         pictures: uint8 (h,w,3) rows: image, label where there is one, prediction.
-        skipped: what was wrong with images that this process left out.
+        skipped: what was wrong with images that this process skipped.
     """
 
     scores: Scores | None
     confusion: Tensor
-    label_free: float
-    mean_confidence: float
-    confidence_histogram: np.ndarray
+    statistics: PredictionStatistics
     pictures: list[np.ndarray]
     skipped: tuple[str, ...] = ()
 
@@ -103,14 +99,11 @@ class Validator:
     """Predicts a fixed list of images with a net and scores the predictions.
 
     Attributes:
-        files: the images.
-        with_labels: whether they have labels and scores are wanted.
+        with_labels: whether the images have labels and scores are wanted.
         select_by: `miou` or `label_free`: what picks the best net.
         classes: trainIds the mean goes over.
-        num_classes: of the net.
-        num_workers: loader processes.
         rank: this process among those that share the images, and the device of the net.
-        skip_unusable: leave out images that cannot be used, instead of raising.
+        skip_unusable: skip images that cannot be used, instead of raising.
         or_else: end of the message about an image that cannot be used; it names an alternative.
         scales, flip: see `predict`.
     """
@@ -167,18 +160,13 @@ class Validator:
         if not statistics.pixels:
             raise UserError(f"none of the {len(self.files)} validation images of {self.files.root} can be used")
         return Validation(
-            scores=scores_of(matrix, self.classes) if self.with_labels else None,
-            confusion=matrix,
-            label_free=statistics.mutual_information(),
-            mean_confidence=statistics.mean_confidence(),
-            confidence_histogram=statistics.confidence_histogram.cpu().numpy(),
-            pictures=pictures,
-            skipped=tuple(skipped or ()),
-        )
+            scores=scores_of(matrix, self.classes) if self.with_labels else None, confusion=matrix,
+            statistics=statistics, pictures=pictures, skipped=tuple(skipped or ()),
+        )  # fmt: skip
 
     def score(self, validation: Validation) -> float | None:
         """The value that selects the best net, or None."""
-        return validation.mean_iou if self.select_by == "miou" else validation.label_free
+        return validation.mean_iou if self.select_by == "miou" else validation.statistics.mutual_information()
 
 
 @contextmanager
@@ -206,7 +194,9 @@ def _iou_by_name(scores: Scores | None, names: Sequence[str]) -> dict[str, float
 
 def summary(validation: Validation, names: Sequence[str]) -> str:
     """One line: mIoU and IoU of the classes, or the label-free scores."""
-    free = f"label-free score {validation.label_free:.4f}, mean confidence {validation.mean_confidence:.3f}"
+    statistics = validation.statistics
+    confidence = f"mean confidence {statistics.mean_confidence():.3f}"
+    free = f"label-free score {statistics.mutual_information():.4f}, {confidence}"
     if validation.scores is None:
         return free
     if validation.mean_iou is None:
@@ -238,8 +228,8 @@ def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
     return {
         "miou": validation.mean_iou,
         "pixel_accuracy": scores and scores.pixel_accuracy,
-        "label_free": validation.label_free,
-        "mean_confidence": validation.mean_confidence,
+        "label_free": validation.statistics.mutual_information(),
+        "mean_confidence": validation.statistics.mean_confidence(),
         "iou": _iou_by_name(scores, names),
         "absent": [names[c] for c in scores.absent] if scores else [],
     }
@@ -252,14 +242,14 @@ def log_validation(writer: TensorBoardLog, validation: Validation, step: int, na
     values |= {"PixelAccuracy": found["pixel_accuracy"], **{f"IoU/{n}": value for n, value in found["iou"].items()}}
     for name, value in values.items():
         if value is not None:
-            writer.add_scalar(f"Validation/{name}", value, step)
-    counts = validation.confidence_histogram
+            writer.write("add_scalar", f"Validation/{name}", value, step)
+    counts = validation.statistics.confidence_histogram.cpu().numpy()
     edges = np.linspace(0.0, 1.0, CONFIDENCE_BINS + 1)
     centres = (edges[:-1] + edges[1:]) / 2
-    writer.add_histogram_raw(
-        "Validation/Confidence", min=0.0, max=1.0, num=counts.sum(), sum=(counts * centres).sum(),
+    writer.write(
+        "add_histogram_raw", "Validation/Confidence", min=0.0, max=1.0, num=counts.sum(), sum=(counts * centres).sum(),
         sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(),
         global_step=step,
     )  # fmt: skip
     for index, picture in enumerate(validation.pictures):
-        writer.add_image(f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")
+        writer.write("add_image", f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from data_handlers.datasets import DATA_SETS
 from training.config import (
     LoaderConfig,
     NetConfig,
@@ -17,18 +16,15 @@ from training.config import (
     ValidationConfig,
     check_common,
     check_crop,
-    resolve_net,
+    default_semseg_weights,
+    resolve_common,
 )
 from training.flags import Config, check, check_not_negative, check_positive, option, path_option
 
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    """Where the labels are, and which labelled images the net is validated on.
-
-    Attributes:
-        output: where the best net goes besides the run folder, or ''.
-    """
+    """Where the labels are, which labelled images the net is validated on, and where the best net goes."""
 
     src_label_dir: str = path_option(
         "", "root folder of the labels, where it is another: SiT images have the labels of their source", metavar="DIR",
@@ -89,11 +85,7 @@ class SourceTrainingConfig(Config):
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
-        """Refuse flags that contradict each other.
-
-        Raises:
-            UserError: names the flags.
-        """
+        """See `Config.check_given`."""
         check_common(given)
         both = given.get("val_list") and given.get("val_count")
         check(not both, "--val_list and --val_count contradict each other; give one")
@@ -101,11 +93,5 @@ class SourceTrainingConfig(Config):
     @classmethod
     def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:
         """The flags with what follows from the data set filled in."""
-        flags, data_set = resolve_net(flags), DATA_SETS[flags["source"]]
-        default = f"pretrained/pretrained_semseg_on_{flags['source']}.pth"
-        return {
-            **flags,
-            "src_resize": flags["src_resize"] or data_set.resize,
-            "crop_size": flags["crop_size"] or data_set.crop,
-            "output": default if flags["output"] is None else flags["output"],
-        }
+        output = default_semseg_weights(flags["source"]) if flags["output"] is None else flags["output"]
+        return {**resolve_common(flags), "output": output}

@@ -5,26 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS, with_labels
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
 from data_handlers.splits import train_and_validation
-from models.segmentation import build_segmentation_net, load_backbone, require_classes
+from models.segmentation import require_classes
 from training.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS
 from training.distributed import Rank
 from training.run import Continued, Prepared
-from training.segmentation_files import is_of_run, run_identity
+from training.segmentation_files import is_of_run, net_to_train
 from training.validation import Validator, scored_classes
 from uda.config import SourceTrainingConfig
 from uda.source import SourceTraining
 from utils.devices import workers_for
 from utils.errors import UserError
-from utils.files import check_folder
-from utils.seeds import NET_WEIGHTS, seed_for
+from utils.files import check_output_file
 
 
 def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continued | None) -> Prepared:
@@ -48,7 +44,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
     for files in (train, val):
         check_samples(files, labels=True, flag="--src_labels", or_else=OR_SKIP, skip=skip)
     _check_output(held_out.output, continued)
-    net = _build_net(config, fresh=continued is None)
+    net = net_to_train(net_config, config.run.manual_seed, fresh=continued is None)
     workers = workers_for(config.loader.num_workers, rank.device, rank.count)
     validation = config.validation
     select_by = "miou" if validation.select_by == "auto" else validation.select_by
@@ -70,14 +66,6 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
     return Prepared(method=method, validator=validator, validation_line=line)
 
 
-def _build_net(config: SourceTrainingConfig, fresh: bool) -> nn.Module:
-    torch.manual_seed(seed_for(config.run.manual_seed, NET_WEIGHTS))
-    net = build_segmentation_net(config.net.shape())
-    if fresh and config.net.backbone_weights != "random":
-        load_backbone(net, config.net.backbone, config.net.backbone_weights)
-    return net
-
-
 def _check_output(output: str, continued: Continued | None) -> None:
     """Check that the output is no file of another run, or of the authors: those are never overwritten.
 
@@ -87,12 +75,10 @@ def _check_output(output: str, continued: Continued | None) -> None:
     if not output:
         return
     path = Path(output)
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder; name a file")
+    check_output_file(path, "--output")
     if path.name in (LATEST, PREVIOUS, BEST, DAMAGED):
         # In the run's own folder, the net would take the place of the training state.
         raise UserError(f"--output {path}: {path.name} is the name of a file of run folders; choose another name")
-    check_folder(path.parent, "--output")
-    own = continued and run_identity(continued.origin.parent, continued.checkpoint.info)
+    own = continued and {**continued.checkpoint.info, "run": str(continued.origin.parent)}
     if path.exists() and not (own and is_of_run(path, own)):
         raise UserError(f"--output {path} exists and is not of this run; move it away or name another file")

@@ -63,15 +63,10 @@ class SourceTraining(Method):
         """One stage of `--num_steps` steps."""
         config = self.config
         validates = 0 if config.validation.select_by == "none" else config.validation.validation_rate
-        return [
-            Stage(
-                name="training",
-                steps=config.poly.num_steps,
-                steps_per_epoch=self.steps_per_epoch,
-                batch_size=config.poly.batch_size,
-                validate_every=validates,
-            )
-        ]
+        return [Stage(
+            name="training", steps=config.poly.num_steps, steps_per_epoch=self.steps_per_epoch,
+            batch_size=config.poly.batch_size, validate_every=validates,
+        )]  # fmt: skip
 
     def begin_stage(self, stage: int, resumed: bool) -> None:
         """Move the net to the device and make its optimiser."""
@@ -109,7 +104,7 @@ class SourceTraining(Method):
     # --- the net for use ---------------------------------------------------------------------------------------------
 
     def publish(self, path: Path, info: Mapping[str, Any]) -> None:
-        """Copy the net to the configured output, unless a file of another run has come to stand there."""
+        """Copy the net to the configured output, unless a file of another run is there by now."""
         output = Path(self.config.held_out.output)
         if not self.config.held_out.output:
             return
@@ -123,7 +118,7 @@ class SourceTraining(Method):
                 self.published = True
         except DamagedFileError as error:
             # This is no reason to end the training: the next better net is written anew.
-            say(f"WARNING: {output} is not brought up to date: {error}")
+            say(f"WARNING: {output} is not updated: {error}")
 
     def describe(self) -> list[str]:
         """What is trained on what."""
@@ -138,6 +133,6 @@ class SourceTraining(Method):
 
     def conclusion(self, folder: Path) -> str:
         """The flags of train_procst.py that use the net."""
-        best = Path(self.config.held_out.output) if self.published else folder
-        words = ["train_procst.py", *self.shape.flags(), "--semseg_weights", str(best)]
+        weights = self.config.held_out.output if self.published else str(folder)
+        words = ["train_procst.py", *self.shape.flags(), "--semseg_weights", weights]
         return f"use the net with: python {shlex.join(words)}"

@@ -77,8 +77,11 @@ def check_folder(path: Path, flag: str) -> None:
     """Raise `UserError`, which names `flag`, unless `path` is a writable folder or can be made."""
     path = Path(path).absolute()
     nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: {nearest} is not a folder that can be written to")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):  # permissions do not tell all, as in /proc
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {nearest} is not a folder that can be written to ({error.strerror})") from None
 
 
 def check_output_file(path: Path, flag: str) -> None:

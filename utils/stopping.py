@@ -31,18 +31,22 @@ class LoaderDied(Exception):
         """With the first sentence of a reason and advice."""
         if isinstance(reason, cls):
             return reason
+        if isinstance(reason, Exception) and is_loader_death(reason.__context__):
+            return cls.because(reason.__context__)
         first_sentence = " ".join(str(reason).split()).partition(". ")[0].rstrip(".")
         return cls(f"{first_sentence}: memory or shared memory (/dev/shm) may be short, lower --num_workers")
 
 
-def is_loader_death(error: BaseException) -> bool:
+def is_loader_death(error: BaseException | None) -> bool:
     """Whether an error means that a loader process is gone.
 
-    PyTorch's handler of SIGCHLD raises a `RuntimeError` in the main thread, also in the middle of a training step.
+    PyTorch's handler of SIGCHLD raises a `RuntimeError` in the main thread, also in the middle of a training step; in
+    the middle of `torch.save`, that raises another one.
     """
-    return isinstance(error, LoaderDied) or (
-        isinstance(error, RuntimeError) and str(error).startswith(("DataLoader worker (pid", "DataLoader timed out"))
-    )
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, LoaderDied)
+    died = str(error).startswith(("DataLoader worker (pid", "DataLoader timed out"))
+    return died or is_loader_death(error.__context__)
 
 
 class StopRequests:
@@ -90,7 +94,7 @@ class StopRequests:
         if self.at_once and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.at_once:
-            raise Stopped(f"{name}: stopped before the training began; run the command again")
+            raise Stopped(f"{name}: stopped with nothing to save yet; run the command again")
         if not self.quiet:
             announce(self.received)
 
