@@ -8,8 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
-# One more than there are CPUs, as some tests wait for processes; each takes about 2 GB of memory.
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, 1 + os.cpu_count()))")
+# Two more than there are CPUs, as some tests wait for processes; each takes about 2 GB of memory.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, 2 + os.cpu_count()))")
 
 .PHONY: env demo test test-fast lint clean
 

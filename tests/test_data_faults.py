@@ -28,6 +28,8 @@ from utils.errors import UserError
 from utils.loaders import MOST_SKIPPED, load_in_order
 from utils.stopping import LoaderDied, is_loader_death
 
+pytestmark = pytest.mark.slow
+
 # --- images ---------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,8 @@ from training.run_folder import git_commit
 from utils.errors import UserError
 from worlds import write_cityscapes, write_gta5
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(world, tmp_path, run_script, monkeypatch):
     monkeypatch.chdir(tmp_path)

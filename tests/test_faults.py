@@ -33,6 +33,8 @@ from utils.errors import UserError, run_cli
 from utils.files import atomic_write_bytes
 from utils.tensor_files import DamagedFileError
 
+pytestmark = pytest.mark.slow
+
 # --- told to stop ---------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,8 @@ from training.checkpoint import load_checkpoint
 from training.segmentation_files import load_segmentation_net
 from training.validation import Validator
 
+pytestmark = pytest.mark.slow
+
 
 def validations(run):
     return json.loads((run / "validations.json").read_text())
@@ -59,7 +61,6 @@ def test_a_run_with_label_losses(world, tmp_path, run_script, source_net):
     assert len(list((tmp_path / "sit/images").iterdir())) == 6
 
 
-@pytest.mark.slow
 def test_a_continued_run_equals_an_uninterrupted_one(world, tmp_path, run_script, monkeypatch):
     """With batch norm and dropout, whose statistics and draws could go wrong; stopped in a step and in a validation."""
     net = save_net(tmp_path / "resnet18.pth", "DeepLabV2", "resnet18")
@@ -157,7 +158,6 @@ def test_continuing_with_another_source_net(world, tmp_path, run_script, source_
 
 
 
-@pytest.mark.slow
 def test_continuing_with_other_backbone_weights(world, tmp_path, run_script, monkeypatch):
     """The file may have moved, but it must be the same one until the net that starts from it is in the checkpoint."""
     net = save_net(tmp_path / "resnet.pth", "DeepLabV2", "resnet18")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
 import torch
 
 import train_procst
@@ -14,6 +15,8 @@ from core.procst import ProCST
 from core.running import image_layout
 from refusals import check_refusal
 from training.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_in_bf16(world, tmp_path, run_script, monkeypatch):

@@ -20,6 +20,8 @@ from training.validation import Validator
 from uda.source import SourceTraining, poly_rate
 from utils.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(source_net):

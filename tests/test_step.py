@@ -73,6 +73,7 @@ def test_normalisation_is_that_of_the_method():
     assert PROCST_INPUT(torch.tensor([[[0, 128, 255]]], dtype=torch.uint8)).flatten().tolist() == [-1.0, 0.0, 127 / 128]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [8, 12])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_odd_sizes_and_four_scales(channels, norm):
@@ -203,6 +204,7 @@ def uneven_step(norm):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize(
     ("norm", "way"),
@@ -301,6 +303,7 @@ def differences(norm, **way):
     return off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "way"), [("group", {"micro_batch": 1}), ("batch", {})])
 def test_a_float32_step_stays_with_float64(norm, way):
     """Rounding reaches 1e-4 where it changes the side of a LeakyReLU or the sign of a gradient in Adam's first step."""
@@ -308,6 +311,7 @@ def test_a_float32_step_stays_with_float64(norm, way):
     assert max(off.values()) < 1e-3, off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "way"), [("group", {"micro_batch": 1}), ("batch", {"recompute": True})])
 def test_a_bf16_step_stays_with_float64(norm, way):
     """Terms without a discriminator were 0.4% off at most, those with one 2.0%."""

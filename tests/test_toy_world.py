@@ -76,6 +76,7 @@ def test_frames_have_matching_pictures_and_labels(frames):
             assert set(np.unique(label)) <= {*range(19), 255}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_class_occurs_and_the_common_ones_dominate(frames, domain):
     counts = np.bincount(np.concatenate([label.ravel() for _, label in frames[domain]]), minlength=256)

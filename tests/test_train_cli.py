@@ -27,6 +27,8 @@ from training.checkpoint import load_checkpoint
 from training.precision import computes_in_bf16
 from worlds import write_gta5
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(finished_run, tmp_path):
@@ -83,7 +85,6 @@ workers = pytest.param({"num_workers": 1}, STEPS - 1, marks=pytest.mark.processe
 bf16 = pytest.mark.skipif(not computes_in_bf16(torch.device("cpu")), reason="no bfloat16 arithmetic")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "step"),
     [({"norm": "batch"}, 1), workers, pytest.param({"precision": "bf16"}, 1, marks=bf16)],
