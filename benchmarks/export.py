@@ -27,7 +27,7 @@ from benchmarks.pictures import picture, write_gta5
 from core.cascade import to_pixels, translate_pyramid
 from core.command_flags import ExportFlags
 from core.config import NetworkShape, layers_at_scale
-from core.export import translate_images
+from core.export import translate_images, translator_of
 from core.networks import Generator, freeze, init_weights
 from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
@@ -114,13 +114,13 @@ def main() -> None:
                     literal_export(generators, device, files, some, out)
                 else:
                     settings = ExportFlags(
-                        scale_factor=0.5, batch_size=flags.batch_size, precision=way,
+                        trained_procst_path="-", scale_factor=0.5, batch_size=flags.batch_size, precision=way,
                         num_workers=workers_for(None, device), encoders=min(16, cpus_per_device([device])),
                     )  # fmt: skip
+                    load, translator = translator_of(generators, files, device, settings)
                     translate_images(
-                        generators=generators, device=device, files=files, outputs=some, root=out, flags=settings,
-                        title="",
-                    )  # fmt: skip
+                        load=load, translator=translator, outputs=some, root=out, flags=settings, title=""
+                    )
                 rates[way] = len(some) / (time.perf_counter() - started)
         print("| export | images/s | speed-up | values that differ | by more than 1 | largest |")
         print("| --- | --- | --- | --- | --- | --- |")

@@ -12,14 +12,19 @@ from training.config import PRECISIONS
 from training.flags import Size, check, check_not_negative, check_positive, option, size_option
 
 MIN_TILE_PIXELS = 96 * 96
+TRANSLATORS = ("procst", "histogram", "fda")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFlags:
     """The flags of `create_sit_dataset.py`; None and '' stand for values that the run or the machine decides."""
 
+    translator: str = option(
+        "procst", "trained generators; or what needs no training: each image takes the colour histograms of a target "
+        "image, or its lowest frequencies' amplitudes (Fourier domain adaptation)", choices=TRANSLATORS,
+    )  # fmt: skip
     trained_procst_path: str = option(
-        "", "run folder, checkpoint, or the authors' Gst.pth (required)", metavar="PATH", required=True
+        "", "run folder, checkpoint, or the authors' Gst.pth (required with --translator procst)", metavar="PATH"
     )
     sit_output_path: str = option(
         "", "root of the SiT data set, made where it is missing (required)", metavar="DIR", required=True
@@ -31,6 +36,20 @@ class ExportFlags:
     source: str = option("", "data set to translate (default: the run's source, else gta5)", choices=sorted(DATA_SETS))
     src_data_dir: str = option("", "its root folder (default: the run's, else data/gta)", metavar="DIR")
     src_list: str = option("", "text file with one image a line, instead of all", metavar="FILE")
+    target: str = option(
+        "", "histogram, fda: data set whose images are drawn (default: cityscapes)", choices=sorted(DATA_SETS)
+    )
+    trg_data_dir: str = option("", "histogram, fda: its root folder (default: data/cityscapes)", metavar="DIR")
+    trg_list: str = option("", "histogram, fda: text file with one image a line, instead of all", metavar="FILE")
+    seed: int | None = option(None, "histogram, fda: of the draw (default: 0)", type=int)
+    variants: int | None = option(
+        None, "histogram, fda: write N sets, each with its own draw, into OUT/v1 to OUT/vN; "
+        "train_semseg_on_source.py --source_images takes them", type=int,
+    )  # fmt: skip
+    beta: float | None = option(
+        None, "fda: the amplitudes of up to floor(beta * shorter side) cycles are the target's (default: 0.01)",
+        type=float,
+    )  # fmt: skip
     skip_created_files: bool = option(False, "keep complete images that are already there")
     on_bad_image: str = option(
         "stop", "an image that cannot be read ends the export, or is skipped and listed at the end",
@@ -57,13 +76,15 @@ class ExportFlags:
     )  # fmt: skip
 
     first: ClassVar[Sequence[str]] = (
-        "trained_procst_path", "sit_output_path", "gpus", "source", "src_data_dir", "src_list", "skip_created_files",
-        "on_bad_image", "batch_size", "precision",
+        "trained_procst_path", "sit_output_path", "translator", "gpus", "source", "src_data_dir", "trg_data_dir",
+        "skip_created_files", "on_bad_image", "precision",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "encoders")
-        check_not_negative(self, "num_workers")
+        check_positive(self, "batch_size", "encoders", "variants")
+        check_not_negative(self, "num_workers", "seed")
+        self._check_translator()
+        check(self.beta is None or 0.0 <= self.beta <= 0.5, f"--beta is {self.beta}; it must be between 0 and 0.5")
         check(0 <= self.png_compression <= 9, f"--png_compression is {self.png_compression}; it must be 0 to 9")
         factor, pixels = self.scale_factor, self.max_pixels
         check(factor is None or 0.0 < factor < 1.0, f"--scale_factor is {factor}; it must be between 0 and 1")
@@ -71,6 +92,19 @@ class ExportFlags:
             pixels is None or pixels >= MIN_TILE_PIXELS,
             f"--max_pixels is {pixels}; the smallest tile has {MIN_TILE_PIXELS} pixels",
         )
+
+    def _check_translator(self) -> None:
+        """Refuse flags that do not act with this translator."""
+        if self.translator == "procst":
+            check(bool(self.trained_procst_path), "--trained_procst_path is required (see --help)")
+            idle, needed = ("target", "trg_data_dir", "trg_list", "seed", "variants", "beta"), "histogram or fda"
+        else:
+            idle, needed = ("trained_procst_path", "scale_factor", "max_pixels"), "procst"
+            check(self.precision == "fp32", f"--precision {self.precision} acts only with --translator procst")
+        for name in idle:
+            given = getattr(self, name)
+            check(given in (None, ""), f"--{name} {given} acts only with --translator {needed}")
+        check(self.beta is None or self.translator == "fda", f"--beta {self.beta} acts only with --translator fda")
 
 
 @dataclass(frozen=True, kw_only=True)

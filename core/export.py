@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from core.colour_transfer import ColourTransfer, transfer_of
 from core.command_flags import ExportFlags
 from core.networks import Generator
 from core.sit_folder import FLAG, SitFolder, output_names
@@ -39,22 +41,23 @@ from utils.locks import locked, say
 from utils.stopping import STOPPED, LoaderDied, Stopped, StopRequests, is_loader_death
 from utils.tensor_files import weights_fingerprint
 
+# Decodes an image, by its name, in a loader process.
+Load = Callable[[str], list[np.ndarray]]
 CONTINUE = "the images translated so far stay, continue with --skip_created_files"
 
 
-class SourceImages:
-    """Pyramids of native-size images; `UserError` for an image that cannot be read."""
+@dataclass(frozen=True)
+class SourcePyramids:
+    """Pyramids of native-size images by name; `UserError` for an image that cannot be read."""
 
-    def __init__(self, files: FileList, names: Sequence[str], num_scales: int, scale_factor: float) -> None:
-        self.files, self.names = files, names
-        self.num_scales, self.scale_factor = num_scales, scale_factor
+    files: FileList
+    num_scales: int
+    scale_factor: float
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> list[np.ndarray]:
-        image = read_image(self.files.root / self.names[index])
-        levels = image_pyramid(image, self.num_scales, self.scale_factor, self.num_scales)
+    def __call__(self, name: str) -> list[np.ndarray]:
+        levels = image_pyramid(
+            read_image(self.files.root / name), self.num_scales, self.scale_factor, self.num_scales
+        )
         # Arrays, not tensors: a tensor from a worker process holds a file open until it is used.
         return [np.array(level) for level in levels]
 
@@ -80,15 +83,17 @@ def equal_size_batches(
         yield batch(next(iter(waiting)))
 
 
-def _samples(images: SourceImages, flags: ExportFlags, skipped: list[str]) -> Iterator[tuple[str, list[Tensor]]]:
+def _samples(
+    load: Load, names: Sequence[str], flags: ExportFlags, skipped: list[str]
+) -> Iterator[tuple[str, list[Tensor]]]:
     samples = load_in_order(
-        images.__getitem__,
-        range(len(images)),
+        load,
+        names,
         num_workers=flags.num_workers,
         skip_unusable=flags.on_bad_image == "skip",
         or_else=f"; {CONTINUE}, or exclude such images with --on_bad_image skip",
     )
-    for name, sample in zip(images.names, samples, strict=True):
+    for name, sample in zip(names, samples, strict=True):
         if isinstance(sample, UserError):
             say(f"skipped: {sample}")
             skipped.append(name)
@@ -98,9 +103,8 @@ def _samples(images: SourceImages, flags: ExportFlags, skipped: list[str]) -> It
 
 def translate_images(
     *,
-    generators: Sequence[Generator],
-    device: torch.device,
-    files: FileList,
+    load: Load,
+    translator: Callable[[Sequence[Tensor]], np.ndarray],
     outputs: Mapping[str, str],
     root: Path,
     flags: ExportFlags,
@@ -110,9 +114,10 @@ def translate_images(
     """Translate the images named in `outputs` and write them below `root`: decoding, translating and encoding overlap.
 
     Args:
-        generators: coarse to fine.
+        load: of an image's name, in a loader process: uint8 arrays (h_i,w_i,3), the last of the image's size.
+        translator: of these for a batch of images of equal size, uint8 (B,h_i,w_i,3): uint8 (B,H,W,3).
         outputs: path below `root` of every image wanted.
-        flags: with the precision, scale factor and numbers of workers and encoders resolved.
+        flags: with the numbers of workers and encoders resolved.
         title: of the progress bar; '' draws none.
         stop: asked after every batch; where it returns True, the translation ends early.
 
@@ -123,23 +128,17 @@ def translate_images(
         UserError: an image cannot be read or written; images translated before are on disk and complete.
         LoaderDied, RuntimeError: a loader process died (`is_loader_death`); likewise.
     """
-    set_convolution_precision(flags.precision)
-    if device.type == "cpu":
-        keep_freed_memory()
-    generators = [generator.to(device) for generator in generators]
-    translator = Translator(generators, flags.scale_factor, device, flags.max_pixels, flags.precision)
-    images = SourceImages(files, list(outputs), len(generators) - 1, flags.scale_factor)
     skipped: list[str] = []
     writing: deque[Future[None]] = deque()
     with (
         ThreadPoolExecutor(flags.encoders) as pool,  # zlib runs without the interpreter lock
-        tqdm(total=len(images), unit="img", desc=title, dynamic_ncols=True, disable=not title) as bar,
+        tqdm(total=len(outputs), unit="img", desc=title, dynamic_ncols=True, disable=not title) as bar,
     ):
-        for names, levels in equal_size_batches(_samples(images, flags, skipped), flags.batch_size):
+        for names, levels in equal_size_batches(_samples(load, list(outputs), flags, skipped), flags.batch_size):
             try:
                 translated = translator(levels)
             except UserError as error:
-                raise UserError(f"{files.root / names[0]}: {error}") from None
+                raise UserError(f"{names[0]}: {error}") from None
             for name, pixels in zip(names, translated, strict=True):
                 encode = partial(Image.fromarray(pixels).save, format="PNG", compress_level=flags.png_compression)
                 writing.append(pool.submit(atomic_write, root / outputs[name], encode))
@@ -151,6 +150,18 @@ def translate_images(
     for future in writing:
         future.result()
     return skipped
+
+
+def translator_of(
+    generators: Sequence[Generator], files: FileList, device: torch.device, flags: ExportFlags
+) -> tuple[SourcePyramids, Translator]:
+    """What loads and what translates the images of `files` with generators, coarse to fine, on a device."""
+    set_convolution_precision(flags.precision)
+    if device.type == "cpu":
+        keep_freed_memory()
+    on_device = [generator.to(device) for generator in generators]
+    translator = Translator(on_device, flags.scale_factor, device, flags.max_pixels, flags.precision)
+    return SourcePyramids(files, len(generators) - 1, flags.scale_factor), translator
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -182,16 +193,81 @@ def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
     stop = StopRequests(quiet=is_launched() or not rank.is_main)
     stop.at_once = rank.count == 1  # until images are translated
     with stop, ExitStack() as stack:
-        trained = load_trained_generators(Path(flags.trained_procst_path))
+        trained = None
+        if flags.translator == "procst":
+            trained = load_trained_generators(Path(flags.trained_procst_path))
         flags = _resolved(flags, trained, devices, rank)
         files = list_images(
             DATA_SETS[flags.source], flags.src_data_dir, "--src_data_dir", list_file=flags.src_list, training=False
         )
-        _export(flags, trained, files, rank, stop, stack)
+        if trained is not None:
+            sets = [_translated_set(flags, trained, files, rank.device)]
+        else:
+            sets = _transferred_sets(flags, files)
+        for sit_set in sets:
+            _export(sit_set, files, flags, rank, stop, stack)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitSet:
+    """A SiT set to write.
+
+    Attributes:
+        root: its folder.
+        load, translator: as of `translate_images`.
+        made_with: what the manifest says about the translator.
+        note: a line for the user, or ''.
+    """
+
+    root: Path
+    load: Load
+    translator: Callable[[Sequence[Tensor]], np.ndarray]
+    made_with: Mapping[str, Any]
+    note: str = ""
+
+
+def _translated_set(
+    flags: ExportFlags, trained: TrainedGenerators, files: FileList, device: torch.device
+) -> SitSet:
+    """The set that trained generators make."""
+    load, translator = translator_of(trained.generators, files, device, flags)
+    made_with = {
+        "generators": weights_fingerprint(*trained.generators), "scale_factor": flags.scale_factor,
+        "precision": flags.precision,
+    }  # fmt: skip
+    return SitSet(
+        root=Path(flags.sit_output_path), load=load, translator=translator, made_with=made_with, note=trained.note
+    )
+
+
+def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
+    """The sets that a training-free translator makes, one for each of `--variants`."""
+    target = list_images(
+        DATA_SETS[flags.target], flags.trg_data_dir, "--trg_data_dir", list_file=flags.trg_list, training=False
+    )
+    check_samples(target, labels=False)
+    made_with = {
+        "translator": flags.translator, "beta": flags.beta, "seed": flags.seed, "target": flags.target,
+        "target_folder": str(target.root.resolve()), "target_images": len(target),
+    }  # fmt: skip
+    sets, root = [], Path(flags.sit_output_path)
+    for variant in range(1, (flags.variants or 1) + 1):
+        transfer = ColourTransfer(
+            files=files, target=target, transfer=transfer_of(flags), seed=flags.seed, variant=variant
+        )
+        sets.append(
+            SitSet(
+                root=root / f"v{variant}" if flags.variants else root,
+                load=transfer,
+                translator=lambda levels: levels[0].numpy(),
+                made_with={**made_with, "variant": variant},
+            )
+        )
+    return sets
 
 
 def _resolved(
-    flags: ExportFlags, trained: TrainedGenerators, devices: Sequence[torch.device], rank: Rank
+    flags: ExportFlags, trained: TrainedGenerators | None, devices: Sequence[torch.device], rank: Rank
 ) -> ExportFlags:
     """The flags with every value decided: as given, else the run's, else the published or the machine's defaults.
 
@@ -199,7 +275,7 @@ def _resolved(
         UserError: a flag contradicts the run.
     """
     factor, source, folder = flags.scale_factor, flags.source, flags.src_data_dir
-    if trained.config is not None:
+    if trained is not None and trained.config is not None:
         network, data = trained.config.network, trained.config.source
         if factor not in (None, network.scale_factor):
             raise UserError(f"--scale_factor {factor}: the run was trained with {network.scale_factor}")
@@ -216,33 +292,34 @@ def _resolved(
         precision=precisions.pop() if len(precisions) == 1 else "fp32",
         num_workers=workers_for(flags.num_workers, rank.device, rank.count),
         encoders=min(16, cpus_per_device(devices)) if flags.encoders is None else flags.encoders,
+        target=flags.target or "cityscapes",
+        trg_data_dir=flags.trg_data_dir or "data/cityscapes",
+        seed=flags.seed or 0,
+        beta=0.01 if flags.translator == "fda" and flags.beta is None else flags.beta,
     )
 
 
 def _export(
-    flags: ExportFlags, trained: TrainedGenerators, files: FileList, rank: Rank, stop: StopRequests, stack: ExitStack
+    sit_set: SitSet, files: FileList, flags: ExportFlags, rank: Rank, stop: StopRequests, stack: ExitStack
 ) -> None:
     outputs = output_names(files)
     manifest = {
         "format": "procst-sit",
-        "generators": weights_fingerprint(*trained.generators),
         "data_set": flags.source,
         "source_folder": str(files.root.resolve()),
-        "scale_factor": flags.scale_factor,
-        "precision": flags.precision,
+        **sit_set.made_with,
         "images": len(outputs),
     }
     rank.require_equal(manifest)
-    folder = SitFolder(root=Path(flags.sit_output_path), files=files, outputs=outputs, manifest=manifest)
-    names = rank.broadcast(_prepare(folder, flags, trained.note, stack) if rank.is_main else None)
+    folder = SitFolder(root=sit_set.root, files=files, outputs=outputs, manifest=manifest)
+    names = rank.broadcast(_prepare(folder, flags, sit_set.note, stack) if rank.is_main else None)
     stop.at_once = False
     started = time.perf_counter()
     try:
         with out_of_memory_means(lambda: f" on {rank.device}; lower --batch_size or --num_workers"):
             skipped = translate_images(
-                generators=trained.generators,
-                device=rank.device,
-                files=files,
+                load=sit_set.load,
+                translator=sit_set.translator,
                 outputs={name: outputs[name] for name in names[rank.index :: rank.count]},
                 root=folder.root,
                 flags=flags,

@@ -18,7 +18,7 @@ from utils.png import RGB, SIGNATURE, PngHeader, is_complete_rgb8, read_png_head
 
 FLAG = "--sit_output_path"
 MANIFEST = "sit_manifest.json"
-KEPT = ("generators", "data_set", "source_folder", "scale_factor", "precision")  # equal for all images of a folder
+VARYING = ("images", "complete")  # all else in a manifest is equal for all images of a folder
 
 
 def output_names(files: FileList) -> dict[str, str]:
@@ -43,7 +43,7 @@ class SitFolder:
     Attributes:
         files: the source images.
         outputs: see `output_names`.
-        manifest: describes the data set; the values named by `KEPT` are those of every image in the folder.
+        manifest: describes the data set; all but the values named by `VARYING` hold for every image in the folder.
     """
 
     root: Path
@@ -70,8 +70,9 @@ class SitFolder:
             raise UserError(f"{FLAG} {root} would overwrite the source images; choose another folder")
         if (root / MANIFEST).exists():
             held = read_json(root / MANIFEST)
-            for name in KEPT:
-                if not isinstance(held, dict) or held.get(name) != self.manifest[name]:
+            held = held if isinstance(held, dict) else {}
+            for name in {**self.manifest, **held}:
+                if name not in VARYING and held.get(name) != self.manifest.get(name):
                     raise UserError(
                         f"{FLAG} {root} holds images of another {name.replace('_', ' ')} (see its {MANIFEST}); choose "
                         "another folder, or delete that one"

@@ -37,3 +37,9 @@ CLASS_COLOURS = (
 ALL_19 = tuple(range(19))
 SYNTHIA_16 = tuple(i for i in ALL_19 if CLASS_NAMES[i] not in ("terrain", "truck", "train"))
 SYNTHIA_13 = tuple(i for i in SYNTHIA_16 if CLASS_NAMES[i] not in ("wall", "fence", "pole"))
+
+# Cityscapes' categories of the classes.
+CATEGORIES = {
+    "flat": (0, 1), "construction": (2, 3, 4), "object": (5, 6, 7), "nature": (8, 9), "sky": (10,), "human": (11, 12),
+    "vehicle": (13, 14, 15, 16, 17, 18),
+}  # fmt: skip

@@ -6,12 +6,13 @@ This module imports nothing heavy, as the command lines read the names of the da
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from data_handlers.choices import LABELS, Labels
 from data_handlers.classes import (
     ALL_19,
+    CATEGORIES,
     CITYSCAPES_IDS,
     CITYSCAPES_VOID,
     CLASS_NAMES,
@@ -47,6 +48,7 @@ class DataSet:
             first of 16-bit channels). TrainIds are always stored as `8-bit index`.
         classes: trainIds the data set is scored on.
         class_names: names of trainIds 0, 1, ..., C-1.
+        categories: name of a category -> its trainIds, for scores by category; empty for a data set without them.
         held_out: for a data set without its own `val` images, how many of its last images are kept for validation
             when a segmentation net is trained on it.
         never_used: file stems of damaged images, which are excluded everywhere.
@@ -67,6 +69,7 @@ class DataSet:
     label_encoding: LabelEncoding = "8-bit index"
     classes: tuple[int, ...] = ALL_19
     class_names: tuple[str, ...] = CLASS_NAMES
+    categories: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     void_ids: frozenset[int] | None = None
     held_out: int = 0
     never_used: frozenset[str] = frozenset()
@@ -120,6 +123,7 @@ DATA_SETS = {
         images={"train": ("images/*.png",)},
         label_path=(("images/", "labels/"),),
         id_map=CITYSCAPES_IDS,
+        categories=CATEGORIES,
         resize=(1126, 619),
         crop=(1024, 512),
         not_for_training=frozenset({"15188", "17705"}),
@@ -131,6 +135,7 @@ DATA_SETS = {
         images={"train": ("RGB/*.png",)},
         label_path=(("RGB/", "GT/LABELS/"),),
         id_map=SYNTHIA_IDS,
+        categories=CATEGORIES,
         resize=(1113, 661),
         crop=(1024, 512),
         label_encoding="16-bit channel 0",
@@ -146,6 +151,7 @@ DATA_SETS = {
         },
         label_path=(("leftImg8bit/", "gtFine/"), ("_leftImg8bit.png", "_gtFine_labelIds.png")),
         id_map=CITYSCAPES_IDS,
+        categories=CATEGORIES,
         resize=(1024, 512),
         crop=(1024, 512),
         never_used=frozenset({"troisdorf_000000_000073_leftImg8bit"}),

@@ -72,7 +72,9 @@ class Domain:
         skips: an image that cannot be used is replaced by the next one of the epoch, instead of an error.
         num_workers: loader processes.
         cache_dir: folder of caches, or ''.
-        cache: opened by `with_cache`.
+        image_roots: folders with images of the same names, of which one is drawn for each sample; empty means the
+            list's own.
+        caches: one for each folder of images, opened by `with_cache`.
     """
 
     files: FileList
@@ -86,15 +88,21 @@ class Domain:
     skips: bool = False
     num_workers: int = 0
     cache_dir: str = ""
-    cache: ImageCache | None = None
+    image_roots: tuple[Path, ...] = ()
+    caches: tuple[ImageCache, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
 
     @property
-    def resized(self) -> ResizedFiles:
-        """The images and labels at their training size."""
-        return ResizedFiles(self.files, self.resize, self.resample)
+    def lists(self) -> list[FileList]:
+        """The list with the images of each folder."""
+        return [self.files.with_images_of(root) for root in self.image_roots] or [self.files]
+
+    @property
+    def resized(self) -> tuple[ResizedFiles, ...]:
+        """The images and labels at their training size, from each folder of images."""
+        return tuple(ResizedFiles(files, self.resize, self.resample) for files in self.lists)
 
     def with_cache(self) -> Domain:
         """The domain with its cache opened, which is built first where it is missing; itself without `cache_dir`.
@@ -105,13 +113,13 @@ class Domain:
         if not self.cache_dir:
             return self
         reading = {"with_labels": self.labels, "num_workers": self.num_workers, "skip_unusable": self.skips}
-        return replace(self, cache=open_cache(Path(self.cache_dir), self.resized, **reading))
+        return replace(self, caches=tuple(open_cache(Path(self.cache_dir), r, **reading) for r in self.resized))
 
     def bytes_to_cache(self) -> int:
         """Disk space that `with_cache` would take for what is missing."""
         if not self.cache_dir:
             return 0
-        return bytes_to_build(Path(self.cache_dir), self.resized, with_labels=self.labels)
+        return sum(bytes_to_build(Path(self.cache_dir), r, with_labels=self.labels) for r in self.resized)
 
     def stream(
         self,
@@ -202,7 +210,9 @@ class Samples:
         Raises:
             UserError: an image cannot be used and no other is taken in its place.
         """
-        stored, wrong = self.domain.cache or self.domain.resized, []
+        sources, wrong = self.domain.caches or self.domain.resized, []
+        drawn = int(np.random.default_rng(self._seed(3, position)).integers(len(sources))) if len(sources) > 1 else 0
+        stored = sources[drawn]
         while True:
             try:
                 index = self.image_index(position, len(wrong))

@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_handlers.datasets import DataSet
@@ -32,6 +32,10 @@ class FileList:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def with_images_of(self, root: Path) -> FileList:
+        """The same names with the images of another folder, such as a SiT set; the labels stay."""
+        return replace(self, root=root, label_root=self.label_root or self.root)
 
     def label_file(self, image: str) -> Path:
         """Path of the image's label."""
@@ -116,6 +120,21 @@ def require_labels(files: FileList, flag: str) -> None:
         raise UserError(
             f"{flag} {files.label_root or files.root}: {len(missing)} of {len(files)} images have no label; the first "
             f"is {image}, whose label should be {label}: complete the labels, or list the images to use in a file"
+        )
+
+
+def require_images(files: FileList, flag: str) -> None:
+    """Check that every image of the list is in its folder.
+
+    Raises:
+        UserError: names the first one that is missing and how many are.
+    """
+    present = Listing(files.root)
+    missing = [image for image in files.images if image not in present]
+    if missing:
+        raise UserError(
+            f"{flag} {files.root}: {len(missing)} of {len(files)} images are missing; the first is {missing[0]}: "
+            "complete the set, or list the images to use in a file"
         )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -358,6 +359,33 @@ def test_scores_are_those_of_the_saved_predictions(run_script, world, data_set, 
     assert (report["images"], report["data_set"], report["scales"]) == (len(images), data_set, scales)
     assert (report["flip"], report["net"]) == ("flip" in flags, "UNet with 19 classes")
     check_report(result.out, report, predictions, [truth(world, image) for image in images], SUBSETS[subset])
+
+
+def test_categories_are_merged_rows_and_columns(run_script, world):
+    assert run_script(script, *evaluation_flags(world)).code == 0
+    classes = json.loads((world / "scores.json").read_text())
+    result = run_script(script, *evaluation_flags(world, classes="categories"))
+    assert result.code == 0, result.err
+    report = json.loads((world / "scores.json").read_text())
+    names = ("flat", "construction", "object", "nature", "sky", "human", "vehicle")
+    groups = ([0, 1], [2, 3, 4], [5, 6, 7], [8, 9], [10], [11, 12], [13, 14, 15, 16, 17, 18])
+    matrix = np.array(classes["confusion"])
+    merged = np.array([[matrix[np.ix_(rows, columns)].sum() for columns in groups] for rows in groups])
+    assert report["confusion"] == merged.tolist()
+    for k, name in enumerate(names):
+        labelled = merged[k].sum()
+        union = labelled + merged[:, k].sum() - merged[k, k]
+        assert report["iou"][name] == (pytest.approx(merged[k, k] / union) if labelled else None)
+    assert list(report["iou"]) == list(names)
+    assert report["pixel_accuracy"] > classes["pixel_accuracy"]
+    assert re.search(r"^mIoU .* of 7 categories$", result.out, re.MULTILINE), result.out
+
+
+def test_a_data_set_without_categories(run_script, world, monkeypatch):
+    bare = replace(DATA_SETS["cityscapes"], categories={})
+    monkeypatch.setitem(DATA_SETS, "cityscapes", bare)
+    result = run_script(script, *evaluation_flags(world, classes="categories"))
+    check_refusal(result, "--classes categories", "cityscapes")
 
 
 def test_prediction_formats_hold_the_same_classes(run_script, world):

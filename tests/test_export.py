@@ -20,7 +20,7 @@ from PIL import Image
 
 import create_sit_dataset
 from commands import export_flags
-from core.export import SourceImages
+from core.export import SourcePyramids
 from refusals import check_refusal
 from utils.devices import cpus_per_device, workers_for
 from utils.png import is_complete_rgb8
@@ -188,14 +188,14 @@ def test_an_export_in_several_processes_ends_in_good_order(
 
 
 def test_a_stop_in_one_process(finished_run, whole, tmp_path, run_script, monkeypatch):
-    real = SourceImages.__getitem__
+    real = SourcePyramids.__call__
 
-    def stop_at_third(self, index):
-        if index == 2:
+    def stop_at_third(self, name):
+        if name.endswith("00003.png"):
             signal.raise_signal(signal.SIGTERM)
-        return real(self, index)
+        return real(self, name)
 
-    monkeypatch.setattr(SourceImages, "__getitem__", stop_at_third)
+    monkeypatch.setattr(SourcePyramids, "__call__", stop_at_third)
     result = run_script(create_sit_dataset, *export_flags(finished_run, tmp_path / "sit"))
     assert result.code == 75
     assert "continue with --skip_created_files" in result.err
@@ -226,14 +226,14 @@ def test_an_error_in_one_of_several_processes(finished_run, pictures, tmp_path, 
 
 
 def test_the_death_of_a_loader_ends_the_export(finished_run, whole, tmp_path, run_script, monkeypatch):
-    real = SourceImages.__getitem__
+    real = SourcePyramids.__call__
 
-    def die_at_third(self, index):
-        if index == 2:
+    def die_at_third(self, name):
+        if name.endswith("00003.png"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, index)
+        return real(self, name)
 
-    monkeypatch.setattr(SourceImages, "__getitem__", die_at_third)
+    monkeypatch.setattr(SourcePyramids, "__call__", die_at_third)
     result = run_script(create_sit_dataset, *export_flags(finished_run, tmp_path / "sit", num_workers=1))
     assert result.code == 75
     assert "DataLoader worker" in result.err

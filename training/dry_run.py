@@ -37,7 +37,7 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
     domains = method.domains.values()
     if is_main:
         print(json.dumps(method.config.to_json(), indent=2))
-        lists = [(domain.files, domain.labels, domain.skips) for domain in domains]
+        lists = [(files, domain.labels, domain.skips) for domain in domains for files in domain.lists]
         if (validator := loop.validator) is not None:
             lists.append((validator.files, validator.with_labels, validator.skip_unusable))
         for files, with_labels, skips in lists:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +20,7 @@ from data_handlers.splits import validation_images
 from models.segmentation import require_classes
 from training.distributed import Rank
 from training.evaluation_flags import EvaluationFlags
+from training.metrics import merged, scores_of
 from training.precision import channels_last
 from training.segmentation_files import load_segmentation_net
 from training.validation import CONVENTION, Validator, report, score_table
@@ -26,7 +28,7 @@ from utils.devices import resolve_device, workers_for
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write, atomic_write_json, check_folder, check_output_file, make_folder
 
-SUBSETS = {16: SYNTHIA_16, 13: SYNTHIA_13}
+SUBSETS = {"16": SYNTHIA_16, "13": SYNTHIA_13}
 ENCODERS = {"labelids": to_label_ids, "trainids": np.asarray, "colour": colourise}
 
 
@@ -78,19 +80,27 @@ def evaluate(flags: EvaluationFlags) -> None:
 
         with out_of_memory_means(lambda: f" for --scales {max(flags.scales)}; use smaller ones, or --gpus cpu"):
             found = validator(net, on_prediction)
-    print(score_table(found.scores, data_set.class_names))
+    names, of = data_set.class_names, "classes"
+    if flags.classes == "categories":
+        of = flags.classes
+        names, groups = zip(*data_set.categories.items(), strict=True)
+        confusion = merged(found.confusion, groups)
+        found = replace(found, confusion=confusion, scores=scores_of(confusion, range(len(names))))
+    print(score_table(found.scores, names, of))
     if flags.json:
         content = {
             "weights": flags.weights, "net": str(shape), "data_set": data_set.name, "data_dir": flags.data_dir,
-            "images": len(files), "scales": flags.scales, "flip": flags.flip, **report(found, data_set.class_names),
+            "images": len(files), "scales": flags.scales, "flip": flags.flip, **report(found, names),
             "convention": CONVENTION, "confusion": found.confusion.tolist(),
         }  # fmt: skip
         atomic_write_json(Path(flags.json), content)
 
 
-def _scored_classes(wanted: int, data_set: DataSet, num_classes: int) -> tuple[int, ...]:
+def _scored_classes(wanted: str, data_set: DataSet, num_classes: int) -> tuple[int, ...]:
     """The trainIds that the mean goes over, from `--classes`."""
-    if wanted == 19:
+    if wanted == "categories" and not data_set.categories:
+        raise UserError(f"--classes categories: {data_set.name} declares no categories; omit the flag")
+    if wanted in ("19", "categories"):
         return tuple(range(num_classes))
     if wanted and num_classes < 19:
         raise UserError(f"--classes {wanted}: a subset of the 19 classes; the net has {num_classes}")

@@ -33,9 +33,10 @@ class EvaluationFlags:
         nargs="+", metavar="GPU",
     )  # fmt: skip
     list: str = option("", "text file with the images to score, instead of the val split", metavar="FILE")
-    classes: int = option(
-        0, "classes the mean goes over: all, those of SYNTHIA, or these without wall, fence and pole (default: the "
-        "data set's, 16 for synthia)", choices=(19, 16, 13),
+    classes: str = option(
+        "", "what the mean goes over: all classes, those of SYNTHIA, these without wall, fence and pole, or "
+        "Cityscapes' seven categories (default: the data set's classes, 16 for synthia)",
+        choices=("19", "16", "13", "categories"),
     )  # fmt: skip
     scales: tuple[float, ...] = option(
         (1.0,), "predict at these sizes relative to the native one, probabilities averaged", type=float, nargs="+",

@@ -53,7 +53,7 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def path_option(default: str, help: str, *, keywords: tuple[str, ...] = (), metavar: str = "PATH", **more: Any) -> Any:
+def path_option(default: Any, help: str, *, keywords: tuple[str, ...] = (), metavar: str = "PATH", **more: Any) -> Any:
     """An `option` whose value is a path."""
     return option(default, help, keywords=keywords, metavar=metavar, **more)
 
@@ -157,7 +157,9 @@ def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:
         value = flags.get(name, field.default)
         check(bool(value) or not field.metadata["required"], f"{flag_of(name)} is required (see --help)")
         keywords = field.metadata["keywords"]
-        if keywords is not None and value and value not in keywords:
+        if keywords is not None and isinstance(value, tuple):
+            value = tuple(os.path.abspath(os.path.expanduser(path)) for path in value)
+        elif keywords is not None and value and value not in keywords:
             value = os.path.abspath(os.path.expanduser(value))
         values[name] = value
     return section(**values)

@@ -150,7 +150,7 @@ class Method:
 
     def describe(self) -> list[str]:
         """Lines about the data, the networks and the precision."""
-        return [domain.files.describe() for domain in self.domains.values()]
+        return [files.describe() for domain in self.domains.values() for files in domain.lists]
 
     def publish(self, path: Path, info: Mapping[str, Any]) -> None:
         """Copy the net in the checkpoint at `path`, a new best state or the last one, to the configured output.

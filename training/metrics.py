@@ -76,6 +76,14 @@ def scores_of(matrix: Tensor, classes: Sequence[int]) -> Scores:
     )
 
 
+def merged(matrix: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """A matrix (K,K) with the rows and columns of each group of classes added up, (G,G); other classes are dropped."""
+    member = torch.zeros(len(groups), len(matrix), dtype=matrix.dtype)
+    for row, classes in zip(member, groups, strict=True):
+        row[[c for c in classes if c < len(matrix)]] = 1
+    return member @ matrix.cpu() @ member.T
+
+
 class PredictionStatistics:
     """Sums over the pixels of a net's predictions that need no labels."""
 

@@ -206,16 +206,16 @@ def summary(validation: Validation, names: Sequence[str]) -> str:
     return f"mIoU {100 * validation.mean_iou:.2f} ({', '.join(parts)}); {free}"
 
 
-def score_table(scores: Scores, names: Sequence[str]) -> str:
-    """A table of the classes in percent, the means, the absent classes and the convention."""
+def score_table(scores: Scores, names: Sequence[str], of: str = "classes") -> str:
+    """A table of the classes or categories in percent, the means, the absent classes and the convention."""
     width = max(len(names[c]) for c in scores.classes)
-    lines = [f"{'class':<{width}}  IoU %"]
+    lines = [f"{'category' if of == 'categories' else 'class':<{width}}  IoU %"]
     for name, value in _iou_by_name(scores, names).items():
         lines.append(f"{name:<{width}}  " + ("absent" if value is None else f"{100 * value:6.2f}"))
     if scores.mean_iou is None:
         return "\n".join([*lines, "no pixel of the scored classes is labelled: there is no mIoU", CONVENTION])
     present = len(scores.classes) - len(scores.absent)
-    lines.append(f"{'mIoU':<{width}}  {100 * scores.mean_iou:6.2f}  over {present} of {len(scores.classes)} classes")
+    lines.append(f"{'mIoU':<{width}}  {100 * scores.mean_iou:6.2f}  over {present} of {len(scores.classes)} {of}")
     lines.append(f"{'pixel accuracy':<{width}}  {100 * scores.pixel_accuracy:6.2f}")
     if scores.absent:
         lines.append("absent: " + ", ".join(names[c] for c in scores.absent))

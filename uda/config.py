@@ -24,11 +24,16 @@ from training.flags import Config, check, check_not_negative, check_positive, op
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    """Where the labels are, which labelled images the net is validated on, and where the best net goes."""
+    """Where labels and images are, which labelled images the net is validated on, and where the best net goes."""
 
     src_label_dir: str = path_option(
         "", "root folder of the labels, where it is another: SiT images have the labels of their source", metavar="DIR",
         may_change=True,
+    )  # fmt: skip
+    source_images: tuple[str, ...] = path_option(
+        (), "folders with the images to train on under the names of --src_data_dir, such as SiT sets, of which one is "
+        "drawn for each sample (default: --src_data_dir's own); the first is validated on", metavar="DIR", type=str,
+        nargs="+",
     )  # fmt: skip
     val_list: str = path_option("", "text file with the images to validate on", metavar="FILE")
     val_count: int = option(

@@ -9,6 +9,7 @@ from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS, with_labels
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
+from data_handlers.lists import require_images
 from data_handlers.splits import train_and_validation
 from models.segmentation import require_classes
 from training.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS
@@ -38,10 +39,16 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
         data_set, data.src_data_dir, "--src_data_dir", list_file=data.src_list, val_list=held_out.val_list,
         val_count=held_out.val_count, label_root=held_out.src_label_dir,
     )  # fmt: skip
+    image_roots = tuple(Path(root) for root in held_out.source_images)
+    for root in image_roots:
+        require_images(train.with_images_of(root), "--source_images")
+    if image_roots:
+        val = val.with_images_of(image_roots[0])
+        require_images(val, "--source_images")
     if len(train) < config.poly.batch_size:
         raise UserError(f"--batch_size {config.poly.batch_size}: there are {len(train)} images to train on")
     skip = config.loader.on_bad_image == "skip"
-    for files in (train, val):
+    for files in (*(train.with_images_of(root) for root in image_roots or (train.root,)), val):
         check_samples(files, labels=True, flag="--src_labels", or_else=OR_SKIP, skip=skip)
     _check_output(held_out.output, continued)
     net = net_to_train(net_config, config.run.manual_seed, fresh=continued is None)
@@ -53,7 +60,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
     source = Domain(
         files=train, name="source", seed=config.run.manual_seed, resize=data.src_resize, crop=data.crop_size,
         labels=True, flip=True, resample=config.loader.resample, skips=skip,
-        num_workers=workers, cache_dir=config.loader.cache_dir,
+        num_workers=workers, cache_dir=config.loader.cache_dir, image_roots=image_roots,
     )  # fmt: skip
     method = SourceTraining(config=config, rank=rank, source=source, net=net)
     if select_by == "none":
