@@ -290,7 +290,7 @@ def _resolved(
         source=source or "gta5",
         src_data_dir=folder or "data/gta",
         precision=precisions.pop() if len(precisions) == 1 else "fp32",
-        num_workers=workers_for(flags.num_workers, rank.device, rank.count),
+        num_workers=workers_for(flags.num_workers, rank.device, len(devices)),
         encoders=min(16, cpus_per_device(devices)) if flags.encoders is None else flags.encoders,
         target=flags.target or "cityscapes",
         trg_data_dir=flags.trg_data_dir or "data/cityscapes",
@@ -347,6 +347,7 @@ def _prepare(folder: SitFolder, flags: ExportFlags, note: str, stack: ExitStack)
     if note:
         print(f"note: {note}")
     stack.enter_context(locked(make_folder(folder.root, FLAG), FLAG))
+    folder.check(keep_complete=flags.skip_created_files)  # again: another export may have written to it meanwhile
     folder.make()
     return folder.incomplete() if flags.skip_created_files else list(folder.outputs)
 

@@ -206,7 +206,7 @@ class ProCST(Method):
             # Channels first; the runner changes the layout for networks that are faster with another.
             return [PROCST_INPUT(to_device(level, self.device), self.dtype).contiguous() for level in levels]
 
-        label = batch.source.label if batch.source.label is None else to_device(batch.source.label, self.device)
+        label = None if batch.source.label is None else to_device(batch.source.label, self.device)
         alphas = to_device(alphas.to(self.dtype), self.device)
         return Batch(images(batch.source.levels), images(batch.target.levels), alphas, label)
 

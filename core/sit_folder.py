@@ -93,7 +93,10 @@ class SitFolder:
                 )
 
     def make(self) -> None:
-        """Make the folders, remove temporary files of an interrupted export, and write the manifest; call it locked."""
+        """Make the folders, remove temporary files of an interrupted export, and write the manifest.
+
+        The caller holds the lock of the root.
+        """
         for folder in {"", *self.folders()}:
             remove_leftovers(make_folder(self.root / folder, FLAG))
         self.write_manifest(complete=False)

@@ -143,6 +143,8 @@ class _Part:
             if (array.shape, array.dtype) != (self.shape, np.uint8):
                 raise ValueError
             return array, {int(index): str(reason) for index, reason in unusable.items()}
+        except PermissionError as error:
+            raise UserError(f"--cache_dir: cannot read {folder} ({error.strerror})") from None
         except Exception:  # the parsers raise errors of many kinds on arbitrary bytes
             raise UserError(f"{folder}: this cache is damaged; delete it, and it is built again") from None
 
@@ -216,6 +218,8 @@ def _build(folder: Path, part: _Part, num_workers: int, skip_unusable: bool) -> 
     try:
         building.mkdir()
         unusable = _write_array(building / ARRAY, part, num_workers, skip_unusable)
+        if part.name() != folder.name:
+            raise UserError(f"files of {part.resized.files.root} changed while their cache was built; start again")
         atomic_write_json(building / MANIFEST, {"of": part.resized.files.describe(), "unusable": unusable})
         building.rename(folder)
     finally:

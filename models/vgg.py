@@ -92,7 +92,7 @@ def starting_weights(weights: str, network: str, flag: str, otherwise: str) -> M
 
     Args:
         weights: `imagenet` (torchvision downloads and caches them) or a path, the value of `flag`.
-        network: torchvision's name of it.
+        network: its name in `torchvision.models`.
         otherwise: the flag for random weights.
 
     Raises:

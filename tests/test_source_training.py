@@ -190,6 +190,9 @@ def test_a_copy_of_a_run_does_not_own_its_output(world, tmp_path, run_script):
     shutil.rmtree(tmp_path / "a/copy")
     (tmp_path / "a/run").rename(tmp_path / "a/renamed")
     assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/renamed").code == 0
+    shutil.copytree(tmp_path / "a/renamed", tmp_path / "a/copy")
+    refused = run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/copy")
+    check_refusal(refused, "is not of this run")
 
 
 def test_a_copied_checkpoint_finds_its_own_best_state(world, tmp_path, run_script, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data_handlers.choices import LABELS, ON_BAD_IMAGE, RESAMPLINGS
@@ -181,7 +180,10 @@ def default_semseg_weights(source: str) -> str:
 
 
 def resolve_common(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags with the backbone, its weights and the sizes of the source decided; no backbone: random weights."""
+    """The flags with the backbone, its weights and the sizes of the source decided.
+
+    A net without a backbone has random weights.
+    """
     backbone, source = flags["backbone"] or default_backbone(flags["model"]), DATA_SETS[flags["source"]]
     at_random = flags["no_pretrained_backbone"] or (backbone == "none" and flags["backbone_weights"] == "imagenet")
     return {
@@ -203,9 +205,6 @@ def check_common(given: Mapping[str, Any]) -> None:
     )
     for one, other in contradictions:
         check(not (given.get(one) and other in given), f"--{one} and --{other} contradict each other; give one")
-    weights = given.get("backbone_weights", "")  # a continued run does not read them
-    there = weights in ("", "imagenet", "random") or Path(weights).expanduser().is_file()
-    check(there, f"--backbone_weights {weights}: no such file; name another one, or imagenet")
     check(
         not given.get("resume_to_epoch") or bool(given.get("continue_train_from_path")),
         "--resume_to_epoch acts only with --continue_train_from_path",

@@ -284,7 +284,8 @@ class Loop:
         if best:
             self.info |= {"miou": found["miou"], "label_free": found["label_free"]}
         self._save(progress, *([BEST] if best else []), LATEST)
-        progress.validation(self.stage, self.step, validation, names)  # once: a run killed before validates again
+        # After the checkpoint: a run killed before it validates again, and would log the same validation twice.
+        progress.validation(self.stage, self.step, validation, names)
         if self.rank.is_main:
             atomic_write_json(self.folder / VALIDATIONS, self.validations)
         if best:

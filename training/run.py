@@ -26,7 +26,7 @@ from training.validation import Validator
 from utils.devices import keep_freed_memory, resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder
-from utils.stopping import StopRequests, is_loader_death
+from utils.stopping import LoaderDied, StopRequests, is_loader_death
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class _Run:
         except Exception as error:
             if rank.count == 1 or not is_loader_death(error):
                 raise
-            print(f"{error}; all processes are started again from the last checkpoint", file=sys.stderr)
+            print(f"{LoaderDied.because(error)}; the run continues from its last checkpoint", file=sys.stderr)
             raise SystemExit(1) from None
         finally:
             progress.close()

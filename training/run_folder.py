@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torchvision
 
-from training.checkpoint import LATEST, Checkpoint, has_checkpoint, read_newest, set_damaged_aside
+from training.checkpoint import LATEST, PREVIOUS, Checkpoint, has_checkpoint, read_newest, set_damaged_aside
 from utils.errors import UserError
 from utils.files import TEMPORARY, atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
 from utils.locks import LOCK, locked
@@ -28,10 +28,11 @@ STARTS = "starts"
 
 @dataclass(frozen=True, kw_only=True)
 class Continued:
-    """The run that is continued: its newest checkpoint, and the file in its folder that holds it."""
+    """The run that is continued: its newest checkpoint, the file that holds it, and `_checkpoint_ids` of its folder."""
 
     checkpoint: Checkpoint
     origin: Path
+    ids_before: dict[str, tuple[int, int]]
 
 
 def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
@@ -43,6 +44,7 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
     folder = _folder_to_continue(path, run_dir)
     if folder is None:
         return None
+    ids_before = _checkpoint_ids(folder)
     checkpoint, origin = read_newest(folder)
     if checkpoint.method != method:
         raise UserError(
@@ -50,7 +52,7 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
         )
     if not checkpoint.optimizers:
         raise UserError(f"{origin} holds a finished net and no training state")
-    return Continued(checkpoint=checkpoint, origin=origin)
+    return Continued(checkpoint=checkpoint, origin=origin, ids_before=ids_before)
 
 
 def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
@@ -87,19 +89,32 @@ def log_name(folder: Path) -> str:
     return f"{folder.name}_{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}"
 
 
+def _checkpoint_ids(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of the checkpoints in a folder; they show whether another process has replaced one."""
+    found = {}
+    for name in (LATEST, PREVIOUS):
+        with suppress(FileNotFoundError):
+            status = (folder / name).stat()
+            found[name] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
 def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, task: str, stack: ExitStack) -> Path:
     """The run's folder, locked for this process until `stack` is closed; made here for a new run.
 
     Without `run_dir` (`--run_dir`) a new run goes into a new folder in `parent`; `task` ends its name.
 
     Raises:
-        UserError: another process works in it, or it cannot be made.
+        UserError: another process works or has worked in it, or it cannot be made.
     """
     if continued:
         folder = continued.origin.parent
     else:
         folder = (make_folder(Path(run_dir), "--run_dir") if run_dir else new_run_folder(parent, task)).resolve()
-    stack.enter_context(locked(folder, "--continue_train_from_path" if continued and not run_dir else "--run_dir"))
+    flag = "--continue_train_from_path" if continued and not run_dir else "--run_dir"
+    stack.enter_context(locked(folder, flag))
+    if _checkpoint_ids(folder) != (continued.ids_before if continued else {}):
+        raise UserError(f"{flag} {folder}: another process has trained this run meanwhile; run the command again")
     if continued:
         set_damaged_aside(continued.origin)
     remove_leftovers(folder)

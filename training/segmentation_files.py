@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from utils.tensor_files import is_finite, load_network, read_tensor_file
 
 
 def net_to_train(config: NetConfig, seed: int, fresh: bool) -> nn.Module:
-    """A net on the CPU, with its starting weights if `fresh`; a checkpoint fills another one. Raises `UserError`."""
+    """A net on the CPU, with its starting weights if `fresh`; otherwise a checkpoint will be loaded into it.
+
+    Raises:
+        UserError: the starting weights cannot be loaded.
+    """
     torch.manual_seed(seed_for(seed, NET_WEIGHTS))
     net = build_segmentation_net(config.shape())
     if fresh and config.backbone_weights != "random":
@@ -34,9 +39,10 @@ def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
         info = load_checkpoint(path).info
     except UserError:
         return False
+    if info.get("run_id") is None or info["run_id"] != run.get("run_id"):
+        return False
     # The folder of a run may have been renamed; that of a run which was copied is still there.
-    same_folder = info.get("run") == run["run"] or not Path(str(info.get("run"))).exists()
-    return same_folder and info.get("run_id") == run.get("run_id") is not None
+    return info["run"] == run["run"] or not os.path.exists(str(info["run"]))
 
 
 def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:

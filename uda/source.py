@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +24,9 @@ from training.segmentation_files import is_of_run
 from training.synchronised_norm import synchronise_batch_norms
 from uda.config import SourceTrainingConfig
 from utils.devices import to_device
+from utils.errors import UserError
 from utils.files import make_folder
 from utils.locks import say
-from utils.tensor_files import DamagedFileError
 
 NET = "net"
 
@@ -109,16 +110,18 @@ class SourceTraining(Method):
         if not self.config.held_out.output:
             return
         self.published = False
+        if output.exists() and not is_of_run(output, info):
+            say(f"{output} is now a file of another run and stays; the best net is {path}")
+            return
         try:
-            if output.exists() and not is_of_run(output, info):
-                say(f"{output} is now a file of another run and stays; the best net is {path}")
-            else:
-                make_folder(output.parent, "--output")
-                load_checkpoint(path).for_use().save(output)
-                self.published = True
-        except DamagedFileError as error:
+            best = load_checkpoint(path).for_use()
+        except UserError as error:
             # This is no reason to end the training: the next better net is written anew.
             say(f"WARNING: {output} is not updated: {error}")
+            return
+        make_folder(output.parent, "--output")
+        replace(best, info=dict(info)).save(output)  # where the run's folder was renamed, the file knows its new name
+        self.published = True
 
     def describe(self) -> list[str]:
         """What is trained on what."""

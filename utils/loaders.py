@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -85,6 +87,9 @@ def _from_workers(loader: DataLoader) -> Iterator[Any]:
     try:
         batches = iter(loader)
     except (OSError, RuntimeError) as error:
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        traceback.clear_frames(error.__traceback__)  # deletes a half-made loader, which fails to end its workers
+        sys.unraisablehook = hook
         _end(set(multiprocessing.active_children()) - before)
         reason = getattr(error, "strerror", None) or error
         raise LoaderDied.because(f"loader processes cannot be started ({reason})") from None

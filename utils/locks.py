@@ -44,7 +44,7 @@ def locked(folder: Path, flag: str, waiting: str = "") -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise the file system has no locks
                 if not waiting:
-                    message = f"{flag} {folder}: another process is at work on this run; wait or stop it"
+                    message = f"{flag} {folder}: another process is at work in this folder; wait or stop it"
                     raise UserError(message) from None
                 say(waiting)
                 fcntl.lockf(handle, fcntl.LOCK_EX)

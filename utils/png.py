@@ -51,5 +51,5 @@ def is_complete_rgb8(path: Path, size: tuple[int, int]) -> bool:
         with Image.open(path) as image:
             image.verify()  # the checksums of all chunks but the last, which is always the same
         return Path(path).read_bytes().endswith(END)
-    except (UserError, OSError, SyntaxError, ValueError):
+    except (UserError, OSError, SyntaxError, ValueError, IndexError):
         return False
