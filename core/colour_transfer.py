@@ -30,9 +30,9 @@ def histogram_matched(source: np.ndarray, target: np.ndarray) -> np.ndarray:
         source, target: uint8 (h,w,3) and (h',w',3); the sizes may differ.
 
     Returns:
-        uint8 (h,w,3).
+        uint8 (h,w,3); levels between two of the target's are interpolated, and their fraction is dropped.
     """
-    return _to_levels(match_histograms(source, target, channel_axis=-1))
+    return match_histograms(source, target, channel_axis=-1)
 
 
 def low_frequencies_swapped(source: np.ndarray, target: np.ndarray, beta: float) -> np.ndarray:
@@ -54,11 +54,7 @@ def low_frequencies_swapped(source: np.ndarray, target: np.ndarray, beta: float)
     rows = np.arange(-reach, reach + 1) % height
     low = np.ix_(np.unique(rows), np.arange(min(reach, width // 2) + 1))
     spectrum[low] = np.abs(other[low]) * np.exp(1j * np.angle(spectrum[low]))
-    return _to_levels(fft.irfft2(spectrum, s=(height, width), axes=(0, 1)))
-
-
-def _to_levels(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(fft.irfft2(spectrum, s=(height, width), axes=(0, 1))), 0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)

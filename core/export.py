@@ -274,28 +274,34 @@ def _resolved(
     Raises:
         UserError: a flag contradicts the run.
     """
-    factor, source, folder = flags.scale_factor, flags.source, flags.src_data_dir
-    if trained is not None and trained.config is not None:
-        network, data = trained.config.network, trained.config.source
-        if factor not in (None, network.scale_factor):
-            raise UserError(f"--scale_factor {factor}: the run was trained with {network.scale_factor}")
-        if not folder and source not in ("", data.source):
-            raise UserError(f"--source {source} is not the run's ({data.source}): give its folder, --src_data_dir")
-        factor, source, folder = network.scale_factor, source or data.source, folder or data.src_data_dir
-    # One data set has one arithmetic, so unlike devices use the one that all of them have.
-    precisions = set(rank.gather(resolve_precision(flags.precision, rank.device)))
+    source, folder = flags.source, flags.src_data_dir
+    if trained is None:
+        decided = {
+            "target": flags.target or "cityscapes", "trg_data_dir": flags.trg_data_dir or "data/cityscapes",
+            "seed": flags.seed or 0, "beta": 0.01 if flags.translator == "fda" and flags.beta is None else flags.beta,
+        }  # fmt: skip
+    else:
+        factor = flags.scale_factor
+        if trained.config is not None:
+            network, data = trained.config.network, trained.config.source
+            if factor not in (None, network.scale_factor):
+                raise UserError(f"--scale_factor {factor}: the run was trained with {network.scale_factor}")
+            if not folder and source not in ("", data.source):
+                raise UserError(f"--source {source} is not the run's ({data.source}): give its folder, --src_data_dir")
+            factor, source, folder = network.scale_factor, source or data.source, folder or data.src_data_dir
+        # One data set has one arithmetic, so unlike devices use the one that all of them have.
+        precisions = set(rank.gather(resolve_precision(flags.precision, rank.device)))
+        decided = {
+            "scale_factor": 0.5 if factor is None else factor,
+            "precision": precisions.pop() if len(precisions) == 1 else "fp32",
+        }  # fmt: skip
     return replace(
         flags,
-        scale_factor=0.5 if factor is None else factor,
+        **decided,
         source=source or "gta5",
         src_data_dir=folder or "data/gta",
-        precision=precisions.pop() if len(precisions) == 1 else "fp32",
         num_workers=workers_for(flags.num_workers, rank.device, len(devices)),
         encoders=min(16, cpus_per_device(devices)) if flags.encoders is None else flags.encoders,
-        target=flags.target or "cityscapes",
-        trg_data_dir=flags.trg_data_dir or "data/cityscapes",
-        seed=flags.seed or 0,
-        beta=0.01 if flags.translator == "fda" and flags.beta is None else flags.beta,
     )
 
 
