@@ -38,6 +38,8 @@ def load_trained_generators(path: Path) -> TrainedGenerators:
         file = path / LATEST
         if not file.is_file():
             raise UserError(f"{FLAG} {path}: this folder holds no {LATEST}, so it is no run folder")
+    if not file.is_file():
+        raise UserError(f"{FLAG} {file}: no such file")
     content = read_tensor_file(file)
     if content is None:
         return TrainedGenerators(load_legacy_generators(file), config=None)

@@ -42,7 +42,10 @@ def validation_images(
     if count < 1:
         raise UserError(f"{data_set.name} declares no val split: say which images to score with a list or --val_count")
     if count > len(files):
-        raise UserError(f"--val_count {count}: there are {len(files)} images in {files.root}")
+        default = "" if val_count else f" (the default for {data_set.name})"
+        raise UserError(
+            f"--val_count {count}{default}: there are {len(files)} images in {files.root}; give a lower number"
+        )
     return replace(files, images=files.images[-count:])
 
 

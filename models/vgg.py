@@ -79,7 +79,7 @@ def build_vgg(weights: str, layers: Sequence[int], seed: int = 0) -> VGGFeatures
     if unknown or not layers:
         raise UserError(
             f"layer {unknown} is no ReLU output of VGG16's features; choose from {list(VGG16_RELUS)} "
-            "(--content_layers, --style_layers)"
+            "(--content_layers, --style_layers, --layer)"
         )
     if weights == "random":
         return _random_vgg(layers, seed)

@@ -269,7 +269,7 @@ PROCST_FLAGS = [
     (train_with_labels(backbone="resnet18"), "--backbone resnet18", "UNet"),
     (train_with_labels(backbone_weights="x.pth", no_pretrained_backbone=()), "--backbone_weights", "contradict"),
     (train_with_labels(backbone_weights="net.pth"), "--backbone_weights", "no ImageNet weights"),
-    (train_with_labels(backbone_weights="x.pth"), "--backbone_weights x.pth", "no such file"),
+    (train_with_labels(backbone_weights="x.pth"), "--backbone_weights", "no ImageNet weights"),
     (train_with_labels(momentum=1), "--momentum is 1"),
     (train_with_labels(select_by="none"), "--validation_rate", "--select_by"),
     (train_with_labels(source="folder", src_data_dir="gta/images"), "--source folder", "--no_semseg"),
@@ -292,7 +292,6 @@ SOURCE_FLAGS = [
     (train_source(select_by="none", validation_rate=2), "--validation_rate", "--select_by"),
     ([*CONTINUE_SOURCE, "--model", "VGG"], "--model changes the run's configuration"),
     ([*CONTINUE_SOURCE, "--lr_semseg", 0.5], "--lr_semseg", "0.01", "0.5"),
-    ([*CONTINUE_SOURCE, "--backbone_weights", "x.pth"], "--backbone_weights x.pth", "no such file"),
     (CONTINUE, "run/latest.pth", "another training (procst)"),
 ]
 OTHER_FLAGS = [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -96,8 +99,14 @@ def metrics_of(run):
 def logged(out):
     """The TensorBoard log of the only run in `--tb_logs_dir`."""
     (log,) = (out / "runs").iterdir()
-    events = EventAccumulator(str(log))
-    events.Reload()
+    # TensorBoard reads files in the order of their names, which end in the second and a number within the process:
+    # 9 would come after 10.
+    written = sorted(log.glob("events.*"), key=lambda path: (path.name.split(".")[3], int(path.suffix[1:])))
+    with tempfile.TemporaryDirectory() as ordered:
+        for index, path in enumerate(written):
+            shutil.copy(path, Path(ordered) / f"events.out.tfevents.{index:09d}")
+        events = EventAccumulator(ordered)
+        events.Reload()
     return events
 
 

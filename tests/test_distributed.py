@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from processes import in_processes
 from steps import GOLDEN_FILES, GoldenStep, meta_of, relative_l2, zero_gradient_biases
 from training.checkpoint import LATEST, load_checkpoint
 from training.distributed import LocalBatch, Rank
+from training.launching import FOLDER, LAUNCHER
 from training.run import agreed_precision
 from training.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from training.validation import Validator
@@ -347,6 +349,22 @@ def test_a_second_signal_kills_processes_that_do_not_stop(world, tmp_path):
     assert result.code == 128 + signal.SIGTERM, result.err
     assert not living(ranks())
     assert load_checkpoint(run / LATEST).step < STEPS
+
+
+def test_a_process_whose_launcher_was_killed_before_it_connects_ends(world, tmp_path, monkeypatch):
+    with subprocess.Popen(["true"]) as launcher:
+        launcher.wait()
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]  # nothing listens there afterwards
+    values = {
+        "RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_MAX_RESTARTS": 3,
+        FOLDER: tmp_path, LAUNCHER: launcher.pid,
+    }  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    assert run_apart(train_procst, launched_flags(world, tmp_path)).code == -signal.SIGTERM
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

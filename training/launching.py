@@ -36,6 +36,7 @@ from utils.stopping import SAME_REQUEST, STOP_SIGNALS, STOPPED, Stopped, announc
 
 RESTARTS = 3
 FOLDER = "PROCST_LAUNCHER_FOLDER"  # environment variable: the folder for process numbers and exit codes
+LAUNCHER = "PROCST_LAUNCHER"  # environment variable: the launcher, which may be gone when a process has started
 # Processes wait for each other while one builds a cache or writes a checkpoint. A dead process is noticed at once.
 TIMEOUT = timedelta(hours=3)
 CLOSING = 5.0  # seconds in which connections are closed after an error
@@ -130,7 +131,7 @@ def launch(
     logging.disable(logging.CRITICAL)  # PyTorch's launcher logs some thirty lines about a failure
     with tempfile.TemporaryDirectory(prefix="procst_ranks_") as name:
         folder, failure = Path(name), None
-        os.environ[FOLDER] = name
+        os.environ.update({FOLDER: name, LAUNCHER: str(os.getpid())})
         received = _pass_signals_on(folder)
         configuration = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=len(devices), run_id=uuid.uuid4().hex, max_restarts=restarts,
@@ -225,7 +226,8 @@ def _joined(if_lost: str) -> Iterator[Rank]:
         return
     rank = Rank(environment_number("RANK"), environment_number("WORLD_SIZE"))
     if _has_launcher():
-        threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
+        launcher = environment_number(LAUNCHER) if is_launched() else os.getppid()
+        threading.Thread(target=_stop_without, args=(launcher,), daemon=True).start()
     store = _connect(rank)
     with _disconnected_at_the_end():
         try:

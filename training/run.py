@@ -186,7 +186,9 @@ class _Run:
             where = {"stage": loop.stage, "step": loop.step}
             write_record(folder, content, {**where, **environment(rank.device, rank.count)})
             prepared.print_description()
-            print(f"run folder: {folder}", flush=True)
+            print(f"run folder: {folder}")
+            if continued:
+                print(f"continuing after step {loop.step} of {loop.stages[loop.stage].name}", flush=True)
         progress = Progress(
             method=method, done=(loop.stage, loop.step), folder=folder if rank.is_main else None,
             log_dir=Path(config.run.tb_logs_dir) / log_name(folder) if rank.is_main else None,

@@ -64,6 +64,8 @@ def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.
         if found is None:
             raise UserError(f"{flag} {path}: this folder holds neither {BEST} nor {LATEST}, so it is no run folder")
         path = path / found
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
     content = read_tensor_file(path)
     if content is None:
         shape, net = load_legacy_segmentation(path)

@@ -88,4 +88,7 @@ def _check_output(output: str, continued: Continued | None) -> None:
         raise UserError(f"--output {path}: {path.name} is the name of a file of run folders; choose another name")
     own = continued and {**continued.checkpoint.info, "run": str(continued.origin.parent)}
     if path.exists() and not (own and is_of_run(path, own)):
-        raise UserError(f"--output {path} exists and is not of this run; move it away or name another file")
+        raise UserError(
+            f"--output {path} exists and is not of this run; continue the run that wrote it "
+            "(--continue_train_from_path), move it away, or name another file"
+        )
