@@ -1,46 +1,54 @@
-"""Run the main job end to end on a generated world: draw, train, export, compare.
+"""Run the main job end to end on a generated world: draw, train, translate, compare.
 
     python make_demo.py --out demo
 
-Calls the same scripts a user would, and prints each command before it runs.
+Calls the same scripts a user would, two at a time with one thread each, and prints each command when it begins. What
+they print goes to DIR/logs. At the end DIR holds results.md, results.json, results.png and before_after.png.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from training.flags import build_parser, option, parse, section_from
 from utils.errors import UserError, run_cli
-from utils.files import atomic_write_bytes, make_folder, read_json
+from utils.files import atomic_write_bytes, atomic_write_json, make_folder, read_json
 
 FRAMES = 120
 VAL_FRAMES = 40
-HELD_OUT = 12
 SEEDS = (1, 2)
+PROCST_SEED = 1
 SIZE = ("128", "64")
 COLUMNS = 5
+# Rows of the table: what the nets are trained on, and how the table names it.
+ARMS = {"source": "source only", "histogram": "histogram matching", "sit": "SiT (ProCST)", "oracle": "oracle: target"}
 # What an earlier demo left, and this one makes anew.
-MADE = ("toy_gta", "toy_cs", "TrainedModels", "runs", "sit", "semseg")
+MADE = ("toy_gta", "toy_cs", "TrainedModels", "runs", "sit", "histogram", "semseg", "logs")
 MARKER = ".made_by_make_demo"
 # Small and quick: a quarter of the published width, a shallow perceptual net with random weights (nothing is
-# downloaded), a larger learning rate. Random features hold content less well than ImageNet's do, so content and cycle
-# get more weight.
+# downloaded), a larger learning rate.
 TRAINING = """
-    --src_resize 144 72 --trg_resize 128 64 --crop_size 128 64 --base_channels_list 16 --batch_size_list 16 8 4
-    --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 600 300 150 --vgg_weights random --content_layers 3 6 --style_layers 3 6
-    --lambda_cyclic 5 --content_weight 0.3 --model UNet --lr_semseg 0.02 --num_workers 1 --print_rate 25
-    --precision auto
+    --no_semseg --src_resize 144 72 --trg_resize 128 64 --crop_size 128 64 --base_channels_list 16
+    --batch_size_list 16 8 4 --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 500 300 250 --vgg_weights random
+    --content_layers 3 6 --style_layers 3 6 --lambda_cyclic 5 --content_weight 0.03 --num_workers 0 --print_rate 25
+    --precision fp32
 """
-# The segmentation net that is trained twice, on source and on SiT, from the same seeds.
-SEGMENTATION = f"""
-    --model UNet --src_resize 144 72 --crop_size 128 64 --val_count {HELD_OUT} --num_steps 300 --batch_size 8
-    --lr_semseg 0.03 --validation_rate 150 --num_workers 1 --print_rate 25
+# The segmentation net that is trained on each set, from the same seeds. Its last state counts, so that no label of the
+# target chooses anything.
+SEGMENTATION = """
+    --model UNet --crop_size 128 64 --num_steps 300 --batch_size 8 --lr_semseg 0.03 --select_by none --val_count 12
+    --num_workers 0 --print_rate 25 --output ''
 """
 
 
@@ -51,80 +59,158 @@ class DemoFlags:
     out: str = option("demo", "folder of the demo, made anew", metavar="DIR", required=True)
 
 
-def run(script: str, *arguments: str) -> None:
-    """Run one of the scripts with this interpreter; a failure ends the demo with its exit code."""
-    print(f"\n$ python {script} {shlex.join(arguments)}", flush=True)
-    result = subprocess.run([sys.executable, str(Path(__file__).parent / script), *arguments], check=False)
-    if result.returncode:
-        raise UserError(f"{script} failed with exit code {result.returncode}")
+class Commands:
+    """Runs the scripts with this interpreter, on one thread each, and keeps what they print in a folder of logs."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs, self.lock = logs, threading.Lock()
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.failed = False
+
+    def __call__(self, name: str, script: str, *arguments: str) -> None:
+        """Run a script to its end. Raises `UserError` with its last line if it fails."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(Path(__file__).parent / script), *arguments]
+        with open(self.logs / f"{name}.log", "wb") as log:
+            with self.lock:
+                if self.failed:
+                    raise UserError("another command failed")
+                print(f"\n$ python {script} {shlex.join(arguments)}", flush=True)
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                self.running.add(process)
+            process.wait()
+        with self.lock:
+            self.running.discard(process)
+            if process.returncode == 0:
+                return
+            first, self.failed = not self.failed, True
+            for other in self.running:
+                other.terminate()
+        if not first:
+            raise UserError("another command failed")
+        last = (self.logs / f"{name}.log").read_text(errors="replace").replace("\r", "\n").strip().splitlines()
+        raise UserError(f"{script} failed ({self.logs / f'{name}.log'}): {last[-1] if last else 'no message'}")
 
 
-def before_and_after(out: Path) -> None:
-    """Write before_after.png: rows source, SiT of the same frames, target."""
+def two_at_a_time(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run jobs in their order, two at a time. Raises the error of the first that fails."""
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(job) for job in jobs]
+    errors = [error for error in (future.exception() for future in futures) if error is not None]
+    if errors:
+        raise min(errors, key=lambda error: str(error) == "another command failed")
+
+
+def train_and_score(run: Commands, out: Path, arm: str, seed: int) -> None:
+    """Train the small net on the images of one arm and score its last state on the target's val split."""
+    name, folder = f"{arm}_{seed}", out / "semseg"
+    images = {"source": "toy_gta", "oracle": "toy_cs"}.get(arm, arm)
+    data = ["--src_data_dir", str(out / images), "--src_resize", *(SIZE if arm == "oracle" else ("144", "72"))]
+    if arm == "oracle":
+        data += ["--source", "cityscapes"]
+    elif images != "toy_gta":
+        data += ["--src_label_dir", str(out / "toy_gta")]
+    run(
+        name, "train_semseg_on_source.py", "--gpus", "cpu", *data, *shlex.split(SEGMENTATION), "--manual_seed",
+        str(seed), "--run_dir", str(folder / name), "--tb_logs_dir", str(out / "runs"),
+    )  # fmt: skip
+    run(
+        f"{name}_score", "evaluate.py", "--gpus", "cpu", "--weights", str(folder / name / "latest.pth"), "--data_dir",
+        str(out / "toy_cs"), "--classes", "categories", "--json", str(folder / f"{name}.json"), "--num_workers", "0",
+    )  # fmt: skip
+
+
+def make_sit(run: Commands, out: Path) -> None:
+    """Train ProCST and export its SiT set."""
+    data = ("--gpus", "cpu", "--src_data_dir", str(out / "toy_gta"), "--trg_data_dir", str(out / "toy_cs"))
+    trained = str(out / "TrainedModels" / "procst")
+    run(
+        "procst", "train_procst.py", *data, *shlex.split(TRAINING), "--manual_seed", str(PROCST_SEED), "--run_dir",
+        trained, "--tb_logs_dir", str(out / "runs"),
+    )  # fmt: skip
+    run(
+        "sit", "create_sit_dataset.py", "--gpus", "cpu", "--trained_procst_path", trained, "--sit_output_path",
+        str(out / "sit"), "--num_workers", "0",
+    )  # fmt: skip
+
+
+def make_histogram(run: Commands, out: Path) -> None:
+    """Export the set of histogram matching."""
+    run(
+        "histogram", "create_sit_dataset.py", "--gpus", "cpu", "--translator", "histogram", "--src_data_dir",
+        str(out / "toy_gta"), "--trg_data_dir", str(out / "toy_cs"), "--sit_output_path", str(out / "histogram"),
+        "--num_workers", "0",
+    )  # fmt: skip
+
+
+def images_of(root: Path, name: str, split: str = "train") -> list[Any]:
+    """Evenly spaced images of a set, uint8 (H,W,3)."""
     # Imported after the flags are read: a mistyped flag is answered at once.
     import numpy as np
 
-    from core.contact_sheet import save_rows
     from data_handlers.datasets import DATA_SETS
     from data_handlers.images import read_image
     from data_handlers.lists import list_images
     from utils.sizes import evenly_spaced
 
-    rows = []
-    for caption, name, folder in (
-        ("source", "gta5", "toy_gta"), ("SiT", "gta5", "sit"), ("target", "cityscapes", "toy_cs"),
-    ):  # fmt: skip
-        root = out / folder
-        files = list_images(DATA_SETS[name], root, "--out")
-        chosen = evenly_spaced(files.images, COLUMNS)
-        rows.append((caption, [np.asarray(read_image(root / image)) for image in chosen]))
-    save_rows(out / "before_after.png", rows)
+    files = list_images(DATA_SETS[name], root, "--out", split=split)
+    return [np.asarray(read_image(root / image)) for image in evenly_spaced(files.images, COLUMNS)]
 
 
-def train_segmentation(out: Path, arm: str, images: str, labels: str, seed: int) -> Path:
-    """Train the small net on one set of images and score it on the val split of the target; returns its file."""
-    folder = out / "semseg"
-    net, scores = folder / f"{arm}_{seed}.pth", folder / f"{arm}_{seed}.json"
-    run(
-        "train_semseg_on_source.py", "--gpus", "cpu", "--src_data_dir", images, "--src_label_dir", labels,
-        *shlex.split(SEGMENTATION), "--manual_seed", str(seed), "--output", str(net),
-        "--checkpoints_dir", str(folder / "runs"), "--tb_logs_dir", str(out / "runs"),
-    )  # fmt: skip
-    run(
-        "evaluate.py", "--gpus", "cpu", "--weights", str(net), "--data_dir", str(out / "toy_cs"), "--json", str(scores),
-        "--num_workers", "1",
-    )  # fmt: skip
-    return net
+def before_and_after(out: Path) -> None:
+    """Write the picture: rows source, SiT of the same frames, target."""
+    from core.contact_sheet import save_rows
+
+    rows = [("source", "toy_gta", "gta5"), ("SiT", "sit", "gta5"), ("target", "toy_cs", "cityscapes")]
+    save_rows(out / "before_after.png", [(caption, images_of(out / folder, name)) for caption, folder, name in rows])
 
 
-def _mean_scores(out: Path, arm: str) -> tuple[list[float], dict[str, float]]:
-    """mIoU of every seed, and the IoU of every class present averaged over the seeds, in percent."""
-    reports = [read_json(out / "semseg" / f"{arm}_{seed}.json") for seed in SEEDS]
-    classes = [name for name, value in reports[0]["iou"].items() if value is not None]
-    means = {name: 100 * sum(report["iou"][name] for report in reports) / len(reports) for name in classes}
-    return [100 * report["miou"] for report in reports], means
+def score_picture(out: Path, scores: Mapping[str, Sequence[float]]) -> None:
+    """Write results.png: a bar for each arm, as long as its mean mIoU, with a mark for every seed."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    row, left, width = 44, 190, 760
+    sheet = Image.new("RGB", (width, row * len(ARMS) + 50), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    scale = (width - left - 80) / 100
+    for index, (arm, caption) in enumerate(ARMS.items()):
+        top, mean = 10 + row * index, sum(scores[arm]) / len(scores[arm])
+        draw.text((10, top + 6), caption, fill="black", font=font)
+        colour = "#c8452c" if arm == "sit" else "#6a7a8c"
+        draw.rectangle((left, top, left + mean * scale, top + row - 14), fill=colour)
+        for value in scores[arm]:
+            draw.line((left + value * scale, top - 2, left + value * scale, top + row - 12), fill="black", width=2)
+        draw.text((left + max(mean, *scores[arm]) * scale + 8, top + 6), f"{mean:.1f}", fill="black", font=font)
+    draw.text((10, row * len(ARMS) + 20), "mIoU of seven categories on the target, percent", fill="black", font=font)
+    sheet.save(out / "results.png")
 
 
-def write_table(out: Path, seconds: float) -> None:
-    """Write and print the tables of distances and of mIoU."""
-    distances = read_json(out / "distances.json")
-    source = distances["source-target"]
-    rows = "".join(f"| {name} | {value:.4f} | {value / source:.0%} |\n" for name, value in distances.items())
-    arms = {"source": _mean_scores(out, "source"), "SiT": _mean_scores(out, "sit")}
-    seeds = "".join(f" seed {seed} |" for seed in SEEDS)
-    mious = "".join(f"| {arm} |" + "".join(f" {v:.1f} |" for v in values) + "\n" for arm, (values, _) in arms.items())
-    classes = "".join(
-        f"| {name} | {arms['source'][1][name]:.1f} | {arms['SiT'][1][name]:.1f} |\n" for name in arms["source"][1]
-    )
-    text = (
-        "| images | Frechet distance of VGG16 features | of source-target |\n| --- | --- | --- |\n"
-        f"{rows}\n{FRAMES} frames each, VGG16 with random weights (others than in training).\n\n"
-        f"| small U-Net trained on |{seeds}\n| --- |{' --- |' * len(SEEDS)}\n{mious}\n"
-        f"mIoU in percent on {VAL_FRAMES} target frames that neither ProCST nor the net was trained on; same net, "
-        "seeds and number of steps. The two toy worlds share every shape, so a net trained on source loses little, "
-        "and minutes of training with random perceptual features are not enough to gain from SiT: read this table as "
-        "a test of the plumbing. README.md has the same comparison on real pictures.\n\n"
-        f"| class (IoU, mean of the seeds) | source | SiT |\n| --- | --- | --- |\n{classes}\n"
+def closed(scores: Mapping[str, Sequence[float]], arm: str) -> float:
+    """Share of the gap between source and oracle that an arm closes, of the means, in percent."""
+    mean = {name: sum(values) / len(values) for name, values in scores.items()}
+    return 100 * (mean[arm] - mean["source"]) / (mean["oracle"] - mean["source"])
+
+
+def write_results(out: Path, seconds: float) -> None:
+    """Write results.json, results.md and results.png, and print the table."""
+    reports = {arm: [read_json(out / "semseg" / f"{arm}_{seed}.json") for seed in SEEDS] for arm in ARMS}
+    scores = {arm: [100 * report["miou"] for report in found] for arm, found in reports.items()}
+    atomic_write_json(out / "results.json", scores)
+    score_picture(out, scores)
+    names = list(reports["source"][0]["iou"])
+    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
+    lines = [
+        f"| U-Net trained on | mIoU, mean | {seeds} | gap closed | {' | '.join(names)} |",
+        "| --- " * (3 + len(SEEDS) + len(names)) + "|",
+    ]
+    for arm, caption in ARMS.items():
+        means = [100 * sum(report["iou"][name] or 0 for report in reports[arm]) / len(SEEDS) for name in names]
+        values = [sum(scores[arm]) / len(SEEDS), *scores[arm]]
+        cells = [f"{value:.1f}" for value in values] + [f"{closed(scores, arm):.0f}%"] + [f"{v:.1f}" for v in means]
+        lines.append(f"| {caption} | {' | '.join(cells)} |")
+    text = "\n".join(lines) + (
+        f"\n\nmIoU and IoU in percent over Cityscapes' seven categories, on {VAL_FRAMES} target frames that no net was "
+        f"trained on. One ProCST run, {len(SEEDS)} U-Nets for each row: same net, steps and seeds, last state.\n\n"
         f"Made in {seconds / 60:.1f} minutes.\n"
     )
     atomic_write_bytes(out / "results.md", text.encode())
@@ -143,31 +229,28 @@ def main() -> None:
     for name in MADE:
         shutil.rmtree(out / name, ignore_errors=True)
     (out / MARKER).touch()
-
-    started = time.perf_counter()
-    gta, cityscapes, runs = str(out / "toy_gta"), str(out / "toy_cs"), out / "TrainedModels"
-    toy = ("--count", str(FRAMES), "--size", *SIZE)
-    run("make_toy_data.py", "--out", gta, "--domain", "gta5", *toy, "--seed", "1")
-    run("make_toy_data.py", "--out", cityscapes, "--domain", "cityscapes", *toy, "--seed", "2")
-    val = ("--count", str(VAL_FRAMES), "--size", *SIZE, "--split", "val")
-    run("make_toy_data.py", "--out", cityscapes, "--domain", "cityscapes", *val, "--seed", "3")
     (out / "semseg").mkdir()
-    source_nets = [train_segmentation(out, "source", gta, gta, seed) for seed in SEEDS]
-    data = ("--gpus", "cpu", "--src_data_dir", gta, "--trg_data_dir", cityscapes)
-    outputs = ("--checkpoints_dir", str(runs), "--tb_logs_dir", str(out / "runs"))
-    run("train_procst.py", *data, *shlex.split(TRAINING), "--semseg_weights", str(source_nets[0]), *outputs)
-    (trained,) = runs.iterdir()
-    sit = str(out / "sit")
-    run("create_sit_dataset.py", "--gpus", "cpu", "--trained_procst_path", str(trained), "--sit_output_path", sit)
-    run(
-        "measure_domain_distance.py", *data, "--sit_data_dir", sit, "--size", *SIZE, "--vgg_weights", "random",
-        "--json", str(out / "distances.json"),
-    )  # fmt: skip
-    for seed in SEEDS:
-        train_segmentation(out, "sit", sit, gta, seed)
+    (out / "logs").mkdir()
+
+    started, run = time.perf_counter(), Commands(out / "logs")
+    count, size = ("--count", str(FRAMES)), ("--size", *SIZE)
+    cityscapes = ("make_toy_data.py", "--out", str(out / "toy_cs"), "--domain", "cityscapes", *size)
+    gta = ("make_toy_data.py", "--out", str(out / "toy_gta"), "--domain", "gta5", *size)
+    two_at_a_time([
+        lambda: run("toy_gta", *gta, *count, "--seed", "1"), lambda: run("toy_cs", *cityscapes, *count, "--seed", "2"),
+    ])  # fmt: skip
+    run("toy_val", *cityscapes, "--count", str(VAL_FRAMES), "--split", "val", "--seed", "3")
+
+    def nets(*arms: str) -> list[Callable[[], None]]:
+        return [lambda arm=arm, seed=seed: train_and_score(run, out, arm, seed) for arm in arms for seed in SEEDS]
+
+    # ProCST takes one CPU, the nets that do not need it the other.
+    others = [lambda: make_histogram(run, out), *nets("source", "histogram", "oracle")]
+    two_at_a_time([lambda: make_sit(run, out), *others])
+    two_at_a_time(nets("sit"))
     before_and_after(out)
-    write_table(out, time.perf_counter() - started)
-    print(f"before and after: {out / 'before_after.png'}\ntables: {out / 'results.md'}\nrun folder: {trained}")
+    write_results(out, time.perf_counter() - started)
+    print(f"look at {out / 'before_after.png'} and {out / 'results.png'}; the table is in {out / 'results.md'}")
 
 
 if __name__ == "__main__":

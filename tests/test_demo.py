@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shlex
 
+import pytest
+
 import make_demo
 from core.config import ProCSTConfig
 from training.flags import build_parser, parse
 from uda.config import SourceTrainingConfig
+from utils.errors import UserError
 from worlds import noise_image
 
 
@@ -18,10 +21,25 @@ def configuration(kind, *line):
 
 
 def test_flags_of_the_demo():
-    net = configuration(SourceTrainingConfig, *shlex.split(make_demo.SEGMENTATION))
-    run = configuration(ProCSTConfig, *shlex.split(make_demo.TRAINING), "--semseg_weights", "net.pth")
-    assert run.net.shape() == net.net.shape()
-    assert net.source.crop_size == run.source.crop_size == (128, 64)
+    net = configuration(SourceTrainingConfig, *shlex.split(make_demo.SEGMENTATION), "--src_resize", "144", "72")
+    run = configuration(ProCSTConfig, *shlex.split(make_demo.TRAINING))
+    size = tuple(map(int, make_demo.SIZE))
+    assert net.source.crop_size == run.source.crop_size == run.target.trg_resize == size
+
+
+def test_the_gap_that_an_arm_closes():
+    scores = {"source": [20.0, 24.0], "histogram": [22.0, 22.0], "sit": [40.0, 42.0], "oracle": [60.0, 60.0]}
+    assert [make_demo.closed(scores, arm) for arm in make_demo.ARMS] == [0, 0, 50, 100]
+
+
+def test_a_command_that_fails_ends_the_others(tmp_path):
+    run = make_demo.Commands(tmp_path)
+    toy = ("make_toy_data.py", "--domain", "gta5", "--out", str(tmp_path / "toy"), "--size", "32", "16")
+    jobs = [lambda: run("bad", *toy, "--count", "0"), lambda: run("endless", *toy, "--count", "99999")]
+    with pytest.raises(UserError, match=r"make_toy_data.py failed .*bad.log.*--count is 0"):
+        make_demo.two_at_a_time([*jobs, lambda: run("never", *toy)])
+    assert not run.running
+    assert not (tmp_path / "never.log").exists() or not (tmp_path / "never.log").read_bytes()
 
 
 def test_the_demo_never_replaces_a_folder_it_did_not_make(tmp_path, run_script):
