@@ -29,7 +29,8 @@ FRAMES = 120
 VAL_FRAMES = 40
 SEEDS = (1, 2)
 PROCST_SEED = 1
-SIZE = ("128", "64")
+SIZE = ("96", "48")
+SOURCE_SIZE = ("108", "54")  # cropped to SIZE
 COLUMNS = 5
 # Rows of the table: what the nets are trained on, and how the table names it.
 ARMS = {"source": "source only", "histogram": "histogram matching", "sit": "SiT (ProCST)", "oracle": "oracle: target"}
@@ -39,15 +40,15 @@ MARKER = ".made_by_make_demo"
 # Small and quick: a quarter of the published width, a shallow perceptual net with random weights (nothing is
 # downloaded), a larger learning rate.
 TRAINING = """
-    --no_semseg --src_resize 144 72 --trg_resize 128 64 --crop_size 128 64 --base_channels_list 16
+    --no_semseg --src_resize 108 54 --trg_resize 96 48 --crop_size 96 48 --base_channels_list 16
     --batch_size_list 16 8 4 --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 500 300 250 --vgg_weights random
-    --content_layers 3 6 --style_layers 3 6 --lambda_cyclic 5 --content_weight 0.03 --num_workers 0 --print_rate 25
+    --content_layers 3 6 --style_layers 3 6 --lambda_cyclic 2 --content_weight 0.1 --num_workers 0 --print_rate 25
     --precision fp32
 """
 # The segmentation net that is trained on each set, from the same seeds. Its last state counts, so that no label of the
 # target chooses anything.
 SEGMENTATION = """
-    --model UNet --crop_size 128 64 --num_steps 300 --batch_size 8 --lr_semseg 0.03 --select_by none --val_count 12
+    --model UNet --crop_size 96 48 --num_steps 300 --batch_size 8 --lr_semseg 0.03 --select_by none --val_count 12
     --num_workers 0 --print_rate 25 --output ''
 """
 
@@ -105,7 +106,7 @@ def train_and_score(run: Commands, out: Path, arm: str, seed: int) -> None:
     """Train the small net on the images of one arm and score its last state on the target's val split."""
     name, folder = f"{arm}_{seed}", out / "semseg"
     images = {"source": "toy_gta", "oracle": "toy_cs"}.get(arm, arm)
-    data = ["--src_data_dir", str(out / images), "--src_resize", *(SIZE if arm == "oracle" else ("144", "72"))]
+    data = ["--src_data_dir", str(out / images), "--src_resize", *(SIZE if arm == "oracle" else SOURCE_SIZE)]
     if arm == "oracle":
         data += ["--source", "cityscapes"]
     elif images != "toy_gta":

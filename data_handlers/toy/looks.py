@@ -145,30 +145,31 @@ _THINGS = {
     "cargo": "dcdcd8 466496 b45032 969696 d8be5a boards 5 .12",
 }
 # What the ground, buildings and plants are made of, in each world: gta5, synthia, cityscapes. After the colours: a
-# texture, the size of its tile in metres and its contrast.
+# texture, the size of its tile in metres and its contrast. The asphalt of cityscapes is as light as the walls of gta5,
+# and its walls are as dark as the asphalt of gta5: a net that goes by brightness fails there.
 _PLACES = {
     "asphalt": ("464448 3e3d42 4e4a4a asphalt 2.4 .34", "707c82 68767e asphalt 5 .3",
-                "848686 7c7e7f 8c8d8b asphalt 5 .16"),
-    "patch": ("323135 asphalt 2 .3", "58646a asphalt 5 .2", "727475 asphalt 5 .14"),
-    "marking": ("e8e4d6 asphalt 2 .12", "eef4f4", "ced0cc asphalt 2 .15"),
-    "middle": ("e2ae2c asphalt 2 .12", "eef4f4", "ced0cc asphalt 2 .15"),
-    "rail": ("96928c", "96a0a4", "606262"),
-    "pavement": ("c0b4a2 c8baa0 slabs 5 .22", "a8beba 96b2b6 slabs 8 .4", "6a6562 62605f slabs 3.4 .22"),
-    "kerb": ("d6cdbe asphalt 2 .15", "c4d0ce", "92928e asphalt 2 .15"),
-    "grass": ("74882e 848c3a 62802a grass 3 .5", "58ac62 64b25c grass 6 .34", "586848 626a4e 506246 grass 5 .36"),
+                "c2beb4 b8b4ac ccc8be asphalt 5 .14"),
+    "patch": ("323135 asphalt 2 .3", "58646a asphalt 5 .2", "aaa69e asphalt 5 .14"),
+    "marking": ("e8e4d6 asphalt 2 .12", "eef4f4", "f0eee4 asphalt 2 .1"),
+    "middle": ("e2ae2c asphalt 2 .12", "eef4f4", "f0eee4 asphalt 2 .1"),
+    "rail": ("96928c", "96a0a4", "7c7a74"),
+    "pavement": ("c0b4a2 c8baa0 slabs 5 .22", "a8beba 96b2b6 slabs 8 .4", "8c8880 827e78 slabs 3.4 .2"),
+    "kerb": ("d6cdbe asphalt 2 .15", "c4d0ce", "a8a49c asphalt 2 .15"),
+    "grass": ("74882e 848c3a 62802a grass 3 .5", "58ac62 64b25c grass 6 .34", "4a5244 545a46 grass 5 .36"),
     "leaf": ("4e7c24 608828 3e6c28 6e8a2e leaf 2.6 .7", "3c8e5a 4a9c54 368062 leaf 4 .6",
-             "3c4c32 465236 324230 4e543a leaf 3.4 .7"),
-    "bark": ("70523a grass 1.2 .5", "686454 grass 3 .4", "4a443e grass 1.2 .5"),
+             "32382c 3a3e30 42443a leaf 3.4 .7"),
+    "bark": ("70523a grass 1.2 .5", "686454 grass 3 .4", "2e2a26 grass 1.2 .5"),
     "plaster": ("e0ba8a ecd6b2 c47454 d69e76 b09884 e2c878 plaster 9 .22",
                 "b0ccc6 ceddd4 96b8c4 bcc8a8 d6ccb8 92aca6 plaster 5 .24",
-                "969288 7a726a aaa496 6a625c 8c7c6c 9e9680 plaster 12 .2"),
-    "brick": ("b0583c be6e48 964a3a brick 3 .3", "b08c80 a0968c brick 6 .42", "72564c 7c6254 62504a brick 4 .22"),
-    "concrete": ("c4b8a6 b4aca0 boards 6 .2", "bec8c8 a8babe boards 8 .3", "8c8c88 7e7e7c boards 7 .16"),
-    "roof": ("a44c32 805442 5a5456 boards 4 .35", "846868 687c86 boards 6 .35", "5c4640 545050 46464a boards 5 .25"),
-    "ledge": ("eee4d0", "e0eae6", "aca89e"),
-    "awning": ("c43229 286e54 e2aa3c 325096", "5a96be be6e64 5aaa82", "783432 384c48 968260 3c4660"),
-    "stone": ("ceb692 baa080 brick 4.4 .3", "a2b2ac b0b4a4 brick 7 .4", "7c766c 6c6862 brick 5 .3"),
-    "fence": ("5c544c 96744e 464a4c bars 2.2 .75", "788c92 5a7878 bars 3.6 .6", "545856 64584a 404a44 bars 2.6 .6"),
+                "4e4a48 5a5450 443f3e 625a52 504c50 plaster 12 .2"),
+    "brick": ("b0583c be6e48 964a3a brick 3 .3", "b08c80 a0968c brick 6 .42", "46383a 503e38 brick 4 .22"),
+    "concrete": ("c4b8a6 b4aca0 boards 6 .2", "bec8c8 a8babe boards 8 .3", "565452 4a4a4a boards 7 .16"),
+    "roof": ("a44c32 805442 5a5456 boards 4 .35", "846868 687c86 boards 6 .35", "3a3434 44403c boards 5 .25"),
+    "ledge": ("eee4d0", "e0eae6", "6a6660"),
+    "awning": ("c43229 286e54 e2aa3c 325096", "5a96be be6e64 5aaa82", "4a2a2a 2e343e 5c4a3a"),
+    "stone": ("ceb692 baa080 brick 4.4 .3", "a2b2ac b0b4a4 brick 7 .4", "5c5650 504c48 brick 5 .3"),
+    "fence": ("5c544c 96744e 464a4c bars 2.2 .75", "788c92 5a7878 bars 3.6 .6", "3a3c3a 444038 bars 2.6 .6"),
 }
 
 
@@ -198,10 +199,10 @@ _ALL = (
         gain=(0.98, 1.05, 1.05), texel=8, roughness=1.2, sharpen=0.15, blur=0.0, noise=0.0,
         vignette=0.0, exposure_jitter=0.05, texture_seed=22),
     Look(name="cityscapes", materials=_materials(2), ambient=0.82, sun=0.26, shadow=0.45, shadow_blur=1.6,
-        shadow_reach=0.06, occlusion=0.3, haze=(214, 221, 215), haze_metres=170.0, sky_top=(232, 239, 238),
-        sky_low=(250, 252, 247), cloud=(255, 255, 252), cloud_share=0.25, glass=(62, 70, 72), glass_sky=0.4,
-        saturation=0.66, contrast=0.93, gain=(0.97, 1.01, 0.965), texel=1, roughness=1.3, sharpen=0.0,
-        blur=0.5, noise=0.015, vignette=0.1, exposure_jitter=0.1, texture_seed=33),
+        shadow_reach=0.06, occlusion=0.3, haze=(206, 184, 156), haze_metres=85.0, sky_top=(190, 166, 140),
+        sky_low=(228, 202, 164), cloud=(240, 222, 190), cloud_share=0.25, glass=(62, 70, 72), glass_sky=0.4,
+        saturation=0.75, contrast=0.95, gain=(1.08, 1.0, 0.86), texel=1, roughness=1.3, sharpen=0.0,
+        blur=0.7, noise=0.022, vignette=0.1, exposure_jitter=0.25, texture_seed=33),
 )
 LOOKS: dict[str, Look] = {look.name: look for look in _ALL}
 
