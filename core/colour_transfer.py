@@ -1,7 +1,8 @@
 """Training-free translators: each source image takes colours or low frequencies of a target image drawn by seed.
 
-They are what trained translators are compared with (`docs/method.md`, section 6). Histogram matching: Gonzalez and Woods, Digital Image Processing,
-section 3.3. FDA: Yang and Soatto, FDA: Fourier Domain Adaptation for Semantic Segmentation, CVPR 2020, equation 3.
+They are what trained translators are compared with (`docs/method.md`, section 6). Histogram matching: Gonzalez and
+Woods, Digital Image Processing, section 3.3. FDA: Yang and Soatto, FDA: Fourier Domain Adaptation for Semantic
+Segmentation, CVPR 2020, equation 3.
 """
 
 from __future__ import annotations
