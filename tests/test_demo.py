@@ -21,7 +21,8 @@ def configuration(kind, *line):
 
 
 def test_flags_of_the_demo():
-    net = configuration(SourceTrainingConfig, *shlex.split(make_demo.SEGMENTATION), "--src_resize", *make_demo.SOURCE_SIZE)
+    flags = (*shlex.split(make_demo.SEGMENTATION), "--src_resize", *make_demo.SOURCE_SIZE)
+    net = configuration(SourceTrainingConfig, *flags)
     run = configuration(ProCSTConfig, *shlex.split(make_demo.TRAINING))
     size = tuple(map(int, make_demo.SIZE))
     assert net.source.crop_size == run.source.crop_size == run.target.trg_resize == size
