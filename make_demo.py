@@ -36,12 +36,13 @@ COLUMNS = 5
 ARMS = {"source": "source only", "histogram": "histogram matching", "sit": "SiT (ProCST)", "oracle": "oracle: target"}
 # What an earlier demo left, and this one makes anew.
 MADE = ("toy_gta", "toy_cs", "TrainedModels", "runs", "sit", "histogram", "semseg", "logs")
+RESULTS = ("results.md", "results.json", "results.png", "before_after.png")
 MARKER = ".made_by_make_demo"
 # Small and quick: a quarter of the published width, a shallow perceptual net with random weights (nothing is
 # downloaded), a larger learning rate.
 TRAINING = """
     --no_semseg --src_resize 108 54 --trg_resize 96 48 --crop_size 96 48 --base_channels_list 16
-    --batch_size_list 16 8 4 --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 500 300 250 --vgg_weights random
+    --batch_size_list 16 8 4 --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 300 300 400 --vgg_weights random
     --content_layers 3 6 --style_layers 3 6 --lambda_cyclic 2 --content_weight 0.1 --num_workers 0 --print_rate 25
     --precision fp32
 """
@@ -229,6 +230,8 @@ def main() -> None:
     make_folder(out, "--out")
     for name in MADE:
         shutil.rmtree(out / name, ignore_errors=True)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
     (out / MARKER).touch()
     (out / "semseg").mkdir()
     (out / "logs").mkdir()

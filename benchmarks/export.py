@@ -119,7 +119,7 @@ def main() -> None:
                     )  # fmt: skip
                     load, translator = translator_of(generators, files, device, settings)
                     translate_images(
-                        load=load, translator=translator, outputs=some, root=out, flags=settings, title=""
+                        load=load, translator=translator, source=root, outputs=some, root=out, flags=settings, title=""
                     )
                 rates[way] = len(some) / (time.perf_counter() - started)
         print("| export | images/s | speed-up | values that differ | by more than 1 | largest |")

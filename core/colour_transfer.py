@@ -19,6 +19,8 @@ from skimage.exposure import match_histograms
 from core.command_flags import ExportFlags
 from data_handlers.images import read_image
 from data_handlers.lists import FileList
+from utils.errors import UserError
+from utils.loaders import MOST_SKIPPED
 
 # A source and a target image, uint8 (h,w,3) and (h',w',3) -> the translated source image, uint8 (h,w,3).
 Transfer = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -67,6 +69,7 @@ class ColourTransfer:
         target: the images of which one is drawn for each source image.
         transfer: see `Transfer`.
         seed, variant: the draw depends on these and the image's name alone.
+        skips: another target image is drawn for one that cannot be read, instead of an error.
     """
 
     files: FileList
@@ -74,10 +77,11 @@ class ColourTransfer:
     transfer: Transfer
     seed: int
     variant: int = 0
+    skips: bool = False
 
-    def partner(self, name: str) -> str:
-        """The target image that the source image `name` is matched to."""
-        rng = np.random.default_rng([self.seed, self.variant, zlib.crc32(name.encode())])
+    def partner(self, name: str, attempt: int = 0) -> str:
+        """The target image that the source image `name` is matched to, if those of earlier attempts cannot be read."""
+        rng = np.random.default_rng([self.seed, self.variant, zlib.crc32(name.encode()), attempt])
         return self.target.images[int(rng.integers(len(self.target)))]
 
     def __call__(self, name: str) -> list[np.ndarray]:
@@ -86,9 +90,14 @@ class ColourTransfer:
         Raises:
             UserError: one of the two images cannot be read.
         """
-        source, target = (
-            np.asarray(read_image(path)) for path in (self.files.root / name, self.target.root / self.partner(name))
-        )
+        source = np.asarray(read_image(self.files.root / name))
+        for attempt in range(MOST_SKIPPED):
+            try:
+                target = np.asarray(read_image(self.target.root / self.partner(name, attempt)))
+                break
+            except UserError:
+                if not self.skips or attempt == MOST_SKIPPED - 1:
+                    raise
         return [self.transfer(source, target)]
 
 

@@ -105,6 +105,7 @@ def translate_images(
     *,
     load: Load,
     translator: Callable[[Sequence[Tensor]], np.ndarray],
+    source: Path,
     outputs: Mapping[str, str],
     root: Path,
     flags: ExportFlags,
@@ -116,6 +117,7 @@ def translate_images(
     Args:
         load: of an image's name, in a loader process: uint8 arrays (h_i,w_i,3), the last of the image's size.
         translator: of these for a batch of images of equal size, uint8 (B,h_i,w_i,3): uint8 (B,H,W,3).
+        source: folder of the images, for messages.
         outputs: path below `root` of every image wanted.
         flags: with the numbers of workers and encoders resolved.
         title: of the progress bar; '' draws none.
@@ -138,7 +140,7 @@ def translate_images(
             try:
                 translated = translator(levels)
             except UserError as error:
-                raise UserError(f"{names[0]}: {error}") from None
+                raise UserError(f"{source / names[0]}: {error}") from None
             for name, pixels in zip(names, translated, strict=True):
                 encode = partial(Image.fromarray(pixels).save, format="PNG", compress_level=flags.png_compression)
                 writing.append(pool.submit(atomic_write, root / outputs[name], encode))
@@ -182,13 +184,14 @@ def export(flags: ExportFlags, script: str) -> None:
 
 
 def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
-    devices = resolve_devices(flags.gpus)
+    # Training-free translators compute in the loaders.
+    devices = resolve_devices(flags.gpus or (() if flags.translator == "procst" else ("cpu",)))
     if rank.count == 1 and len(devices) > 1:
         # No restarts: only --skip_created_files finds the images that are already there.
         launch(script, devices, restarts=0, if_killed=CONTINUE)
         return
     rank = rank.at(devices)
-    if not flags.gpus and rank.is_main:
+    if not flags.gpus and rank.is_main and flags.translator == "procst":
         print(f"computing on {rank.device} (choose with --gpus)")
     stop = StopRequests(quiet=is_launched() or not rank.is_main)
     stop.at_once = rank.count == 1  # until images are translated
@@ -245,15 +248,16 @@ def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
     target = list_images(
         DATA_SETS[flags.target], flags.trg_data_dir, "--trg_data_dir", list_file=flags.trg_list, training=False
     )
-    check_samples(target, labels=False)
+    skips = flags.on_bad_image == "skip"
+    check_samples(target, labels=False, or_else=OR_SKIP, skip=skips)
     made_with = {
         "translator": flags.translator, "beta": flags.beta, "seed": flags.seed, "target": flags.target,
-        "target_folder": str(target.root.resolve()), "target_images": len(target),
+        "target_folder": str(target.root.resolve()), "target_images": target.fingerprint(),
     }  # fmt: skip
     sets, root = [], Path(flags.sit_output_path)
     for variant in range(1, (flags.variants or 1) + 1):
         transfer = ColourTransfer(
-            files=files, target=target, transfer=transfer_of(flags), seed=flags.seed, variant=variant
+            files=files, target=target, transfer=transfer_of(flags), seed=flags.seed, variant=variant, skips=skips
         )
         sets.append(
             SitSet(
@@ -326,6 +330,7 @@ def _export(
             skipped = translate_images(
                 load=sit_set.load,
                 translator=sit_set.translator,
+                source=files.root,
                 outputs={name: outputs[name] for name in names[rank.index :: rank.count]},
                 root=folder.root,
                 flags=flags,

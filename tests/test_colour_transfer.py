@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -146,6 +147,18 @@ def test_an_interrupted_set_is_continued(world, tmp_path, run_script):
     assert_same(pixels_of(tmp_path / "sit/v2"), whole[1])
     other = transfer_flags(world, tmp_path / "sit", variants=2, seed=1, skip_created_files=())
     check_refusal(run_script(create_sit_dataset, *other), "another seed")
+
+
+def test_another_target_is_drawn_for_one_that_cannot_be_read(world, tmp_path, run_script):
+    cityscapes = shutil.copytree(world / "cityscapes", tmp_path / "cityscapes")
+    bad = min((cityscapes / "leftImg8bit/train").rglob("*.png"))
+    bad.write_bytes(b"no image")
+    flags = transfer_flags(world, tmp_path / "sit", trg_data_dir=cityscapes)
+    check_refusal(run_script(create_sit_dataset, *flags), bad, "--on_bad_image skip")
+    result = run_script(create_sit_dataset, *flags, "--on_bad_image", "skip")
+    assert result.code == 0, result.err
+    assert len(pixels_of(tmp_path / "sit")) == 6
+    assert "cannot be read" not in result.out
 
 
 @pytest.mark.parametrize(

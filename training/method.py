@@ -138,7 +138,9 @@ class Method:
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the inputs, by a name for messages; a continued run must have the same."""
-        return {f"list of {name} images": domain.files.fingerprint() for name, domain in self.domains.items()}
+        lists = {f"list of {name} images": domain.files.fingerprint() for name, domain in self.domains.items()}
+        folders = {f"number of folders of {name} images": str(len(d.lists)) for name, d in self.domains.items()}
+        return {**lists, **folders}
 
     def images(self) -> Mapping[str, Tensor]:
         """Images of the last step for TensorBoard, (B,3,h,w) in [-1,1], shown side by side in this order."""

@@ -33,7 +33,7 @@ class HeldOutConfig:
     source_images: tuple[str, ...] = path_option(
         (), "folders with the images to train on under the names of --src_data_dir, such as SiT sets, of which one is "
         "drawn for each sample (default: --src_data_dir's own); the first is validated on", metavar="DIR", type=str,
-        nargs="+",
+        nargs="+", may_change=True,
     )  # fmt: skip
     val_list: str = path_option("", "text file with the images to validate on", metavar="FILE")
     val_count: int = option(
