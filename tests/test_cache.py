@@ -86,7 +86,7 @@ def change_image(world):
 def batches(files, resample, cache, workers=0):
     domain = Domain(
         files=files, name="source", seed=1, resize=SIZE, crop=(48, 36), labels=True, flip=True, resample=resample,
-        num_workers=workers, cache=cache,
+        num_workers=workers, caches=(cache,) if cache else (),
     )  # fmt: skip
     pyramid = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample=resample)
     return list(domain.stream(

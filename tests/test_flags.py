@@ -169,7 +169,7 @@ def test_what_may_change(config):
     }  # fmt: skip
     own = {
         ProCSTConfig: {"trg_data_dir", "vgg_weights", "semseg_weights", "bf16_discriminators"},
-        SourceTrainingConfig: {"src_label_dir", "output"},
+        SourceTrainingConfig: {"src_label_dir", "source_images", "output"},
     }
     assert {name for name, field in options.items() if field.metadata["may_change"]} == shared | own[config]
 

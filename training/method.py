@@ -139,7 +139,8 @@ class Method:
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the inputs, by a name for messages; a continued run must have the same."""
         lists = {f"list of {name} images": domain.files.fingerprint() for name, domain in self.domains.items()}
-        folders = {f"number of folders of {name} images": str(len(d.lists)) for name, d in self.domains.items()}
+        drawn = {name: domain.image_roots for name, domain in self.domains.items() if domain.image_roots}
+        folders = {f"number of folders of {name} images": str(len(roots)) for name, roots in drawn.items()}
         return {**lists, **folders}
 
     def images(self) -> Mapping[str, Tensor]:
