@@ -145,7 +145,7 @@ def make_histogram(run: Commands, out: Path) -> None:
     )  # fmt: skip
 
 
-def images_of(root: Path, name: str, split: str = "train") -> list[Any]:
+def images_of(root: Path, name: str) -> list[Any]:
     """Evenly spaced images of a set, uint8 (H,W,3)."""
     # Imported after the flags are read: a mistyped flag is answered at once.
     import numpy as np
@@ -155,7 +155,7 @@ def images_of(root: Path, name: str, split: str = "train") -> list[Any]:
     from data_handlers.lists import list_images
     from utils.sizes import evenly_spaced
 
-    files = list_images(DATA_SETS[name], root, "--out", split=split)
+    files = list_images(DATA_SETS[name], root, "--out")
     return [np.asarray(read_image(root / image)) for image in evenly_spaced(files.images, COLUMNS)]
 
 

@@ -101,6 +101,7 @@ class ExportFlags:
         else:
             idle, needed = ("trained_procst_path", "scale_factor", "max_pixels"), "procst"
             check(self.precision == "fp32", f"--precision {self.precision} acts only with --translator procst")
+            check(self.batch_size == 1, f"--batch_size {self.batch_size} acts only with --translator procst")
         for name in idle:
             given = getattr(self, name)
             check(given in (None, ""), f"--{name} {given} acts only with --translator {needed}")

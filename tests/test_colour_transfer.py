@@ -166,6 +166,7 @@ def test_another_target_is_drawn_for_one_that_cannot_be_read(world, tmp_path, ru
     [
         ({"trained_procst_path": "x"}, ("--trained_procst_path x acts only with --translator procst",)),
         ({"scale_factor": 0.5}, ("--scale_factor", "--translator procst")),
+        ({"batch_size": 2}, ("--batch_size 2", "--translator procst")),
         ({"precision": "bf16"}, ("--precision bf16", "--translator procst")),
         ({"beta": 0.1}, ("--beta 0.1 acts only with --translator fda",)),
         ({"translator": "fda", "beta": 0.6}, ("--beta is 0.6",)),
@@ -233,6 +234,7 @@ def test_training_on_variants(world, tmp_path, run_script):
     }
     assert same == {"both": False, "first": True, "as_set": True}
 
+    check_refusal(train("empty", ("",)), "--source_images names an empty path")
     (folders[1] / "images/00001.png").unlink()
     check_refusal(train("missing", folders), "--source_images", "1 of 4 images are missing", "00001.png")
     assert not (tmp_path / "missing").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import time
 
@@ -11,10 +10,10 @@ import pytest
 import train_procst
 from commands import procst_flags
 from core.procst import ProCST
+from processes import in_use
 from refusals import check_refusal
 from training.launching import FOLDER, remember, remembered
 from training.run_folder import log_name, new_run_folder
-from utils.locks import locked
 
 
 @pytest.fixture
@@ -36,22 +35,8 @@ def test_a_folder_with_other_files_is_no_run(flags, tmp_path, run_script):
 def test_a_run_in_use_is_left_alone(flags, tmp_path, run_script):
     folder = tmp_path / "run"
     folder.mkdir()
-    context = multiprocessing.get_context("fork")
-    ready, done = context.Event(), context.Event()
-
-    def hold():
-        with locked(folder, "--run_dir"):
-            ready.set()
-            done.wait(60)
-
-    other = context.Process(target=hold)
-    other.start()
-    try:
-        assert ready.wait(30)
+    with in_use(folder):
         result = run_script(train_procst, *flags)
-    finally:
-        done.set()
-        other.join()
     check_refusal(result, "another process")
     assert [path.name for path in folder.iterdir()] == [".lock"]
 

@@ -158,6 +158,7 @@ def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:
         check(bool(value) or not field.metadata["required"], f"{flag_of(name)} is required (see --help)")
         keywords = field.metadata["keywords"]
         if keywords is not None and isinstance(value, tuple):
+            check(all(value), f"{flag_of(name)} names an empty path")
             value = tuple(os.path.abspath(os.path.expanduser(path)) for path in value)
         elif keywords is not None and value and value not in keywords:
             value = os.path.abspath(os.path.expanduser(value))
