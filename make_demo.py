@@ -38,13 +38,14 @@ ARMS = {"source": "source only", "histogram": "histogram matching", "sit": "SiT 
 MADE = ("toy_gta", "toy_cs", "TrainedModels", "runs", "sit", "histogram", "semseg", "logs")
 RESULTS = ("results.md", "results.json", "results.png", "before_after.png")
 MARKER = ".made_by_make_demo"
-# Small and quick: a quarter of the published width, a shallow perceptual net with random weights (nothing is
-# downloaded), a larger learning rate.
-TRAINING = """
+# Small and quick: a quarter of the published width, a larger learning rate, and the toy world's own perceptual net
+# (benchmarks/train_toy_features.py), so that nothing is downloaded.
+FEATURES = Path(__file__).resolve().parent / "data_handlers" / "toy" / "features.pth"
+TRAINING = f"""
     --no_semseg --src_resize 108 54 --trg_resize 96 48 --crop_size 96 48 --base_channels_list 16
-    --batch_size_list 16 8 4 --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 300 300 400 --vgg_weights random
-    --content_layers 3 6 --style_layers 3 6 --lambda_cyclic 2 --content_weight 0.1 --num_workers 0 --print_rate 25
-    --precision fp32
+    --batch_size_list 16 8 4 --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 300 300 400
+    --vgg_weights {shlex.quote(str(FEATURES))} --content_layers 8 15 --style_layers 3 8 --lambda_cyclic 2
+    --content_weight 0.1 --num_workers 0 --print_rate 25 --precision fp32
 """
 # The segmentation net that is trained on each set, from the same seeds. Its last state counts, so that no label of the
 # target chooses anything.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shlex
 
 import pytest
+import torch
 
 import make_demo
 from core.config import ProCSTConfig
+from data_handlers.toy.files import draw_frame
+from models.vgg import build_vgg
 from training.flags import build_parser, parse
 from uda.config import SourceTrainingConfig
 from utils.errors import UserError
@@ -26,6 +29,22 @@ def test_flags_of_the_demo():
     run = configuration(ProCSTConfig, *shlex.split(make_demo.TRAINING))
     size = tuple(map(int, make_demo.SIZE))
     assert net.source.crop_size == run.source.crop_size == run.target.trg_resize == size
+
+
+def test_the_perceptual_net_of_the_demo():
+    """It is small, reaches the layers that the demo uses, and tells more from a frame's things than from its tint."""
+    run = configuration(ProCSTConfig, *shlex.split(make_demo.TRAINING))
+    assert make_demo.FEATURES.stat().st_size < 2_000_000
+    layers = (*run.loss.content_layers, *run.loss.style_layers)
+    net = build_vgg(run.loss.vgg_weights, layers)
+    frames = [torch.from_numpy(draw_frame("gta5", 7, "train", k, (96, 48))[0]) for k in range(8)]
+    images = torch.stack(frames).permute(0, 3, 1, 2) / 127.5 - 1
+    features, tinted = net(images), net((0.7 * images + 0.2).clamp(-1, 1))
+    for layer in run.loss.content_layers:
+        assert 0.5 < features[layer].square().mean() < 2
+        changed = (features[layer] - tinted[layer]).square().mean()
+        others = (features[layer] - features[layer].roll(1, 0)).square().mean()
+        assert changed < 0.25 * others
 
 
 def test_the_gap_that_an_arm_closes():
