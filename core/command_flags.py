@@ -1,7 +1,5 @@
 """The flags of the commands that export SiT images and measure distances. Nothing here imports PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Configuration of a ProCST run; the module imports no PyTorch."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -314,7 +312,7 @@ class ProCSTConfig(Config):
             "semseg_weights": "" if flags["no_semseg"] else weights,
         }
 
-    def continued(self, given: Mapping[str, Any]) -> ProCSTConfig:
+    def continued(self, given: Mapping[str, Any]) -> "ProCSTConfig":
         """See `Config.continued`; `--norm auto` means the stored norms."""
         if self.labels.no_semseg:
             refuse_label_flags(given)

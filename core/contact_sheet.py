@@ -1,7 +1,5 @@
 """The contact sheet of a finished scale: a picture with rows of source, SiT and target images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

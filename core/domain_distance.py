@@ -5,8 +5,6 @@ and a few dozen images suffice. It is not the FID of the literature, which pools
 Values compare only for the same layer, weights and size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

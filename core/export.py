@@ -1,7 +1,5 @@
 """The export of SiT images: translates a list of images and writes PNGs; decoding, translating and encoding overlap."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The authors' `Gst.pth`: a pickled list of their generators, read without executing what it names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from core.config import NetworkShape

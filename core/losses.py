@@ -1,7 +1,5 @@
 """The loss terms of ProCST as pure functions of tensors (docs/method.md, section 3). All return scalars."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Generator and discriminator of one scale (docs/method.md, section 2), with the parameter names of published files."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager

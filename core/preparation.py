@@ -1,7 +1,5 @@
 """Checks of the input of a ProCST run, before anything is written, and the networks that it does not train."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """ProCST as a `Method`: a pyramid of cyclic generators, one stage for each scale (docs/method.md, section 3)."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial

@@ -3,8 +3,6 @@
 The choices follow the measurements in benchmarks/RESULTS.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

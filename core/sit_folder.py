@@ -1,7 +1,5 @@
 """The folder of an exported SiT data set: which files it holds, and checks that no other files are overwritten."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ generated image is computed on a detached leaf of it; the gradients of all terms
 backward pass then takes through the generator. Nothing in here reads a value of the device back to the host.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -112,7 +110,7 @@ class _Direction:
     label_weight: Tensor | float = 1.0
     seg_source: nn.Module | None = None
 
-    def part(self, samples: slice) -> _Direction:
+    def part(self, samples: slice) -> "_Direction":
         """The direction with the samples of a micro-batch."""
         image, coarser = self.image[samples], None if self.coarser is None else self.coarser[samples]
         weight = self.weight * len(image) / len(self.image)

@@ -1,7 +1,5 @@
 """The trained generators a user names: a run folder, a checkpoint of this toolkit, or the authors' `Gst.pth`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -9,8 +9,6 @@ On a CPU convolutions are fastest with images channels last. PyTorch's group nor
 shows from half a megapixel on, so whole images in float32 use the sums of the tiled path, too.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

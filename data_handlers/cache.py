@@ -7,8 +7,6 @@ Where one of these changes, another cache is built beside the first. A cache is 
 when it is complete and on the disk, and never changed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

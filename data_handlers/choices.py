@@ -1,7 +1,5 @@
 """Values that flags about data can take. This module imports nothing heavy; the command lines read it first."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 # How a label file's values are read: label ids of the data set, or trainIds (0..C-1, and 255 for ignored pixels).

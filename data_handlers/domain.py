@@ -5,8 +5,6 @@ the epoch's number, and the crop from a generator seeded by the sample's positio
 number of worker processes does not change the batches, and a resumed run continues by starting at its step.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -104,7 +102,7 @@ class Domain:
         """The images and labels at their training size, from each folder of images."""
         return tuple(ResizedFiles(files, self.resize, self.resample) for files in self.lists)
 
-    def with_cache(self) -> Domain:
+    def with_cache(self) -> "Domain":
         """The domain with its cache opened, which is built first where it is missing; itself without `cache_dir`.
 
         Raises:

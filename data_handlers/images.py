@@ -3,8 +3,6 @@
 A file that cannot be used raises a `UserError` of one line, which names the file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

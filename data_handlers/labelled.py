@@ -1,7 +1,5 @@
 """Images with their labels, one at a time at native size, as evaluation reads them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

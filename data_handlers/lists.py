@@ -1,7 +1,5 @@
 """Lists of a data set's files, from its declaration and root folder or from a text file."""
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import os
@@ -33,7 +31,7 @@ class FileList:
     def __len__(self) -> int:
         return len(self.images)
 
-    def with_images_of(self, root: Path) -> FileList:
+    def with_images_of(self, root: Path) -> "FileList":
         """The same names with the images of another folder, such as a SiT set; the labels stay."""
         return replace(self, root=root, label_root=self.label_root or self.root)
 

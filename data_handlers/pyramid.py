@@ -4,8 +4,6 @@ Images of files are resized with an antialiased bicubic filter. Generated images
 antialiasing, see `core.cascade`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 

@@ -1,7 +1,5 @@
 """The losses that every training of a segmentation net shares, as pure functions of tensors."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

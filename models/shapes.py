@@ -1,7 +1,5 @@
 """Which segmentation nets there are, and the layers of VGG16; plain values, importable without PyTorch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from utils.errors import UserError

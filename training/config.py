@@ -1,7 +1,5 @@
 """The groups of flags that trainings share. Nothing here imports PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 `training.launching` starts and connects them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,7 +94,7 @@ class Rank:
                     "the same command, files and versions"
                 )
 
-    def at(self, devices: Sequence[torch.device]) -> Rank:
+    def at(self, devices: Sequence[torch.device]) -> "Rank":
         """This process with its device, one of those that `--gpus` names for this machine.
 
         Raises:
@@ -134,7 +132,7 @@ class LocalBatch:
     all_reduce: Callable[[Sequence[Tensor]], None] | None = None
 
     @staticmethod
-    def of(rank: Rank, batch_size: int) -> LocalBatch:
+    def of(rank: Rank, batch_size: int) -> "LocalBatch":
         """The local part of a batch of `batch_size` samples over all processes."""
         return WHOLE if rank.count == 1 else LocalBatch(len(rank.part(batch_size)) / batch_size, rank.all_reduce)
 

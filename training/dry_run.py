@@ -1,7 +1,5 @@
 """`--dry_run`: check every file, train some steps of every stage in memory, and print what the run takes."""
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil

@@ -1,7 +1,5 @@
 """Scoring a trained segmentation net on a labelled data set: the command `evaluate.py`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath

@@ -5,8 +5,6 @@ it may change when a run is continued. A configuration is a frozen dataclass who
 here imports PyTorch, so that a mistyped flag is answered at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os
@@ -193,8 +191,7 @@ class Config:
 
     @classmethod
     def _sections(cls) -> dict[str, type]:
-        sections = {section.__name__: section for group in cls.groups.values() for section in group}
-        return {f.name: sections[str(f.type)] for f in dataclasses.fields(cls)}
+        return {field.name: field.type for field in dataclasses.fields(cls)}
 
     def flags(self) -> dict[str, Any]:
         """The values of all fields by name."""

@@ -1,7 +1,5 @@
 """The training loop of every method: stages, steps, checkpoints, validation, resume, stop requests."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path

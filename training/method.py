@@ -3,8 +3,6 @@
 A new method is one class that derives from `Method`; `uda/source.py` is the shortest example.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The reports of a run: a progress bar, TensorBoard, and `metrics.jsonl` with one line for each log entry."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """A run from its flags to its end: configuration, devices, folder, loop. The same for every method."""
 
-from __future__ import annotations
-
 import re
 import secrets
 import sys

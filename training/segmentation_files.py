@@ -1,7 +1,5 @@
 """The segmentation net in a file: a checkpoint of this toolkit, or the authors' pickled net."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

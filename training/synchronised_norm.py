@@ -4,8 +4,6 @@ PyTorch's `SyncBatchNorm` needs CUDA and cannot be differentiated twice, as the 
 consists of plain tensor operations and one all_reduce, whose gradient is the all_reduce of the gradients.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

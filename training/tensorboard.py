@@ -1,7 +1,5 @@
 """TensorBoard logging that a full or missing disk ends without ending the run."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 from typing import Any

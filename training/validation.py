@@ -1,7 +1,5 @@
 """Validation of a segmentation net on whole images: predictions, scores, and their reports."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

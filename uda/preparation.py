@@ -1,7 +1,5 @@
 """Checking the input of a training of a segmentation net, before anything is written."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

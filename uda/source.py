@@ -3,8 +3,6 @@
 Random crops and mirroring, SGD with a poly schedule, validation on held-out source images, the best net kept.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

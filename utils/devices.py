@@ -1,7 +1,5 @@
 """Devices: those of `--gpus`, the CPU's features, loader processes for each, memory, and transfer."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

@@ -1,7 +1,5 @@
 """Floating point types of tensors."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

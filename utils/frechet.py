@@ -1,7 +1,5 @@
 """Frechet distance between two sets of feature vectors, each taken as a Gaussian."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy import linalg
 
