@@ -19,7 +19,7 @@ from models.vgg import build_vgg
 from training.config import default_semseg_weights
 from training.distributed import Rank
 from training.precision import recomputes_blocks
-from training.run import Continued, Prepared
+from training.run_folder import Continued
 from training.segmentation_files import load_segmentation_net, net_to_train
 from training.validation import Validator, scored_classes
 from utils.devices import workers_for
@@ -29,7 +29,7 @@ from utils.sizes import evenly_spaced
 LABEL_FREE_IMAGES = 100  # target images of the label-free score where there is no val split
 
 
-def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Prepared:
+def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> ProCST:
     """Check the input, load the perceptual net and P, and build Q.
 
     Raises:
@@ -64,7 +64,8 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
         seg_sit=seg_sit,
         seg_sit_is_fresh=fresh,
     )
-    return Prepared(method=method, validator=validator, validation_line=line)
+    method.validator, method.validation_line = validator, line
+    return method
 
 
 def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:

@@ -48,6 +48,7 @@ class ProCST(Method):
     """
 
     name: ClassVar[str] = "procst"
+    config_class: ClassVar[type[ProCSTConfig]] = ProCSTConfig
     batch_flag: ClassVar[str] = "--batch_size_list"
     config: ProCSTConfig
 
@@ -78,10 +79,9 @@ class ProCST(Method):
         if seg_sit is not None and seg_sit_is_fresh:
             self._inputs["start of the other segmentation net (--backbone_weights)"] = weights_fingerprint(seg_sit)
 
-    @staticmethod
-    def task(config: ProCSTConfig) -> str:
+    def task(self) -> str:
         """End of the name of a new run folder."""
-        return f"{config.source.source}_to_{config.target.target}"
+        return f"{self.config.source.source}_to_{self.config.target.target}"
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of lists of images and of the nets that are not trained."""

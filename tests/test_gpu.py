@@ -45,7 +45,7 @@ def losses_of(world, case, device, precision):
     if precision != "fp32" and not computes_in_bf16(device):
         pytest.skip("needs a GPU from Ampere on")
     set_convolution_precision(precision)
-    method = CASES[case].prepared(world, Rank(device=device), precision=precision).method
+    method = CASES[case].prepared(world, Rank(device=device), precision=precision)
     losses = []
     for stage in range(len(method.stages())):
         for step, batch in steps_of(method, stage, 3):

@@ -11,7 +11,7 @@ from training.checkpoint import BEST, LATEST, PREVIOUS, Checkpoint
 from training.config import RunConfig
 from training.method import Method, Stage
 from training.progress import Diverged, Progress
-from training.validation import VALIDATIONS, Validator, report
+from training.validation import VALIDATIONS, report
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.locks import say
@@ -26,22 +26,19 @@ class Loop:
     """Trains a method through its stages and keeps the run folder.
 
     Args:
-        run: seed and rates of the run's configuration.
         folder: existing folder for checkpoints.
-        validator: validates `method.eval_net()`; None for no validation.
         info: plain values for the checkpoints; see `Checkpoint.info`.
         stop: called after every step; whether to save and stop.
     """
 
     def __init__(
-        self, *, method: Method, run: RunConfig, folder: Path, validator: Validator | None = None,
-        info: Mapping[str, Any] | None = None, stop: Callable[[], bool] = lambda: False,
+        self, *, method: Method, folder: Path, info: Mapping[str, Any] | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.method = method
         self.rank = method.rank
-        self.run_config = run
+        self.run_config: RunConfig = method.config.run
         self.folder = folder
-        self.validator = validator
         self.info = dict(info or {})
         self.stop = stop
         self.stages = list(method.stages())
@@ -259,13 +256,13 @@ class Loop:
     # --- validation --------------------------------------------------------------------------------------------------
 
     def _is_validation_step(self, stage: Stage) -> bool:
-        if self.validator is None or not stage.validate_every or self.method.eval_net() is None:
+        if self.method.validator is None or not stage.validate_every or self.method.eval_net() is None:
             return False
         return self.step > 0 and (self.step % stage.validate_every == 0 or self.step == stage.steps)
 
     def _validate(self, progress: Progress) -> None:
         """Validate the method's net; save this state as the best one if it is the best so far."""
-        validator = self.validator
+        validator = self.method.validator
         alone = self.rank.count == 1  # several processes have to finish it together
         with progress.untimed():
             # The state was saved before; an interrupted validation is repeated.

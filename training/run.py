@@ -13,45 +13,23 @@ from training.checkpoint import BEST
 from training.config import StartFlags
 from training.distributed import Rank
 from training.dry_run import dry_run
-from training.flags import Config, section_from
+from training.flags import section_from
 from training.launching import in_processes, is_launched, is_restarted, launch, remember, remembered
 from training.loop import Loop
 from training.method import Method
 from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
 from training.progress import Progress
 from training.run_folder import Continued, environment, lock_run_folder, log_name, run_to_continue, write_record
-from training.validation import Validator
 from utils.devices import keep_freed_memory, resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder
 from utils.stopping import LoaderDied, StopRequests, is_loader_death
 
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A method whose input has been checked; nothing is written yet.
-
-    Attributes:
-        validator: validates its segmentation net; None for no validation.
-        validation_line: says what validates it, or why nothing does.
-    """
-
-    method: Method
-    validator: Validator | None = None
-    validation_line: str = ""
-
-    def print_description(self) -> None:
-        """Print what is trained and validated on which data."""
-        print("\n".join(filter(None, [*self.method.describe(), self.validation_line])))
-
-
 # Checks everything that can be wrong with the input of a run (`UserError`) and makes its method.
-Prepare = Callable[[Any, Rank, Continued | None], Prepared]
+Prepare = Callable[[Any, Rank, Continued | None], Method]
 
 
-def train(
-    *, script: str, config_class: type[Config], method: type[Method], prepare: Prepare, given: Mapping[str, Any]
-) -> None:
+def train(*, script: str, method: type[Method], prepare: Prepare, given: Mapping[str, Any]) -> None:
     """Start a run or continue one, in this process or in those that it launches.
 
     Args:
@@ -65,7 +43,7 @@ def train(
 
     def run(rank: Rank) -> None:
         with ExitStack() as stack:
-            _Run(Path(script), config_class, method, prepare, given, rank, stack).start()
+            _Run(Path(script), method, prepare, given, rank, stack).start()
 
     in_processes(run, "continue from the last checkpoint")
 
@@ -73,7 +51,6 @@ def train(
 @dataclass
 class _Run:
     script: Path
-    config_class: type[Config]
     method_class: type[Method]
     prepare: Prepare
     given: Mapping[str, Any]
@@ -82,7 +59,7 @@ class _Run:
 
     def start(self) -> None:
         """See `train`."""
-        self.config_class.check_given(self.given)
+        self.method_class.config_class.check_given(self.given)
         flags = section_from(StartFlags, self.given)
         run_dir = flags.run_dir or ("" if flags.continue_train_from_path else remembered())
         if is_restarted() and not (is_launched() or run_dir or flags.continue_train_from_path):
@@ -107,21 +84,21 @@ class _Run:
             precision = agreed_precision(config.run.precision, self.rank)
             set_convolution_precision(precision)
             config = replace(config, run=replace(config.run, precision=precision))
-            prepared = self.prepare(config, self.rank, continued)
+            method = self.prepare(config, self.rank, continued)
             for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
                 check_folder(Path(getattr(config.run, name)), f"--{name}")
-        self._require_one_run(prepared)
+        self._require_one_run(method)
         if flags.dry_run:
             folder = continued.origin.parent if continued else Path(run_dir or config.run.checkpoints_dir)
-            self._dry_run(prepared, folder, continued is not None)
+            self._dry_run(method, folder, continued is not None)
         else:
-            self._train(prepared, continued, run_dir, flags.resume_to_epoch, stop)
+            self._train(method, continued, run_dir, flags.resume_to_epoch, stop)
 
     def _config(self, continued: Continued | None) -> Any:
         if continued is None:
             processes = {"num_processes": self.rank.count} if self.rank.count > 1 else {}
-            return self.config_class.from_flags({**self.given, **processes})
-        stored = self.config_class.from_json(continued.checkpoint.config, continued.origin)
+            return self.method_class.config_class.from_flags({**self.given, **processes})
+        stored = self.method_class.config_class.from_json(continued.checkpoint.config, continued.origin)
         starting = StartFlags.__dataclass_fields__
         return stored.continued({name: value for name, value in self.given.items() if name not in starting})
 
@@ -136,31 +113,29 @@ class _Run:
                 raise
             raise UserError(f"{flag[0]} of the run's configuration{str(error)[flag.end() :]}") from None
 
-    def _require_one_run(self, prepared: Prepared) -> None:
+    def _require_one_run(self, method: Method) -> None:
         """Check that all processes have the same configuration and see the same files."""
-        config = prepared.method.config
+        config = method.config
         values = {f"configuration (--{n})": v for n, v in config.flags().items() if not config.may_change(n)}
-        self.rank.require_equal({**values, **prepared.method.inputs()})
-        smallest = min(stage.batch_size for stage in prepared.method.stages())
+        self.rank.require_equal({**values, **method.inputs()})
+        smallest = min(stage.batch_size for stage in method.stages())
         if smallest < self.rank.count:
             raise UserError(
-                f"{prepared.method.batch_flag}: a batch of {smallest} cannot be shared by {self.rank.count} processes, "
+                f"{method.batch_flag}: a batch of {smallest} cannot be shared by {self.rank.count} processes, "
                 "the batch sizes are totals; raise it, or name fewer GPUs"
             )
 
-    def _dry_run(self, prepared: Prepared, folder: Path, continued: bool) -> None:
-        method = prepared.method
-        loop = Loop(method=method, run=method.config.run, folder=folder, validator=prepared.validator)
+    def _dry_run(self, method: Method, folder: Path, continued: bool) -> None:
+        loop = Loop(method=method, folder=folder)
         if self.rank.is_main:
-            prepared.print_description()
+            _print_description(method)
         with out_of_memory_means(lambda: _less_memory(loop)):
-            dry_run(loop, continued=continued, with_best=prepared.validator is not None)
+            dry_run(loop, continued=continued)
 
     def _train(
-        self, prepared: Prepared, continued: Continued | None, run_dir: str, resume_to_epoch: int, stop: StopRequests
+        self, method: Method, continued: Continued | None, run_dir: str, resume_to_epoch: int, stop: StopRequests
     ) -> None:
-        rank, method = self.rank, prepared.method
-        config, folder, task = method.config, None, method.task(method.config)
+        rank, config, folder = self.rank, method.config, None
         # The main process builds the caches, the others open them.
         if not rank.is_main:
             rank.barrier()
@@ -169,12 +144,12 @@ class _Run:
             rank.barrier()
             # All input has been checked; only now is a run folder made.
             parent = Path(config.run.checkpoints_dir)
-            folder = lock_run_folder(continued, run_dir=run_dir, parent=parent, task=task, stack=self.stack)
+            folder = lock_run_folder(continued, run_dir=run_dir, parent=parent, task=method.task(), stack=self.stack)
             remember(str(folder))
         folder = rank.broadcast(folder)
         run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
         info = {"run": str(folder), "run_id": run_id}
-        loop = Loop(method=method, run=config.run, folder=folder, validator=prepared.validator, info=info, stop=stop)
+        loop = Loop(method=method, folder=folder, info=info, stop=stop)
         if continued:
             loop.restore(continued.checkpoint, continued.origin)
             if resume_to_epoch and not is_restarted():
@@ -183,7 +158,7 @@ class _Run:
             content = {"method": method.name, "config": config.to_json(), "inputs": method.inputs()}
             where = {"stage": loop.stage, "step": loop.step}
             write_record(folder, content, {**where, **environment(rank.device, rank.count)})
-            prepared.print_description()
+            _print_description(method)
             print(f"run folder: {folder}")
             if continued:
                 print(f"continuing after step {loop.step} of {loop.stages[loop.stage].name}", flush=True)
@@ -208,7 +183,7 @@ class _Run:
                 print(f"{len(loop.skipped)} images or labels could not be used and were skipped:")
                 print("\n".join(f"  {reason}" for reason in loop.skipped))
             if best := loop.best():
-                print(f"best state by {prepared.validator.select_by}: {folder / BEST}, of step {best['step']}")
+                print(f"best state by {method.validator.select_by}: {folder / BEST}, of step {best['step']}")
             print(f"finished; {method.conclusion(folder)}")
 
 
@@ -216,6 +191,11 @@ def agreed_precision(wanted: str, rank: Rank) -> Precision:
     """The precision of all processes. Raises `UserError` if they were given different ones or a device lacks it."""
     rank.require_equal({"--precision": wanted})
     return resolve_precision(rank.broadcast(resolve_precision(wanted, rank.device)), rank.device)
+
+
+def _print_description(method: Method) -> None:
+    """Print what is trained and validated on which data."""
+    print("\n".join(filter(None, [*method.describe(), method.validation_line])))
 
 
 def _less_memory(loop: Loop) -> str:
