@@ -8,13 +8,11 @@ Values compare only for the same layer, weights and size.
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from core.command_flags import DistanceFlags
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import PROCST_INPUT, read_image
+from data_handlers.images import PROCST_INPUT, read_resized
 from data_handlers.lists import list_images
 from models.vgg import VGGFeatures, build_vgg
 from training.precision import set_convolution_precision
@@ -42,10 +40,7 @@ def feature_gaussian(
     """
     fit = GaussianFit()
     for path in paths:
-        image = read_image(path)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).to(device)
+        pixels = torch.from_numpy(read_resized(path, size, "exact")).to(device)
         features = vgg(PROCST_INPUT(pixels)[None])[layer][0].flatten(1)
         # A regular subset: neighbouring positions have similar features.
         stride = max(1, features.shape[1] // POSITIONS_PER_IMAGE)

@@ -24,10 +24,9 @@ from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import Translator
 from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import read_image
+from data_handlers.images import image_pyramid, read_pixels
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images
-from data_handlers.pyramid import image_pyramid
 from training.distributed import Rank
 from training.launching import in_processes, is_launched, launch
 from training.precision import resolve_precision, set_convolution_precision
@@ -53,11 +52,9 @@ class SourcePyramids:
     scale_factor: float
 
     def __call__(self, name: str) -> list[np.ndarray]:
-        levels = image_pyramid(
-            read_image(self.files.root / name), self.num_scales, self.scale_factor, self.num_scales
-        )
         # Arrays, not tensors: a tensor from a worker process holds a file open until it is used.
-        return [np.array(level) for level in levels]
+        pixels = read_pixels(self.files.root / name)
+        return image_pyramid(pixels, self.num_scales, self.scale_factor, self.num_scales)
 
 
 def equal_size_batches(

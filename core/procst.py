@@ -17,8 +17,7 @@ from core.networks import Discriminator, Generator, freeze, init_weights
 from core.running import micro_batch_size, procst_runner
 from core.step import Batch, ScaleNetworks, SegmentationNets, TrainingStep
 from data_handlers.domain import Domain, PairBatch
-from data_handlers.images import PROCST_INPUT
-from data_handlers.pyramid import array_pyramid
+from data_handlers.images import PROCST_INPUT, image_pyramid
 from models.segmentation import segmentation_optimizer
 from training.distributed import LocalBatch, Rank
 from training.method import Method, Stage
@@ -154,7 +153,7 @@ class ProCST(Method):
         config = self.config
         batch_size = config.schedule.batch_size_list[stage]
         pyramid = partial(
-            array_pyramid,
+            image_pyramid,
             num_scales=config.network.num_scales,
             scale_factor=config.network.scale_factor,
             up_to=stage,

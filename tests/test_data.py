@@ -15,14 +15,13 @@ from PIL import Image
 from data_handlers.classes import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16
 from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.domain import Domain, Samples
-from data_handlers.images import PROCST_INPUT, NetworkInput, read_label
+from data_handlers.images import PROCST_INPUT, NetworkInput, image_pyramid, read_label
 from data_handlers.label_maps import to_train_ids
 from data_handlers.lists import label_path, list_images, require_labels
-from data_handlers.pyramid import array_pyramid
 from utils.errors import UserError
 from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_png16, write_synthia
 
-WHOLE = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample="exact")
+WHOLE = partial(image_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample="exact")
 
 
 def domain_of(files, **changes):

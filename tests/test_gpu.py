@@ -14,7 +14,7 @@ import train_semseg_on_source
 from commands import assert_same_tensors, procst_flags, source_flags
 from core.networks import Generator, freeze
 from core.translate import Translator
-from data_handlers.pyramid import image_pyramid
+from data_handlers.images import image_pyramid
 from methods import CASES, steps_of, write_world
 from steps import build
 from training.checkpoint import LATEST
@@ -82,7 +82,8 @@ def test_rounded_convolutions(methods_world, case, precision):
 
 def test_translation_without_memory_for_the_whole_image():
     generators = [freeze(build(Generator, scale, 1, 64, "group", scale)).to(GPU) for scale in range(2)]
-    levels = [torch.from_numpy(level)[None] for level in image_pyramid(noise_image((2048, 1024), 1), 1, 0.5, 1)]
+    pixels = np.asarray(noise_image((2048, 1024), 1))
+    levels = [torch.from_numpy(level)[None] for level in image_pyramid(pixels, 1, 0.5, 1)]
     everything = 10**12  # pixels
     whole = Translator(generators, 0.5, GPU, everything)(levels)
     torch.cuda.empty_cache()
