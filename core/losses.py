@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import LossConfig
-from utils.dtypes import at_least_float32
+from models.losses import at_least_float32
 
 # Feature maps (B,C,h,w) by position in VGG16's `features`, holding at least the layers asked for.
 Features = Mapping[int, Tensor]

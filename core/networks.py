@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.config import NetworkShape, Norm
 from core.double_backward import block_with_double_backward, convolution_with_double_backward, has_double_backward
-from utils.dtypes import at_least_float32
+from models.losses import at_least_float32
 
 LEAKY_SLOPE = 0.2
 

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from core.config import ProCSTConfig
+from core.config import Norm, ProCSTConfig
 from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
-from core.running import micro_batch_size, procst_runner
 from core.step import Batch, ScaleNetworks, SegmentationNets, TrainingStep
 from data_handlers.domain import Domain, PairBatch
 from data_handlers.images import PROCST_INPUT, image_pyramid
 from models.segmentation import segmentation_optimizer
 from training.distributed import LocalBatch, Rank
 from training.method import Method, Stage
-from training.precision import channels_last
+from training.precision import Precision, Runner, channels_last
 from training.synchronised_norm import synchronise_batch_norms
 from utils.devices import to_device
 from utils.seeds import SCALE_WEIGHTS, seed_for
@@ -29,6 +28,14 @@ from utils.tensor_files import weights_fingerprint
 
 NETWORKS = ("Dst", "Gst", "Dts", "Gts")
 SEG_SIT = "seg_sit"
+
+# How networks are called follows the measurements in benchmarks/RESULTS.md.
+# Pixels of a micro-batch. One image of the published size keeps a GPU busy; a CPU gains nothing from more pixels.
+MICRO_BATCH_PIXELS = {"cuda": 2**19, "cpu": 2**15}
+
+# On a CPU images are laid out channels last up to this many pixels an image and from this many channels a group on.
+CHANNELS_LAST_PIXELS = 2**15
+CHANNELS_LAST_GROUP = 8
 
 
 def penalty_alphas(seed: int, scale: int, step: int) -> Tensor:
@@ -260,3 +267,36 @@ class ProCST(Method):
         """The command that exports the translated images."""
         words = ["--trained_procst_path", str(folder), "--sit_output_path", "OUT"]
         return f"export with: python {shlex.join(['create_sit_dataset.py', *words])}"
+
+
+# --- how networks are called: precision, memory format, size of micro-batches ---------------------------------------
+
+
+def procst_runner(precision: Precision, bf16_discriminators: bool = False) -> Runner:
+    """The `Runner` of a ProCST training; in bf16, discriminators stay in float32 unless `bf16_discriminators`.
+
+    Rounding them changed their losses by up to 6%, and the translation was worse in three of six runs.
+    """
+    keep_float32 = () if bf16_discriminators else (Discriminator,)
+    return Runner(precision, keep_float32=keep_float32, layout=image_layout)
+
+
+def image_layout(network: nn.Module, image: Tensor) -> torch.memory_format | None:
+    """Memory format of the images (B,3,h,w) for a generator or discriminator in training; None for other networks.
+
+    Channels last speeds up a CPU's convolutions. Group norms of groups of fewer than eight channels, and batch norm of
+    the image, lose more time by it, and group norms are less exact the more pixels there are. GPUs were not measured.
+    """
+    if not isinstance(network, Generator | Discriminator):
+        return None
+    shape = network.shape
+    few = image.shape[-2] * image.shape[-1] <= CHANNELS_LAST_PIXELS
+    wide = shape.norm == "group" and shape.channels // shape.groups >= CHANNELS_LAST_GROUP
+    return torch.channels_last if image.device.type == "cpu" and few and wide else torch.contiguous_format
+
+
+def micro_batch_size(batch: Sequence[int], norm: Norm, device: torch.device) -> int | None:
+    """Samples of a micro-batch for a batch of shape (B,3,h,w); None, the whole batch, with batch norm."""
+    if norm == "batch":
+        return None
+    return max(1, MICRO_BATCH_PIXELS[device.type] // (batch[-2] * batch[-1]))

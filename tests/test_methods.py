@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.domain_distance import GaussianFit, frechet_distance
 from methods import CASES, run_quietly, steps_of, write_learnable_world, write_world
 from processes import in_processes
 from training.checkpoint import LATEST, load_checkpoint, read_newest
 from training.loop import Loop
-from utils.frechet import GaussianFit, frechet_distance
 from utils.stopping import Stopped
 
 every_case = pytest.mark.parametrize("case", CASES)

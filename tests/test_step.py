@@ -15,8 +15,7 @@ from core.cascade import cascade, generated_pyramid
 from core.config import NetworkShape, layers_at_scale, published_norm
 from core.losses import gradient_penalty, gram_matrix, total_variation
 from core.networks import Discriminator, Generator
-from core.procst import penalty_alphas
-from core.running import procst_runner
+from core.procst import penalty_alphas, procst_runner
 from core.step import Batch, micro_batches, reference_momenta
 from data_handlers.images import PROCST_INPUT
 from data_handlers.label_maps import IGNORE

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from models.losses import at_least_float32
+
 
 class _AllReduce(torch.autograd.Function):
     """The sum of a tensor over all processes, differentiable any number of times.
@@ -40,7 +42,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            features = x if x.dtype in (torch.float32, torch.float64) else x.float()
+            features = at_least_float32(x)
             mean, variance, count = _moments(features)
             if self.track_running_stats:
                 self._update_running_statistics(mean.detach(), variance.detach(), count)
