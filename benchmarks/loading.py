@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.pictures import write_gta5
 from data_handlers.classes import CITYSCAPES_IDS
 from data_handlers.datasets import DATA_SETS
-from data_handlers.domain import Domain
+from data_handlers.domain import Domain, Samples
 from data_handlers.images import image_pyramid
 from data_handlers.lists import FileList, list_images
 from training.flags import Parser
@@ -71,11 +71,10 @@ def literal(files: FileList, scale: int, count: int) -> Iterator[object]:
 
 def ours(domain: Domain, scale: int, count: int) -> Iterator[object]:
     """Batches of one from the trainer's pipeline."""
-    return domain.stream(
-        stage=scale, steps=range(count), batch_size=1, part=range(1), steps_per_epoch=len(domain),
-        epoch_length=len(domain), labels=scale == 2,
+    return Samples(
+        domain=domain, stage=scale, per_epoch=len(domain), epoch_length=len(domain), labels=scale == 2,
         pyramid=partial(image_pyramid, num_scales=2, scale_factor=0.5, up_to=scale, resample=domain.resample),
-    )  # fmt: skip
+    ).batches(range(count), 1, range(1))  # fmt: skip
 
 
 def images_per_second(batches: Iterator[object], seconds: float) -> float:

@@ -15,7 +15,7 @@ from core.config import Norm, ProCSTConfig
 from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, SegmentationNets, TrainingStep
-from data_handlers.domain import Domain, PairBatch
+from data_handlers.domain import DOMAINS, Domain, PairBatch, Samples
 from data_handlers.images import PROCST_INPUT, image_pyramid
 from models.segmentation import segmentation_optimizer
 from training.distributed import LocalBatch, Rank
@@ -166,14 +166,15 @@ class ProCST(Method):
             up_to=stage,
             resample=config.loader.resample,
         )
-        drawn = {
-            "stage": stage, "steps": steps, "batch_size": batch_size, "part": self.rank.part(batch_size),
-            "steps_per_epoch": config.schedule.steps_per_epoch(stage, self.epoch_length),
-            "epoch_length": self.epoch_length, "pyramid": pyramid,
-        }  # fmt: skip
-        source, target = self.domains["source"], self.domains["target"]
-        labels = self.segmentation is not None
-        for one, other in zip(source.stream(**drawn, labels=labels), target.stream(**drawn), strict=True):
+        source, target = (
+            Samples(
+                domain=self.domains[name], stage=stage, epoch_length=self.epoch_length, pyramid=pyramid,
+                per_epoch=batch_size * config.schedule.steps_per_epoch(stage, self.epoch_length),
+                labels=self.segmentation is not None,
+            ).batches(steps, batch_size, self.rank.part(batch_size))
+            for name in DOMAINS
+        )  # fmt: skip
+        for one, other in zip(source, target, strict=True):
             yield PairBatch(one, other)
 
     def step(self, batch: PairBatch, stage: int, step: int) -> Mapping[str, Tensor]:

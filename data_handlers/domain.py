@@ -119,53 +119,17 @@ class Domain:
             return 0
         return sum(bytes_to_build(Path(self.cache_dir), r, with_labels=self.labels) for r in self.resized)
 
-    def stream(
-        self,
-        *,
-        stage: int,
-        steps: range,
-        batch_size: int,
-        part: range,
-        steps_per_epoch: int,
-        epoch_length: int,
-        pyramid: PyramidOf,
-        labels: bool = True,
-    ) -> Iterator[DomainBatch]:
-        """The batches of some steps of a stage, in order. Every stage has its own random order.
-
-        Args:
-            batch_size: samples in a step over all processes; `part` are the places of those wanted here.
-            steps_per_epoch: steps before a new random order is drawn.
-            epoch_length: images in an epoch; a shorter list is repeated to this length.
-            pyramid: makes the levels of the cropped image.
-            labels: False ignores the labels of a domain that reads them.
-
-        Raises:
-            UserError: in the main process, when a file of a step cannot be used.
-            LoaderDied: a loader process died; see `load_in_order`.
-        """
-        samples = Samples(
-            domain=replace(self, labels=self.labels and labels),
-            stage=stage,
-            per_epoch=steps_per_epoch * batch_size,
-            epoch_length=epoch_length,
-            pyramid=pyramid,
-        )
-        return load_in_order(
-            samples.batch,
-            (range(step * batch_size + part.start, step * batch_size + part.stop) for step in steps),
-            num_workers=self.num_workers,
-            prefetch=4,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The sample at each position of a stream; position = step * batch size + place in the batch.
+    """The samples of a stage, each at its position; position = step * batch size + place in the batch.
 
     Attributes:
+        stage: every stage has its own random order.
         per_epoch: samples before a new random order is drawn.
-        epoch_length, pyramid: as of `Domain.stream`.
+        epoch_length: images in an epoch; a shorter list is repeated to this length.
+        pyramid: makes the levels of the cropped image.
+        labels: False ignores the labels of a domain that reads them.
     """
 
     domain: Domain
@@ -173,6 +137,20 @@ class Samples:
     per_epoch: int
     epoch_length: int
     pyramid: PyramidOf
+    labels: bool = True
+
+    def batches(self, steps: range, batch_size: int, part: range) -> Iterator[DomainBatch]:
+        """The batches of some steps, in order.
+
+        Args:
+            batch_size: samples in a step over all processes; `part` are the places of those wanted here.
+
+        Raises:
+            UserError: in the main process, when a file of a step cannot be used.
+            LoaderDied: a loader process died; see `load_in_order`.
+        """
+        positions = (range(step * batch_size + part.start, step * batch_size + part.stop) for step in steps)
+        return load_in_order(self.batch, positions, num_workers=self.domain.num_workers, prefetch=4)
 
     def _seed(self, purpose: int, number: int) -> tuple[int, ...]:
         name = self.domain.name
@@ -214,7 +192,8 @@ class Samples:
         while True:
             try:
                 index = self.image_index(position, len(wrong))
-                image, label = stored.image(index), stored.label(index) if self.domain.labels else None
+                image = stored.image(index)
+                label = stored.label(index) if self.domain.labels and self.labels else None
                 break
             except UserError as error:
                 if not self.domain.skips:

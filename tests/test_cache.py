@@ -27,7 +27,7 @@ from data_handlers import cache as cache_module
 from data_handlers.cache import BUILDING, ResizedFiles, bytes_to_build, open_cache
 from data_handlers.classes import CITYSCAPES_IDS
 from data_handlers.datasets import DATA_SETS, with_labels
-from data_handlers.domain import Domain
+from data_handlers.domain import Domain, Samples
 from data_handlers.images import image_pyramid
 from data_handlers.lists import list_images
 from utils.errors import UserError
@@ -89,9 +89,8 @@ def batches(files, resample, cache, workers=0):
         num_workers=workers, caches=(cache,) if cache else (),
     )  # fmt: skip
     pyramid = partial(image_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample=resample)
-    return list(domain.stream(
-        stage=2, steps=range(6), batch_size=2, part=range(2), steps_per_epoch=2, epoch_length=5, pyramid=pyramid,
-    ))  # fmt: skip
+    samples = Samples(domain=domain, stage=2, per_epoch=4, epoch_length=5, pyramid=pyramid)
+    return list(samples.batches(range(6), 2, range(2)))
 
 
 @pytest.mark.parametrize("resample", ["exact", "fast"])

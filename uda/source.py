@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS, with_labels
-from data_handlers.domain import Domain, DomainBatch
+from data_handlers.domain import Domain, DomainBatch, Samples
 from data_handlers.labelled import check_samples
 from data_handlers.lists import require_images
 from data_handlers.splits import train_and_validation
@@ -88,11 +88,12 @@ class SourceTraining(Method):
 
     def batches(self, stage: int, steps: range) -> Iterator[DomainBatch]:
         """Crops with labels."""
-        size = self.config.poly.batch_size
-        return self.domains["source"].stream(
-            stage=stage, steps=steps, batch_size=size, part=self.rank.part(size), steps_per_epoch=self.steps_per_epoch,
-            epoch_length=len(self.domains["source"]), pyramid=lambda image: [image],
+        source, size = self.domains["source"], self.config.poly.batch_size
+        samples = Samples(
+            domain=source, stage=stage, per_epoch=self.steps_per_epoch * size, epoch_length=len(source),
+            pyramid=lambda image: [image],
         )  # fmt: skip
+        return samples.batches(steps, size, self.rank.part(size))
 
     def step(self, batch: DomainBatch, stage: int, step: int) -> Mapping[str, Tensor]:
         """Cross-entropy at the rate of the poly schedule."""
