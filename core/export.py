@@ -22,7 +22,6 @@ from core.networks import Generator
 from core.sit_folder import FLAG, SitFolder, output_names
 from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import Translator
-from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import image_pyramid, read_pixels
 from data_handlers.labelled import check_samples
@@ -244,7 +243,7 @@ def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
         DATA_SETS[flags.target], flags.trg_data_dir, "--trg_data_dir", list_file=flags.trg_list, training=False
     )
     skips = flags.on_bad_image == "skip"
-    check_samples(target, labels=False, or_else=OR_SKIP, skip=skips)
+    check_samples(target, labels=False, skip=skips)
     made_with = {
         "translator": flags.translator, "beta": flags.beta, "seed": flags.seed, "target": flags.target,
         "target_folder": str(target.root.resolve()), "target_images": target.fingerprint(),
@@ -348,7 +347,7 @@ def _prepare(folder: SitFolder, flags: ExportFlags, note: str, stack: ExitStack)
     """Check the output folder and a few images, make and lock the folder, and return the images to translate."""
     folder.check(keep_complete=flags.skip_created_files)
     if flags.on_bad_image == "stop":
-        check_samples(folder.files, labels=False, or_else=OR_SKIP)
+        check_samples(folder.files, labels=False, skip=False)
     print(folder.files.describe())
     if note:
         print(f"note: {note}")

@@ -8,7 +8,6 @@ from torch import nn
 
 from core.config import ProCSTConfig
 from core.procst import ProCST
-from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS, with_labels
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
@@ -47,8 +46,8 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
             recompute_blocks(seg_sit)
     reads_labels = not config.labels.no_semseg
     skip = config.loader.on_bad_image == "skip"
-    check_samples(source, labels=reads_labels, flag="--src_labels", or_else=OR_SKIP, skip=skip)
-    check_samples(target, labels=False, or_else=OR_SKIP, skip=skip)
+    check_samples(source, labels=reads_labels, flag="--src_labels", skip=skip)
+    check_samples(target, labels=False, skip=skip)
     shared = {
         "seed": config.run.manual_seed, "crop": config.source.crop_size, "resample": config.loader.resample,
         "skips": skip, "cache_dir": config.loader.cache_dir,
@@ -146,7 +145,7 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
     if files is None:
         files = replace(target, images=tuple(evenly_spaced(target.images, LABEL_FREE_IMAGES)))
     skip = config.loader.on_bad_image == "skip"
-    check_samples(files, labels=labelled, flag="--trg_labels", or_else=OR_SKIP, skip=skip)
+    check_samples(files, labels=labelled, flag="--trg_labels", skip=skip)
     validator = Validator(
         files=files,
         with_labels=labelled,

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_handlers.choices import Resample
+from data_handlers.choices import OR_SKIP, Resample
 from data_handlers.images import image_size, read_label, read_resized
 from data_handlers.lists import FileList, label_path
 from utils.errors import UserError
@@ -34,7 +34,6 @@ FORMAT = 2
 ARRAY = "array.npy"
 MANIFEST = "cache.json"
 BUILDING = ".building-"
-OR_SKIP = "; or skip such images with --on_bad_image skip"
 
 
 @dataclass(frozen=True)

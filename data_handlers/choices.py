@@ -8,6 +8,7 @@ LABELS = ("ids", "trainids")
 
 # Whether an image or label that cannot be used ends the run, or another one is taken in its place.
 ON_BAD_IMAGE = ("stop", "skip")
+OR_SKIP = "; or skip such images with --on_bad_image skip"  # end of messages
 
 # How images are resized: with PyTorch's arithmetic, several times as fast, or with Pillow's, which the method uses.
 Resample = Literal["exact", "fast"]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from data_handlers.cache import OR_SKIP, ImageCache, ResizedFiles, bytes_to_build, open_cache
-from data_handlers.choices import Resample
+from data_handlers.cache import ImageCache, ResizedFiles, bytes_to_build, open_cache
+from data_handlers.choices import OR_SKIP, Resample
 from data_handlers.lists import FileList
 from utils.errors import UserError
 from utils.loaders import MOST_SKIPPED, disk_fault, load_in_order

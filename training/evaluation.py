@@ -57,7 +57,7 @@ def evaluate(flags: EvaluationFlags) -> None:
     validator = Validator(
         files=files, with_labels=True, classes=_scored_classes(flags.classes, data_set, shape.num_classes),
         num_classes=shape.num_classes, num_workers=workers_for(flags.num_workers, device), rank=Rank(device=device),
-        or_else="", scales=flags.scales, flip=flags.flip,
+        scales=flags.scales, flip=flags.flip,
     )  # fmt: skip
     check_samples(files, flag="--labels")
     net.to(device)

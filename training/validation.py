@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DataSet
 from data_handlers.label_maps import colourise
 from data_handlers.labelled import LabelledImage, open_labelled
@@ -101,8 +100,7 @@ class Validator:
         select_by: `miou` or `label_free`: what picks the best net.
         classes: trainIds the mean goes over.
         rank: this process among those that share the images, and the device of the net.
-        skip_unusable: skip images that cannot be used, instead of raising.
-        or_else: end of the message about an image that cannot be used; it names an alternative.
+        skip_unusable: skip images that cannot be used, instead of raising; None as of `check_samples`.
         scales, flip: see `predict`.
     """
 
@@ -113,8 +111,7 @@ class Validator:
     num_classes: int
     num_workers: int
     rank: Rank
-    skip_unusable: bool = False
-    or_else: str = OR_SKIP
+    skip_unusable: bool | None = None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
 
@@ -129,15 +126,18 @@ class Validator:
         Raises:
             UserError: an image or label, or with `skip_unusable` none of them, can be used, or the net has diverged.
         """
-        rank, skipped = self.rank, [] if self.skip_unusable else None
+        rank, skipped = self.rank, []
         files = replace(self.files, images=self.files.images[rank.index :: rank.count])
-        images = open_labelled(files, self.num_workers, rank.device, self.with_labels, self.or_else, skipped)
+        images = open_labelled(files, self.num_workers, rank.device, self.with_labels, self.skip_unusable)
         statistics, pictures = PredictionStatistics(self.num_classes, rank.device), []
         matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=rank.device)
         finite = torch.ones((), dtype=torch.bool, device=rank.device)
         # Nothing is read back to the host before the end, except for pictures.
         with exact_convolutions(), _in_eval_mode(net):
             for image in images:
+                if isinstance(image, UserError):
+                    skipped.append(str(image))
+                    continue
                 pixels = net.network_input(image.pixels[None], next(net.parameters()).dtype)
                 probability = predict(net, pixels, self.scales, self.flip)
                 finite &= probability.isfinite().all()
@@ -159,7 +159,7 @@ class Validator:
             raise UserError(f"none of the {len(self.files)} validation images of {self.files.root} can be used")
         return Validation(
             scores=scores_of(matrix, self.classes) if self.with_labels else None, confusion=matrix,
-            statistics=statistics, pictures=pictures, skipped=tuple(skipped or ()),
+            statistics=statistics, pictures=pictures, skipped=tuple(skipped),
         )  # fmt: skip
 
     def score(self, validation: Validation) -> float | None:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS, with_labels
 from data_handlers.domain import Domain, DomainBatch, Samples
 from data_handlers.labelled import check_samples
@@ -175,7 +174,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
         raise UserError(f"--batch_size {config.poly.batch_size}: there are {len(train)} images to train on")
     skip = config.loader.on_bad_image == "skip"
     for files in (*(train.with_images_of(root) for root in image_roots or (train.root,)), val):
-        check_samples(files, labels=True, flag="--src_labels", or_else=OR_SKIP, skip=skip)
+        check_samples(files, labels=True, flag="--src_labels", skip=skip)
     _check_output(held_out.output, continued)
     net = net_to_train(net_config, config.run.manual_seed, fresh=continued is None)
     workers = workers_for(config.loader.num_workers, rank.device, rank.count)
