@@ -180,11 +180,7 @@ class ScheduleConfig:
         check_not_negative(self, "warmup_epochs", "debug_stop_epoch")
 
     def steps_per_epoch(self, scale: int, epoch_length: int) -> int:
-        """Steps of an epoch of `epoch_length` samples, the number of images of the larger domain.
-
-        Raises:
-            UserError: the batch is larger.
-        """
+        """Steps of an epoch of `epoch_length` samples. Raises `UserError` where a batch is larger."""
         batch = self.batch_size_list[scale]
         check(
             epoch_length >= batch,
@@ -267,11 +263,7 @@ class ProCSTConfig(Config):
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
-        """Refuse flags that contradict each other or could not act.
-
-        Raises:
-            UserError: names the flags.
-        """
+        """Refuse flags that contradict each other or could not act. Raises `UserError`, which names them."""
         check_common(given)
         check(
             not ("batch_size" in given and "batch_size_list" in given),

@@ -87,11 +87,7 @@ def feature_gaussian(
 
 
 def measure_distances(flags: DistanceFlags) -> None:
-    """Print the distances of source and SiT to the target, and write them to the file of `--json`.
-
-    Raises:
-        UserError: names the file or flag.
-    """
+    """Print the distances of source and SiT to the target; write them (`--json`). Raises `UserError`."""
     if flags.json:
         check_output_file(Path(flags.json), "--json")
     size = flags.size or DATA_SETS[flags.target].resize

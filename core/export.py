@@ -267,11 +267,7 @@ def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
 def _resolved(
     flags: ExportFlags, trained: TrainedGenerators | None, devices: Sequence[torch.device], rank: Rank
 ) -> ExportFlags:
-    """The flags with every value decided: as given, else the run's, else the published or the machine's defaults.
-
-    Raises:
-        UserError: a flag contradicts the run.
-    """
+    """The flags with every value decided: as given, else the run's, else the published or the machine's."""
     source, folder = flags.source, flags.src_data_dir
     if trained is None:
         decided = {

@@ -29,11 +29,7 @@ LABEL_FREE_IMAGES = 100  # target images of the label-free score where there is 
 
 
 def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> ProCST:
-    """Check the input, load the perceptual net and P, and build Q.
-
-    Raises:
-        UserError: names the file or flag.
-    """
+    """Check the input, load the perceptual net and P, build Q. Raises `UserError`, which names file or flag."""
     source, target = _file_lists(config)
     seg_source, seg_sit, validator, line = None, None, None, ""
     fresh = continued is None or "seg_sit" not in continued.checkpoint.modules

@@ -103,11 +103,7 @@ class Domain:
         return tuple(ResizedFiles(files, self.resize, self.resample) for files in self.lists)
 
     def with_cache(self) -> "Domain":
-        """The domain with its cache opened, which is built first where it is missing; itself without `cache_dir`.
-
-        Raises:
-            UserError: a file cannot be used, or the cache cannot be written or read.
-        """
+        """The domain with its cache opened, built first where it is missing; itself without one. Raises `UserError`."""
         if not self.cache_dir:
             return self
         reading = {"with_labels": self.labels, "num_workers": self.num_workers, "skip_unusable": self.skips}

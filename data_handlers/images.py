@@ -62,11 +62,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """The pixels of `read_image`, uint8 (H,W,3). Plain RGB PNGs are decoded by torchvision, a fifth faster than Pillow.
-
-    Raises:
-        UserError: as `read_image`.
-    """
+    """As `read_image`, uint8 (H,W,3); torchvision decodes plain RGB PNGs, a fifth faster than Pillow."""
     try:
         header = read_png_header(path)
         if header.bit_depth == 8 and header.colour_type == RGB:
@@ -119,11 +115,7 @@ def image_pyramid(
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(W,H) from the file's header alone.
-
-    Raises:
-        UserError: missing, or not an image.
-    """
+    """(W,H) from the file's header alone. Raises `UserError`: missing, or not an image."""
     with _opened(path) as image:
         return image.size
 
@@ -198,21 +190,13 @@ def label_values_to_train_ids(values: np.ndarray, path: Path, data_set: DataSet)
 
 
 def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarray:
-    """Decode a label to trainIds, uint8 (H,W) with 255 = ignore.
-
-    Raises:
-        UserError: as `read_label_values` and `label_values_to_train_ids`.
-    """
+    """A label as trainIds, uint8 (H,W) with 255 = ignore. Raises `UserError` as the two functions above."""
     return label_values_to_train_ids(read_label_values(path, data_set, size), path, data_set)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInput:
-    """What a network expects as input: (pixels - mean) / std of each channel.
-
-    Attributes:
-        mean, std: of red, green and blue, in levels of 0..255.
-    """
+    """What a network expects as input: (pixels - mean) / std of red, green and blue, in levels of 0..255."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

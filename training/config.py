@@ -178,10 +178,7 @@ def default_semseg_weights(source: str) -> str:
 
 
 def resolve_common(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags with the backbone, its weights and the sizes of the source decided.
-
-    A net without a backbone has random weights.
-    """
+    """The flags with the backbone, its weights (random without one) and the sizes of the source decided."""
     backbone, source = flags["backbone"] or default_backbone(flags["model"]), DATA_SETS[flags["source"]]
     at_random = flags["no_pretrained_backbone"] or (backbone == "none" and flags["backbone_weights"] == "imagenet")
     return {

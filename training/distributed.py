@@ -95,11 +95,7 @@ class Rank:
                 )
 
     def at(self, devices: Sequence[torch.device]) -> "Rank":
-        """This process with its device, one of those that `--gpus` names for this machine.
-
-        Raises:
-            UserError: there are more or fewer processes on this machine than devices.
-        """
+        """This process with its device, one of those for this machine. Raises `UserError` if their numbers differ."""
         if self.count == 1:
             return replace(self, device=devices[0])
         local = environment_number("LOCAL_RANK")

@@ -31,11 +31,7 @@ ENCODERS = {"labelids": to_label_ids, "trainids": np.asarray, "colour": colouris
 
 
 def evaluate(flags: EvaluationFlags) -> None:
-    """Print the scores of a net; write them with `--json`, and its predictions with `--save_predictions`.
-
-    Raises:
-        UserError: names the file or flag.
-    """
+    """Print a net's scores; write them (`--json`) and its predictions (`--save_predictions`). Raises `UserError`."""
     predictions = Path(flags.save_predictions) if flags.save_predictions else None
     if flags.json:
         check_output_file(Path(flags.json), "--json")

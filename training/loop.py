@@ -127,11 +127,7 @@ class Loop:
         self.validations = [v for v in self.validations if (v["stage"], v["step"]) <= (self.stage, step) or v is best]
 
     def _save(self, progress: Progress, *names: str) -> None:
-        """Write the state under each name. All processes have to call it; the main one writes.
-
-        Raises:
-            Diverged: a loss or a weight is not finite; nothing is written.
-        """
+        """Write the state under each name; all processes call it. Raises `Diverged` where a value is not finite."""
         progress.read_losses(self.stage, self.step)
         self.skipped = list(dict.fromkeys(reason for part in self.rank.gather(self.skipped) for reason in part))
         if self.rank.is_main:

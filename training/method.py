@@ -160,11 +160,7 @@ class Method:
         return [files.describe() for domain in self.domains.values() for files in domain.lists]
 
     def publish(self, path: Path, info: Mapping[str, Any]) -> None:
-        """Copy the net in the checkpoint at `path`, a new best state or the last one, to the configured output.
-
-        Args:
-            info: `Checkpoint.info` of the run.
-        """
+        """Copy the net at `path`, a new best state or the last one, to the output; `info`: see `Checkpoint.info`."""
 
     def conclusion(self, folder: Path) -> str:
         """A line that says what to do with a finished run."""

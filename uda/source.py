@@ -41,12 +41,7 @@ def poly_rate(step: int, num_steps: int, power: float) -> float:
 
 
 class SourceTraining(Method):
-    """Trains a net on one labelled domain, in a single stage.
-
-    Args:
-        source: images with labels.
-        net: on the CPU.
-    """
+    """Trains a net (on the CPU) on one domain of images with labels, in a single stage."""
 
     name: ClassVar[str] = "source"
     config_class: ClassVar[type[SourceTrainingConfig]] = SourceTrainingConfig
@@ -150,11 +145,7 @@ class SourceTraining(Method):
 
 
 def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continued | None) -> SourceTraining:
-    """Check the input of a training on source and build its net.
-
-    Raises:
-        UserError: names the file or flag.
-    """
+    """Check the input of a training on source and build its net. Raises `UserError`, which names file or flag."""
     data, held_out, net_config = config.source, config.held_out, config.net
     data_set = with_labels(DATA_SETS[data.source], data.src_labels, "--src_labels")
     if not data_set.label_path:
@@ -200,11 +191,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
 
 
 def _check_output(output: str, continued: Continued | None) -> None:
-    """Check that the output is no file of another run, or of the authors: those are never overwritten.
-
-    Raises:
-        UserError: it is, or it cannot be written.
-    """
+    """Require an output that can be written and is no file of another run or of the authors: these stay."""
     if not output:
         return
     path = Path(output)
