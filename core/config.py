@@ -22,7 +22,7 @@ from training.config import (
     default_semseg_weights,
     resolve_common,
 )
-from training.flags import Config, check, check_not_negative, check_positive, flag_of, option, path_option
+from training.flags import Config, as_given, check, check_not_negative, check_positive, flag_of, option, path_option
 from utils.sizes import level_size
 
 Norm = Literal["batch", "group"]
@@ -251,7 +251,7 @@ class ProCSTConfig(Config):
         needed = max(4, 2 ** sum(pooling < deepest for pooling in VGG16_POOLINGS))
         check(
             min(coarsest) >= needed,
-            f"--crop_size {_listed(crop)} gives {_listed(coarsest)} at scale 0; {needed} a side are needed for layer "
+            f"--crop_size {as_given(crop)} gives {as_given(coarsest)} at scale 0; {needed} a side are needed for layer "
             f"{deepest}: raise the crop, or lower --num_scales or the layers",
         )
         if not self.labels.no_semseg:
@@ -324,14 +324,10 @@ def _per_scale(values: tuple[Any, ...], scales: int) -> tuple[Any, ...]:
     return values * scales if len(values) == 1 else values
 
 
-def _listed(values: Sequence[int]) -> str:
-    return " ".join(str(value) for value in values)
-
-
 def require_one_per_scale(name: str, values: tuple[int, ...], num_scales: int) -> None:
     """Raise `UserError` unless a per-scale flag has one positive value for each of the scales 0..num_scales."""
     check(
         len(values) == num_scales + 1,
         f"--{name} has {len(values)} values; --num_scales {num_scales} needs {num_scales + 1}, one for each scale",
     )
-    check(all(value > 0 for value in values), f"--{name} {_listed(values)}: values must be greater than 0")
+    check(all(value > 0 for value in values), f"--{name} {as_given(values)}: values must be greater than 0")

@@ -16,9 +16,8 @@ from data_handlers.label_maps import colourise
 from data_handlers.labelled import LabelledImage, open_labelled
 from data_handlers.lists import FileList
 from training.distributed import Rank
-from training.metrics import CONFIDENCE_BINS, PredictionStatistics, Scores, confusion_matrix, scores_of
+from training.metrics import PredictionStatistics, Scores, confusion_matrix, scores_of
 from training.precision import exact_convolutions
-from training.tensorboard import TensorBoardLog
 from utils.errors import UserError
 
 VALIDATIONS = "validations.json"
@@ -231,23 +230,3 @@ def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
         "iou": _iou_by_name(scores, names),
         "absent": [names[c] for c in scores.absent] if scores else [],
     }
-
-
-def log_validation(writer: TensorBoardLog, validation: Validation, step: int, names: Sequence[str]) -> None:
-    """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
-    found = report(validation, names)
-    values = {"LabelFree": found["label_free"], "MeanConfidence": found["mean_confidence"], "mIoU": found["miou"]}
-    values |= {"PixelAccuracy": found["pixel_accuracy"], **{f"IoU/{n}": value for n, value in found["iou"].items()}}
-    for name, value in values.items():
-        if value is not None:
-            writer.write("add_scalar", f"Validation/{name}", value, step)
-    counts = validation.statistics.confidence_histogram.cpu().numpy()
-    edges = np.linspace(0.0, 1.0, CONFIDENCE_BINS + 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    writer.write(
-        "add_histogram_raw", "Validation/Confidence", min=0.0, max=1.0, num=counts.sum(), sum=(counts * centres).sum(),
-        sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(),
-        global_step=step,
-    )  # fmt: skip
-    for index, picture in enumerate(validation.pictures):
-        writer.write("add_image", f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")
