@@ -18,8 +18,8 @@ from torch.nn import DataParallel
 
 import create_sit_dataset
 from core.cascade import translate_pyramid
-from core.legacy import load_legacy_generators
 from core.networks import ConvBlock, Generator, NetworkShape, freeze
+from core.trained_generators import load_legacy_generators
 from data_handlers.images import PROCST_INPUT, image_pyramid
 from hostile_files import write_pickle
 from utils.errors import UserError
