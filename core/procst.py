@@ -18,7 +18,7 @@ from core.step import Batch, ScaleNetworks, SegmentationNets, TrainingStep
 from data_handlers.domain import DOMAINS, Domain, PairBatch, Samples
 from data_handlers.images import PROCST_INPUT, image_pyramid
 from models.segmentation import segmentation_optimizer
-from training.distributed import LocalBatch, Rank
+from training.distributed import Rank
 from training.method import Method, Stage
 from training.precision import Precision, Runner, channels_last
 from training.synchronised_norm import synchronise_batch_norms
@@ -199,7 +199,8 @@ class ProCST(Method):
             run=self.run,
             recompute=self.device.type == "cuda",
             micro_batch=micro_batch_size(inputs.source[-1].shape, nets.Gst.shape.norm, self.device),
-            local=LocalBatch.of(self.rank, config.schedule.batch_size_list[stage]),
+            rank=self.rank,
+            fraction=self.rank.fraction(config.schedule.batch_size_list[stage]),
         ).take()
         self._images = result.images
         return result.losses

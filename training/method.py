@@ -118,7 +118,7 @@ class Method:
 
         Returns:
             The losses to be logged, scalars on the device without gradient. The loop sums them over the processes, so
-            the method multiplies each by the fraction of the global batch that it is a mean over (`LocalBatch`).
+            the method multiplies each by the fraction of the global batch that it is a mean over (`Rank`).
         """
         raise NotImplementedError
 

@@ -19,7 +19,7 @@ from data_handlers.splits import train_and_validation
 from models.losses import cross_entropy
 from models.segmentation import HEAD_RATE, require_classes, segmentation_optimizer
 from training.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS, load_checkpoint
-from training.distributed import LocalBatch, Rank, backward_and_step
+from training.distributed import Rank, backward_and_step
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
 from training.run_folder import Continued
@@ -97,9 +97,8 @@ class SourceTraining(Method):
             group["lr"] = rate * multiple
         image = self.net.network_input(to_device(batch.levels[0], self.device), self.dtype)
         label = to_device(batch.label, self.device)
-        local = LocalBatch.of(self.rank, poly.batch_size)
-        loss = local.labelled_fraction(label) * cross_entropy(self.run(self.net, image), label)
-        backward_and_step(loss, local, optimizer)
+        loss = self.rank.labelled_fraction(label) * cross_entropy(self.run(self.net, image), label)
+        backward_and_step(loss, self.rank, optimizer)
         return {"Semseg/SemsegLoss": loss.detach()}
 
     # --- the net for use ---------------------------------------------------------------------------------------------
