@@ -20,7 +20,7 @@ def main() -> None:
     from core.procst import ProCST
     from training.run import train
 
-    train(script=__file__, config_class=ProCSTConfig, method=ProCST, prepare=prepare, given=given)
+    train(script=__file__, method=ProCST, prepare=prepare, given=given)
 
 
 if __name__ == "__main__":

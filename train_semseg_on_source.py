@@ -18,12 +18,9 @@ def main() -> None:
     given = parse(build_parser(__doc__, GROUPS, FIRST))
     # Imported after the flags are read: a mistyped flag is answered at once.
     from training.run import train
-    from uda.preparation import prepare_source
-    from uda.source import SourceTraining
+    from uda.source import SourceTraining, prepare_source
 
-    train(
-        script=__file__, config_class=SourceTrainingConfig, method=SourceTraining, prepare=prepare_source, given=given
-    )
+    train(script=__file__, method=SourceTraining, prepare=prepare_source, given=given)
 
 
 if __name__ == "__main__":

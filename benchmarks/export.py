@@ -31,9 +31,8 @@ from core.export import translate_images, translator_of
 from core.networks import Generator, freeze, init_weights
 from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import PROCST_INPUT
+from data_handlers.images import PROCST_INPUT, image_pyramid
 from data_handlers.lists import FileList, list_images
-from data_handlers.pyramid import image_pyramid
 from training.flags import Parser
 from training.precision import computes_in_bf16, set_convolution_precision
 from utils.devices import cpus_per_device, resolve_device, workers_for
@@ -59,7 +58,7 @@ def literal_export(
     for generator in generators:
         generator.to(device)
     for name in names:
-        levels = image_pyramid(Image.open(files.root / name).convert("RGB"), 2, 0.5, 2)
+        levels = image_pyramid(np.asarray(Image.open(files.root / name).convert("RGB")), 2, 0.5, 2)
         inputs = [PROCST_INPUT(torch.tensor(level)[None].to(device)) for level in levels]
         pixels = to_pixels(translate_pyramid(generators, inputs, 0.5))[0].permute(1, 2, 0).cpu().numpy()
         Image.fromarray(pixels).save(out / name)

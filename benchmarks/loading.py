@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.pictures import write_gta5
 from data_handlers.classes import CITYSCAPES_IDS
 from data_handlers.datasets import DATA_SETS
-from data_handlers.domain import Domain
+from data_handlers.domain import Domain, Samples
+from data_handlers.images import image_pyramid
 from data_handlers.lists import FileList, list_images
-from data_handlers.pyramid import array_pyramid, image_pyramid
 from training.flags import Parser
 from utils.errors import run_cli
 
@@ -55,7 +55,7 @@ class LiteralSamples(Dataset):
         rng = np.random.default_rng(position)
         x, y = (int(rng.integers(r - c + 1)) for r, c in zip(RESIZE, CROP, strict=True))
         box = (x, y, x + CROP[0], y + CROP[1])
-        levels = image_pyramid(image.crop(box), 2, 0.5, self.scale)
+        levels = image_pyramid(np.asarray(image.crop(box)), 2, 0.5, self.scale)
         ids = np.asarray(label.crop(box))
         train_ids = np.full(ids.shape, 255, np.uint8)
         for label_id, train_id in CITYSCAPES_IDS.items():
@@ -71,11 +71,10 @@ def literal(files: FileList, scale: int, count: int) -> Iterator[object]:
 
 def ours(domain: Domain, scale: int, count: int) -> Iterator[object]:
     """Batches of one from the trainer's pipeline."""
-    return domain.stream(
-        stage=scale, steps=range(count), batch_size=1, part=range(1), steps_per_epoch=len(domain),
-        epoch_length=len(domain), labels=scale == 2,
-        pyramid=partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=scale, resample=domain.resample),
-    )  # fmt: skip
+    return Samples(
+        domain=domain, stage=scale, per_epoch=len(domain), epoch_length=len(domain), labels=scale == 2,
+        pyramid=partial(image_pyramid, num_scales=2, scale_factor=0.5, up_to=scale, resample=domain.resample),
+    ).batches(range(count), 1, range(1))  # fmt: skip
 
 
 def images_per_second(batches: Iterator[object], seconds: float) -> float:

@@ -34,7 +34,7 @@ from benchmarks.waiting import picture_domains, procst_at, share_waiting
 from core.config import ProCSTConfig
 from core.double_backward import RECOMPUTES
 from core.losses import gradient_penalty
-from core.running import micro_batch_size, procst_runner
+from core.procst import micro_batch_size, procst_runner
 from core.step import Run, TrainingStep
 from data_handlers.domain import Domain
 from models.resnet import recompute_blocks
@@ -51,7 +51,7 @@ class Variant:
     """A way to make a step: `literal`, or ours in a precision.
 
     Attributes:
-        bf16_discriminators: as of `core.running.procst_runner`.
+        bf16_discriminators: as of `core.procst.procst_runner`.
         autograd_penalty: the gradient penalty without core/double_backward.py.
     """
 

@@ -3,8 +3,6 @@
 Generated tensors are resized by PyTorch's bicubic interpolation with `align_corners=True` and no antialiasing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

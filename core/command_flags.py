@@ -1,7 +1,5 @@
 """The flags of the commands that export SiT images and measure distances. Nothing here imports PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +7,7 @@ from typing import ClassVar
 from data_handlers.choices import ON_BAD_IMAGE
 from data_handlers.datasets import DATA_SETS
 from training.config import PRECISIONS
-from training.flags import Size, check, check_not_negative, check_positive, option, size_option
+from training.flags import Size, as_given, check, check_not_negative, check_positive, option, size_option
 
 MIN_TILE_PIXELS = 96 * 96
 TRANSLATORS = ("procst", "histogram", "fda")
@@ -131,5 +129,5 @@ class DistanceFlags:
         check_positive(self, "max_images")
         check(
             self.size is None or min(self.size) >= 16,
-            f"--size {' '.join(map(str, self.size or ()))}: both sides must be at least 16",
+            f"--size {as_given(self.size)}: both sides must be at least 16",
         )

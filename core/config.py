@@ -1,7 +1,5 @@
 """Configuration of a ProCST run; the module imports no PyTorch."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from training.config import (
     default_semseg_weights,
     resolve_common,
 )
-from training.flags import Config, check, check_not_negative, check_positive, flag_of, option, path_option
+from training.flags import Config, as_given, check, check_not_negative, check_positive, flag_of, option, path_option
 from utils.sizes import level_size
 
 Norm = Literal["batch", "group"]
@@ -182,11 +180,7 @@ class ScheduleConfig:
         check_not_negative(self, "warmup_epochs", "debug_stop_epoch")
 
     def steps_per_epoch(self, scale: int, epoch_length: int) -> int:
-        """Steps of an epoch of `epoch_length` samples, the number of images of the larger domain.
-
-        Raises:
-            UserError: the batch is larger.
-        """
+        """Steps of an epoch of `epoch_length` samples. Raises `UserError` where a batch is larger."""
         batch = self.batch_size_list[scale]
         check(
             epoch_length >= batch,
@@ -257,7 +251,7 @@ class ProCSTConfig(Config):
         needed = max(4, 2 ** sum(pooling < deepest for pooling in VGG16_POOLINGS))
         check(
             min(coarsest) >= needed,
-            f"--crop_size {_listed(crop)} gives {_listed(coarsest)} at scale 0; {needed} a side are needed for layer "
+            f"--crop_size {as_given(crop)} gives {as_given(coarsest)} at scale 0; {needed} a side are needed for layer "
             f"{deepest}: raise the crop, or lower --num_scales or the layers",
         )
         if not self.labels.no_semseg:
@@ -269,11 +263,7 @@ class ProCSTConfig(Config):
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
-        """Refuse flags that contradict each other or could not act.
-
-        Raises:
-            UserError: names the flags.
-        """
+        """Refuse flags that contradict each other or could not act. Raises `UserError`, which names them."""
         check_common(given)
         check(
             not ("batch_size" in given and "batch_size_list" in given),
@@ -314,7 +304,7 @@ class ProCSTConfig(Config):
             "semseg_weights": "" if flags["no_semseg"] else weights,
         }
 
-    def continued(self, given: Mapping[str, Any]) -> ProCSTConfig:
+    def continued(self, given: Mapping[str, Any]) -> "ProCSTConfig":
         """See `Config.continued`; `--norm auto` means the stored norms."""
         if self.labels.no_semseg:
             refuse_label_flags(given)
@@ -334,14 +324,10 @@ def _per_scale(values: tuple[Any, ...], scales: int) -> tuple[Any, ...]:
     return values * scales if len(values) == 1 else values
 
 
-def _listed(values: Sequence[int]) -> str:
-    return " ".join(str(value) for value in values)
-
-
 def require_one_per_scale(name: str, values: tuple[int, ...], num_scales: int) -> None:
     """Raise `UserError` unless a per-scale flag has one positive value for each of the scales 0..num_scales."""
     check(
         len(values) == num_scales + 1,
         f"--{name} has {len(values)} values; --num_scales {num_scales} needs {num_scales + 1}, one for each scale",
     )
-    check(all(value > 0 for value in values), f"--{name} {_listed(values)}: values must be greater than 0")
+    check(all(value > 0 for value in values), f"--{name} {as_given(values)}: values must be greater than 0")

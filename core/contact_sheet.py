@@ -1,7 +1,5 @@
 """The contact sheet of a finished scale: a picture with rows of source, SiT and target images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +11,7 @@ from core.cascade import to_pixels, translate_pyramid
 from core.config import NetworkConfig
 from core.networks import Generator
 from data_handlers.domain import Domain
-from data_handlers.images import PROCST_INPUT, read_image
-from data_handlers.pyramid import image_pyramid
+from data_handlers.images import PROCST_INPUT, image_pyramid, read_resized
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.sizes import evenly_spaced
@@ -50,14 +47,14 @@ def _sample_pyramids(domain: Domain, network: NetworkConfig, scale: int) -> list
     pyramids = []
     for name in evenly_spaced(domain.files.images, COLUMNS):
         try:
-            image = read_image(domain.files.root / name)
+            pixels = read_resized(domain.files.root / name, domain.resize, "exact")
         except UserError as error:
             if not domain.skips:
                 raise
             problem = error
             continue
-        image = image.resize(domain.resize, Image.Resampling.BICUBIC).crop((x, y, x + crop[0], y + crop[1]))
-        pyramids.append(image_pyramid(image, network.num_scales, network.scale_factor, scale))
+        cropped = pixels[y : y + crop[1], x : x + crop[0]]
+        pyramids.append(image_pyramid(cropped, network.num_scales, network.scale_factor, scale))
     if not pyramids:
         raise problem
     return pyramids

@@ -5,28 +5,62 @@ and a few dozen images suffice. It is not the FID of the literature, which pools
 Values compare only for the same layer, weights and size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from scipy import linalg
 
 from core.command_flags import DistanceFlags
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import PROCST_INPUT, read_image
+from data_handlers.images import PROCST_INPUT, read_resized
 from data_handlers.lists import list_images
 from models.vgg import VGGFeatures, build_vgg
 from training.precision import set_convolution_precision
 from utils.devices import resolve_device
 from utils.errors import UserError
 from utils.files import atomic_write_json, check_output_file, make_folder
-from utils.frechet import GaussianFit, frechet_distance
 from utils.sizes import evenly_spaced
 
 POSITIONS_PER_IMAGE = 500
+
+
+class GaussianFit:
+    """Mean and covariance of vectors of one length D that arrive in batches, summed in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum = self._outer = np.zeros(())
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Take in vectors (n,D)."""
+        vectors = vectors.astype(np.float64)
+        self.count += len(vectors)
+        self._sum = self._sum + vectors.sum(axis=0)
+        self._outer = self._outer + vectors.T @ vectors
+
+    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
+        """(D,) and the unbiased (D,D); needs at least two vectors."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 vectors, there are {self.count}")
+        mean = self._sum / self.count
+        covariance = (self._outer - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return mean, covariance
+
+
+def frechet_distance(a: GaussianFit, b: GaussianFit) -> float:
+    """|m_a - m_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)), as in the Frechet Inception Distance."""
+    mean_a, covariance_a = a.mean_and_covariance()
+    mean_b, covariance_b = b.mean_and_covariance()
+    # The root of the product has the same trace as that of the symmetric C_a^(1/2) C_b C_a^(1/2), whose eigenvalues
+    # are real and not negative but for rounding: no complex parts to discard, no failure for singular covariances.
+    values, vectors = linalg.eigh(covariance_a)
+    root_a = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+    product = linalg.eigvalsh(root_a @ covariance_b @ root_a)
+    trace_of_root = np.sqrt(product.clip(min=0.0)).sum()
+    difference = mean_a - mean_b
+    return float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * trace_of_root)
 
 
 @torch.no_grad()
@@ -44,10 +78,7 @@ def feature_gaussian(
     """
     fit = GaussianFit()
     for path in paths:
-        image = read_image(path)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).to(device)
+        pixels = torch.from_numpy(read_resized(path, size, "exact")).to(device)
         features = vgg(PROCST_INPUT(pixels)[None])[layer][0].flatten(1)
         # A regular subset: neighbouring positions have similar features.
         stride = max(1, features.shape[1] // POSITIONS_PER_IMAGE)
@@ -56,11 +87,7 @@ def feature_gaussian(
 
 
 def measure_distances(flags: DistanceFlags) -> None:
-    """Print the distances of source and SiT to the target, and write them to the file of `--json`.
-
-    Raises:
-        UserError: names the file or flag.
-    """
+    """Print the distances of source and SiT to the target; write them (`--json`). Raises `UserError`."""
     if flags.json:
         check_output_file(Path(flags.json), "--json")
     size = flags.size or DATA_SETS[flags.target].resize

@@ -8,8 +8,6 @@ where memory is short, recomputes these. The double backward of a norm is a clos
 norm's backward.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The export of SiT images: translates a list of images and writes PNGs; decoding, translating and encoding overlap."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,12 +22,10 @@ from core.networks import Generator
 from core.sit_folder import FLAG, SitFolder, output_names
 from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import Translator
-from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import read_image
+from data_handlers.images import image_pyramid, read_pixels
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images
-from data_handlers.pyramid import image_pyramid
 from training.distributed import Rank
 from training.launching import in_processes, is_launched, launch
 from training.precision import resolve_precision, set_convolution_precision
@@ -55,11 +51,9 @@ class SourcePyramids:
     scale_factor: float
 
     def __call__(self, name: str) -> list[np.ndarray]:
-        levels = image_pyramid(
-            read_image(self.files.root / name), self.num_scales, self.scale_factor, self.num_scales
-        )
         # Arrays, not tensors: a tensor from a worker process holds a file open until it is used.
-        return [np.array(level) for level in levels]
+        pixels = read_pixels(self.files.root / name)
+        return image_pyramid(pixels, self.num_scales, self.scale_factor, self.num_scales)
 
 
 def equal_size_batches(
@@ -249,7 +243,7 @@ def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
         DATA_SETS[flags.target], flags.trg_data_dir, "--trg_data_dir", list_file=flags.trg_list, training=False
     )
     skips = flags.on_bad_image == "skip"
-    check_samples(target, labels=False, or_else=OR_SKIP, skip=skips)
+    check_samples(target, labels=False, skip=skips)
     made_with = {
         "translator": flags.translator, "beta": flags.beta, "seed": flags.seed, "target": flags.target,
         "target_folder": str(target.root.resolve()), "target_images": target.fingerprint(),
@@ -273,11 +267,7 @@ def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
 def _resolved(
     flags: ExportFlags, trained: TrainedGenerators | None, devices: Sequence[torch.device], rank: Rank
 ) -> ExportFlags:
-    """The flags with every value decided: as given, else the run's, else the published or the machine's defaults.
-
-    Raises:
-        UserError: a flag contradicts the run.
-    """
+    """The flags with every value decided: as given, else the run's, else the published or the machine's."""
     source, folder = flags.source, flags.src_data_dir
     if trained is None:
         decided = {
@@ -353,7 +343,7 @@ def _prepare(folder: SitFolder, flags: ExportFlags, note: str, stack: ExitStack)
     """Check the output folder and a few images, make and lock the folder, and return the images to translate."""
     folder.check(keep_complete=flags.skip_created_files)
     if flags.on_bad_image == "stop":
-        check_samples(folder.files, labels=False, or_else=OR_SKIP)
+        check_samples(folder.files, labels=False, skip=False)
     print(folder.files.describe())
     if note:
         print(f"note: {note}")

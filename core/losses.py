@@ -1,7 +1,5 @@
 """The loss terms of ProCST as pure functions of tensors (docs/method.md, section 3). All return scalars."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import LossConfig
-from utils.dtypes import at_least_float32
+from models.losses import at_least_float32
 
 # Feature maps (B,C,h,w) by position in VGG16's `features`, holding at least the layers asked for.
 Features = Mapping[int, Tensor]

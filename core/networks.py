@@ -1,7 +1,5 @@
 """Generator and discriminator of one scale (docs/method.md, section 2), with the parameter names of published files."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from core.config import NetworkShape, Norm
 from core.double_backward import block_with_double_backward, convolution_with_double_backward, has_double_backward
-from utils.dtypes import at_least_float32
+from models.losses import at_least_float32
 
 LEAKY_SLOPE = 0.2
 

@@ -1,7 +1,5 @@
 """Checks of the input of a ProCST run, before anything is written, and the networks that it does not train."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +8,6 @@ from torch import nn
 
 from core.config import ProCSTConfig
 from core.procst import ProCST
-from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DATA_SETS, with_labels
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
@@ -21,7 +18,7 @@ from models.vgg import build_vgg
 from training.config import default_semseg_weights
 from training.distributed import Rank
 from training.precision import recomputes_blocks
-from training.run import Continued, Prepared
+from training.run_folder import Continued
 from training.segmentation_files import load_segmentation_net, net_to_train
 from training.validation import Validator, scored_classes
 from utils.devices import workers_for
@@ -31,12 +28,8 @@ from utils.sizes import evenly_spaced
 LABEL_FREE_IMAGES = 100  # target images of the label-free score where there is no val split
 
 
-def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Prepared:
-    """Check the input, load the perceptual net and P, and build Q.
-
-    Raises:
-        UserError: names the file or flag.
-    """
+def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> ProCST:
+    """Check the input, load the perceptual net and P, build Q. Raises `UserError`, which names file or flag."""
     source, target = _file_lists(config)
     seg_source, seg_sit, validator, line = None, None, None, ""
     fresh = continued is None or "seg_sit" not in continued.checkpoint.modules
@@ -49,8 +42,8 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
             recompute_blocks(seg_sit)
     reads_labels = not config.labels.no_semseg
     skip = config.loader.on_bad_image == "skip"
-    check_samples(source, labels=reads_labels, flag="--src_labels", or_else=OR_SKIP, skip=skip)
-    check_samples(target, labels=False, or_else=OR_SKIP, skip=skip)
+    check_samples(source, labels=reads_labels, flag="--src_labels", skip=skip)
+    check_samples(target, labels=False, skip=skip)
     shared = {
         "seed": config.run.manual_seed, "crop": config.source.crop_size, "resample": config.loader.resample,
         "skips": skip, "cache_dir": config.loader.cache_dir,
@@ -66,7 +59,8 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
         seg_sit=seg_sit,
         seg_sit_is_fresh=fresh,
     )
-    return Prepared(method=method, validator=validator, validation_line=line)
+    method.validator, method.validation_line = validator, line
+    return method
 
 
 def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:
@@ -147,7 +141,7 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
     if files is None:
         files = replace(target, images=tuple(evenly_spaced(target.images, LABEL_FREE_IMAGES)))
     skip = config.loader.on_bad_image == "skip"
-    check_samples(files, labels=labelled, flag="--trg_labels", or_else=OR_SKIP, skip=skip)
+    check_samples(files, labels=labelled, flag="--trg_labels", skip=skip)
     validator = Validator(
         files=files,
         with_labels=labelled,

@@ -1,7 +1,5 @@
 """ProCST as a `Method`: a pyramid of cyclic generators, one stage for each scale (docs/method.md, section 3)."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -13,18 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from core.config import ProCSTConfig
+from core.config import Norm, ProCSTConfig
 from core.contact_sheet import save_contact_sheet
 from core.networks import Discriminator, Generator, freeze, init_weights
-from core.running import micro_batch_size, procst_runner
 from core.step import Batch, ScaleNetworks, SegmentationNets, TrainingStep
-from data_handlers.domain import Domain, PairBatch
-from data_handlers.images import PROCST_INPUT
-from data_handlers.pyramid import array_pyramid
+from data_handlers.domain import DOMAINS, Domain, PairBatch, Samples
+from data_handlers.images import PROCST_INPUT, image_pyramid
 from models.segmentation import segmentation_optimizer
-from training.distributed import LocalBatch, Rank
+from training.distributed import Rank
 from training.method import Method, Stage
-from training.precision import channels_last
+from training.precision import Precision, Runner, channels_last
 from training.synchronised_norm import synchronise_batch_norms
 from utils.devices import to_device
 from utils.seeds import SCALE_WEIGHTS, seed_for
@@ -32,6 +28,14 @@ from utils.tensor_files import weights_fingerprint
 
 NETWORKS = ("Dst", "Gst", "Dts", "Gts")
 SEG_SIT = "seg_sit"
+
+# How networks are called follows the measurements in benchmarks/RESULTS.md.
+# Pixels of a micro-batch. One image of the published size keeps a GPU busy; a CPU gains nothing from more pixels.
+MICRO_BATCH_PIXELS = {"cuda": 2**19, "cpu": 2**15}
+
+# On a CPU images are laid out channels last up to this many pixels an image and from this many channels a group on.
+CHANNELS_LAST_PIXELS = 2**15
+CHANNELS_LAST_GROUP = 8
 
 
 def penalty_alphas(seed: int, scale: int, step: int) -> Tensor:
@@ -50,6 +54,7 @@ class ProCST(Method):
     """
 
     name: ClassVar[str] = "procst"
+    config_class: ClassVar[type[ProCSTConfig]] = ProCSTConfig
     batch_flag: ClassVar[str] = "--batch_size_list"
     config: ProCSTConfig
 
@@ -80,10 +85,9 @@ class ProCST(Method):
         if seg_sit is not None and seg_sit_is_fresh:
             self._inputs["start of the other segmentation net (--backbone_weights)"] = weights_fingerprint(seg_sit)
 
-    @staticmethod
-    def task(config: ProCSTConfig) -> str:
+    def task(self) -> str:
         """End of the name of a new run folder."""
-        return f"{config.source.source}_to_{config.target.target}"
+        return f"{self.config.source.source}_to_{self.config.target.target}"
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of lists of images and of the nets that are not trained."""
@@ -156,20 +160,21 @@ class ProCST(Method):
         config = self.config
         batch_size = config.schedule.batch_size_list[stage]
         pyramid = partial(
-            array_pyramid,
+            image_pyramid,
             num_scales=config.network.num_scales,
             scale_factor=config.network.scale_factor,
             up_to=stage,
             resample=config.loader.resample,
         )
-        drawn = {
-            "stage": stage, "steps": steps, "batch_size": batch_size, "part": self.rank.part(batch_size),
-            "steps_per_epoch": config.schedule.steps_per_epoch(stage, self.epoch_length),
-            "epoch_length": self.epoch_length, "pyramid": pyramid,
-        }  # fmt: skip
-        source, target = self.domains["source"], self.domains["target"]
-        labels = self.segmentation is not None
-        for one, other in zip(source.stream(**drawn, labels=labels), target.stream(**drawn), strict=True):
+        source, target = (
+            Samples(
+                domain=self.domains[name], stage=stage, epoch_length=self.epoch_length, pyramid=pyramid,
+                per_epoch=batch_size * config.schedule.steps_per_epoch(stage, self.epoch_length),
+                labels=self.segmentation is not None,
+            ).batches(steps, batch_size, self.rank.part(batch_size))
+            for name in DOMAINS
+        )  # fmt: skip
+        for one, other in zip(source, target, strict=True):
             yield PairBatch(one, other)
 
     def step(self, batch: PairBatch, stage: int, step: int) -> Mapping[str, Tensor]:
@@ -194,7 +199,8 @@ class ProCST(Method):
             run=self.run,
             recompute=self.device.type == "cuda",
             micro_batch=micro_batch_size(inputs.source[-1].shape, nets.Gst.shape.norm, self.device),
-            local=LocalBatch.of(self.rank, config.schedule.batch_size_list[stage]),
+            rank=self.rank,
+            fraction=self.rank.fraction(config.schedule.batch_size_list[stage]),
         ).take()
         self._images = result.images
         return result.losses
@@ -263,3 +269,36 @@ class ProCST(Method):
         """The command that exports the translated images."""
         words = ["--trained_procst_path", str(folder), "--sit_output_path", "OUT"]
         return f"export with: python {shlex.join(['create_sit_dataset.py', *words])}"
+
+
+# --- how networks are called: precision, memory format, size of micro-batches ---------------------------------------
+
+
+def procst_runner(precision: Precision, bf16_discriminators: bool = False) -> Runner:
+    """The `Runner` of a ProCST training; in bf16, discriminators stay in float32 unless `bf16_discriminators`.
+
+    Rounding them changed their losses by up to 6%, and the translation was worse in three of six runs.
+    """
+    keep_float32 = () if bf16_discriminators else (Discriminator,)
+    return Runner(precision, keep_float32=keep_float32, layout=image_layout)
+
+
+def image_layout(network: nn.Module, image: Tensor) -> torch.memory_format | None:
+    """Memory format of the images (B,3,h,w) for a generator or discriminator in training; None for other networks.
+
+    Channels last speeds up a CPU's convolutions. Group norms of groups of fewer than eight channels, and batch norm of
+    the image, lose more time by it, and group norms are less exact the more pixels there are. GPUs were not measured.
+    """
+    if not isinstance(network, Generator | Discriminator):
+        return None
+    shape = network.shape
+    few = image.shape[-2] * image.shape[-1] <= CHANNELS_LAST_PIXELS
+    wide = shape.norm == "group" and shape.channels // shape.groups >= CHANNELS_LAST_GROUP
+    return torch.channels_last if image.device.type == "cpu" and few and wide else torch.contiguous_format
+
+
+def micro_batch_size(batch: Sequence[int], norm: Norm, device: torch.device) -> int | None:
+    """Samples of a micro-batch for a batch of shape (B,3,h,w); None, the whole batch, with batch norm."""
+    if norm == "batch":
+        return None
+    return max(1, MICRO_BATCH_PIXELS[device.type] // (batch[-2] * batch[-1]))

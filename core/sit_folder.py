@@ -1,7 +1,5 @@
 """The folder of an exported SiT data set: which files it holds, and checks that no other files are overwritten."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +20,7 @@ VARYING = ("images", "complete")  # all else in a manifest is equal for all imag
 
 
 def output_names(files: FileList) -> dict[str, str]:
-    """The output path of every image, relative to the output folder: its own path with the suffix `.png`.
-
-    Raises:
-        UserError: two images differ only in their suffix.
-    """
+    """Path below the output folder of every image: its own, with `.png`. Raises `UserError` where two are equal."""
     images: dict[str, str] = {}
     for image in files.images:
         output = os.path.splitext(image)[0] + ".png"
@@ -93,10 +87,7 @@ class SitFolder:
                 )
 
     def make(self) -> None:
-        """Make the folders, remove temporary files of an interrupted export, and write the manifest.
-
-        The caller holds the lock of the root.
-        """
+        """Make the folders, remove what an interrupted export left, write the manifest. The caller holds the lock."""
         for folder in {"", *self.folders()}:
             remove_leftovers(make_folder(self.root / folder, FLAG))
         self.write_manifest(complete=False)

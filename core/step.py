@@ -6,8 +6,6 @@ generated image is computed on a detached leaf of it; the gradients of all terms
 backward pass then takes through the generator. Nothing in here reads a value of the device back to the host.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -23,7 +21,7 @@ from core.losses import gradient_penalty, mean_score, perceptual_targets, style_
 from core.networks import Discriminator, Generator, without_gradients
 from data_handlers.classes import IGNORE
 from models.losses import cross_entropy
-from training.distributed import WHOLE, LocalBatch, all_reduce_and_step, zero_gradients
+from training.distributed import ALONE, Rank, all_reduce_and_step, zero_gradients
 from utils.batch_norms import bn_momentum, frozen_bn_stats
 
 # Image (B,3,h,w) in [-1,1] -> feature maps by position in VGG16's `features`; collects no gradients itself.
@@ -112,7 +110,7 @@ class _Direction:
     label_weight: Tensor | float = 1.0
     seg_source: nn.Module | None = None
 
-    def part(self, samples: slice) -> _Direction:
+    def part(self, samples: slice) -> "_Direction":
         """The direction with the samples of a micro-batch."""
         image, coarser = self.image[samples], None if self.coarser is None else self.coarser[samples]
         weight = self.weight * len(image) / len(self.image)
@@ -138,7 +136,8 @@ class TrainingStep:
             of both translations. The result is the same.
         micro_batch: save memory: the most samples whose losses are computed at once, None for the whole batch. The
             result is the same. Networks with batch norm need the whole batch, and Q always gets it.
-        local: the part of a global batch that `batch` is. Where it is not the whole, batch norms must be synchronised.
+        rank: this process; where it is one of several, batch norms must be synchronised.
+        fraction: of the global batch that `batch` is, see `Rank.fraction`.
     """
 
     nets: ScaleNetworks
@@ -152,7 +151,8 @@ class TrainingStep:
     run: Run = nn.Module.__call__
     recompute: bool = False
     micro_batch: int | None = None
-    local: LocalBatch = WHOLE
+    rank: Rank = ALONE
+    fraction: float = 1.0
     losses: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def take(self) -> StepResult:
@@ -167,7 +167,7 @@ class TrainingStep:
         # (2) The generators, against the updated discriminators.
         if self.segmentation is not None:
             seg_source = None if self.warmup else self.segmentation.seg_source
-            labelled = self.local.labelled_fraction(self.batch.label)
+            labelled = self.rank.labelled_fraction(self.batch.label)
             st = replace(st, label=self.batch.label, label_weight=labelled, seg_source=seg_source)
         with without_gradients(self.nets.Dst, self.nets.Dts):
             sitis, tisit = self._update_generators((st, ts), fakes)
@@ -187,7 +187,7 @@ class TrainingStep:
             self.losses[key] = self.losses[key] + value.detach() if key in self.losses else value.detach()
 
     def _directions(self) -> tuple[_Direction, _Direction]:
-        nets, optimizers, batch, weight = self.nets, self.optimizers, self.batch, self.local.fraction
+        nets, optimizers, batch, weight = self.nets, self.optimizers, self.batch, self.fraction
         momentum_st, back_momentum_st = reference_momenta(nets.Gst, own_before=3, own_after=0)
         momentum_ts, back_momentum_ts = reference_momenta(nets.Gts, own_before=2, own_after=1)
         source, target = batch.source[-1], batch.target[-1]
@@ -237,7 +237,7 @@ class TrainingStep:
             terms = {"RealImagesLoss": real_term, "FakeImagesLoss": fake_term, "LossGP": penalty_term}
             terms["LossAdversarial"] = loss.lambda_adversarial * (real_term + fake_term + penalty_term)
             self._log(f"{direction.name}/Discriminator", terms)
-        all_reduce_and_step(self.local, direction.optimizer)
+        all_reduce_and_step(self.rank, direction.optimizer)
 
     def _update_generators(self, directions: Sequence[_Direction], fakes: Sequence[Tensor]) -> list[Tensor]:
         """Phase 2: step both generators on all their terms; returns the images translated back, of each direction."""
@@ -276,7 +276,7 @@ class TrainingStep:
             if not self.recompute:
                 fake.backward(torch.cat(gradients))
             returned_images.append(torch.cat(returned))
-        all_reduce_and_step(self.local, *optimizers)
+        all_reduce_and_step(self.rank, *optimizers)
         return returned_images
 
     def _backward_of_cycle(self, leaf: Tensor, direction: _Direction) -> Tensor:
@@ -312,7 +312,7 @@ class TrainingStep:
         segmentation_loss.backward()
         if not self.warmup:
             (self._translate_again(direction) if self.recompute else sit).backward(leaf.grad)
-        all_reduce_and_step(self.local, *optimizers)
+        all_reduce_and_step(self.rank, *optimizers)
         self._log("Semseg", {"SemsegLoss": segmentation_loss})
 
 

@@ -1,15 +1,13 @@
 """The trained generators a user names: a run folder, a checkpoint of this toolkit, or the authors' `Gst.pth`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.config import ProCSTConfig
-from core.legacy import load_legacy_generators
+from core.config import NetworkShape, ProCSTConfig
 from core.networks import Generator, freeze
 from training.checkpoint import LATEST, Checkpoint, checkpoint_from, is_checkpoint
 from utils.errors import UserError
+from utils.pickled_modules import Record, read_pickled_modules
 from utils.tensor_files import is_finite, load_network, read_tensor_file
 
 FLAG = "--trained_procst_path"
@@ -71,3 +69,51 @@ def _generators(checkpoint: Checkpoint, config: ProCSTConfig, origin: Path) -> l
         load_network(generator, checkpoint.modules[f"Gst.{scale}"], f"{origin}, Gst of scale {scale},")
         generators.append(freeze(generator))
     return generators
+
+
+# --- the authors' `Gst.pth`: a pickled list of their generators, read without executing what it names -----------------
+
+
+def load_legacy_generators(path: Path) -> list[Generator]:
+    """The frozen generators, coarse to fine, of the authors' `Gst.pth` (docs/method.md, section 5).
+
+    Raises:
+        UserError: the file is not a pickled list of ProCST generators.
+    """
+    records = read_pickled_modules(path, ("core.models.ProCSTGenerator", "core.models.ConvBlockProCST"))
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{path}: holds a {type(records).__name__}, not the list of generators of a Gst.pth")
+    generators = []
+    for scale, record in enumerate(records):
+        if not isinstance(record, Record) or record.class_name != "ProCSTGenerator":
+            raise UserError(f"{path}: entry {scale} is not a ProCST generator")
+        generator = Generator(_shape_of(record, scale, f"{path}: the generator of scale {scale}"))
+        load_network(generator, record.state_dict(), f"{path}, scale {scale},")
+        generators.append(freeze(generator))
+    return generators
+
+
+def _shape_of(record: Record, scale: int, what: str) -> NetworkShape:
+    """Read a generator's shape off its weights and norms."""
+    try:
+        channels, inputs, kernel = record.state_dict()["head.conv.weight"].shape[:3]
+        blocks = [record.child("head"), *dict(record.child("body").children()).values()]
+        blocks.append(next(block for _, block in record.child("tail").children()))
+        norms = [norm for norm in (block.child("norm") for block in blocks) if norm is not None]
+        kinds = {norm.class_name for norm in norms}
+        # Without any norm, `groups` must be a number that divides no width.
+        groups = next((n.attributes["num_groups"] for n in norms if n.class_name == "GroupNorm"), channels + inputs)
+    except (KeyError, AttributeError, ValueError, StopIteration) as error:
+        raise UserError(f"{what} is not complete ({error})") from None
+    if not (kinds <= {"BatchNorm2d"} or kinds <= {"GroupNorm"}):
+        raise UserError(f"{what} mixes norms: {', '.join(sorted(kinds))}")
+    if not isinstance(groups, int) or groups < 1:
+        raise UserError(f"{what} has a group norm of {groups!r} groups")
+    return NetworkShape(
+        scale=scale,
+        channels=channels,
+        layers=len(blocks),
+        norm="batch" if "BatchNorm2d" in kinds else "group",
+        groups=groups,
+        kernel_size=kernel,
+    )

@@ -9,10 +9,7 @@ On a CPU convolutions are fastest with images channels last. PyTorch's group nor
 shows from half a megapixel on, so whole images in float32 use the sums of the tiled path, too.
 """
 
-from __future__ import annotations
-
 import itertools
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,8 +26,7 @@ from data_handlers.images import PROCST_INPUT
 from training.precision import Precision, Runner, exact_convolutions
 from utils.devices import available_memory
 from utils.errors import UserError
-
-log = logging.getLogger(__name__)
+from utils.locks import say
 
 # Copies of the widest feature map that exist at once inside a block, workspace of the convolution included.
 FEATURE_COPIES = 5
@@ -212,7 +208,7 @@ class Translator:
                         f"the GPU's memory does not suffice for images of {size} pixels; lower --batch_size, "
                         "free the GPU, or use --gpus cpu"
                     ) from None
-                log.warning("out of GPU memory; translating on tiles of %d pixels", most_pixels)
+                say(f"out of GPU memory; translating on tiles of {most_pixels} pixels")
 
     def _translate(self, inputs: Sequence[Tensor], most_pixels: int) -> Tensor:
         exact_on_cpu = self.precision == "fp32" and self.device.type == "cpu"

@@ -7,8 +7,6 @@ Where one of these changes, another cache is built beside the first. A cache is 
 when it is complete and on the disk, and never changed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -23,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_handlers.choices import Resample
+from data_handlers.choices import OR_SKIP, Resample
 from data_handlers.images import image_size, read_label, read_resized
 from data_handlers.lists import FileList, label_path
 from utils.errors import UserError
@@ -36,7 +34,6 @@ FORMAT = 2
 ARRAY = "array.npy"
 MANIFEST = "cache.json"
 BUILDING = ".building-"
-OR_SKIP = "; or skip such images with --on_bad_image skip"
 
 
 @dataclass(frozen=True)
@@ -132,11 +129,7 @@ class _Part:
         return f"{data_set.name}_{size[0]}x{size[1]}_{self.kind}_{digest.hexdigest()[:32]}"
 
     def open(self, folder: Path) -> tuple[np.ndarray, dict[int, str]]:
-        """The array in a finished folder, and what was wrong with the files that it was built without.
-
-        Raises:
-            UserError: the folder is damaged.
-        """
+        """The array in a finished folder, and what it was built without. Raises `UserError` where it is damaged."""
         try:
             unusable = json.loads((folder / MANIFEST).read_bytes())["unusable"]
             array = np.load(folder / ARRAY, mmap_mode="r")  # checks that the file is large enough
@@ -227,11 +220,7 @@ def _build(folder: Path, part: _Part, num_workers: int, skip_unusable: bool) -> 
 
 
 def _write_array(path: Path, part: _Part, num_workers: int, skip_unusable: bool) -> dict[int, str]:
-    """Write the part as a .npy file and wait until it is on the disk; files that cannot be used become zeros.
-
-    Returns:
-        What was wrong with the files that cannot be used, by position in the list.
-    """
+    """Write the part's .npy file, synced. Returns what was wrong with files, which become zeros, by position."""
     unusable: dict[int, str] = {}
     count, *shape = part.shape
     loaded = load_in_order(

@@ -1,7 +1,5 @@
 """Values that flags about data can take. This module imports nothing heavy; the command lines read it first."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 # How a label file's values are read: label ids of the data set, or trainIds (0..C-1, and 255 for ignored pixels).
@@ -10,6 +8,7 @@ LABELS = ("ids", "trainids")
 
 # Whether an image or label that cannot be used ends the run, or another one is taken in its place.
 ON_BAD_IMAGE = ("stop", "skip")
+OR_SKIP = "; or skip such images with --on_bad_image skip"  # end of messages
 
 # How images are resized: with PyTorch's arithmetic, several times as fast, or with Pillow's, which the method uses.
 Resample = Literal["exact", "fast"]

@@ -3,8 +3,6 @@
 This module imports nothing heavy, as the command lines read the data sets' declarations before anything else.
 """
 
-from __future__ import annotations
-
 IGNORE = 255
 
 CLASS_NAMES = (

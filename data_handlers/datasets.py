@@ -3,8 +3,6 @@
 This module imports nothing heavy, as the command lines read the names of the data sets before anything else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal

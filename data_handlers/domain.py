@@ -5,8 +5,6 @@ the epoch's number, and the crop from a generator seeded by the sample's positio
 number of worker processes does not change the batches, and a resumed run continues by starting at its step.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from data_handlers.cache import OR_SKIP, ImageCache, ResizedFiles, bytes_to_build, open_cache
-from data_handlers.choices import Resample
+from data_handlers.cache import ImageCache, ResizedFiles, bytes_to_build, open_cache
+from data_handlers.choices import OR_SKIP, Resample
 from data_handlers.lists import FileList
 from utils.errors import UserError
 from utils.loaders import MOST_SKIPPED, disk_fault, load_in_order
@@ -104,12 +102,8 @@ class Domain:
         """The images and labels at their training size, from each folder of images."""
         return tuple(ResizedFiles(files, self.resize, self.resample) for files in self.lists)
 
-    def with_cache(self) -> Domain:
-        """The domain with its cache opened, which is built first where it is missing; itself without `cache_dir`.
-
-        Raises:
-            UserError: a file cannot be used, or the cache cannot be written or read.
-        """
+    def with_cache(self) -> "Domain":
+        """The domain with its cache opened, built first where it is missing; itself without one. Raises `UserError`."""
         if not self.cache_dir:
             return self
         reading = {"with_labels": self.labels, "num_workers": self.num_workers, "skip_unusable": self.skips}
@@ -121,53 +115,17 @@ class Domain:
             return 0
         return sum(bytes_to_build(Path(self.cache_dir), r, with_labels=self.labels) for r in self.resized)
 
-    def stream(
-        self,
-        *,
-        stage: int,
-        steps: range,
-        batch_size: int,
-        part: range,
-        steps_per_epoch: int,
-        epoch_length: int,
-        pyramid: PyramidOf,
-        labels: bool = True,
-    ) -> Iterator[DomainBatch]:
-        """The batches of some steps of a stage, in order. Every stage has its own random order.
-
-        Args:
-            batch_size: samples in a step over all processes; `part` are the places of those wanted here.
-            steps_per_epoch: steps before a new random order is drawn.
-            epoch_length: images in an epoch; a shorter list is repeated to this length.
-            pyramid: makes the levels of the cropped image.
-            labels: False ignores the labels of a domain that reads them.
-
-        Raises:
-            UserError: in the main process, when a file of a step cannot be used.
-            LoaderDied: a loader process died; see `load_in_order`.
-        """
-        samples = Samples(
-            domain=replace(self, labels=self.labels and labels),
-            stage=stage,
-            per_epoch=steps_per_epoch * batch_size,
-            epoch_length=epoch_length,
-            pyramid=pyramid,
-        )
-        return load_in_order(
-            samples.batch,
-            (range(step * batch_size + part.start, step * batch_size + part.stop) for step in steps),
-            num_workers=self.num_workers,
-            prefetch=4,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The sample at each position of a stream; position = step * batch size + place in the batch.
+    """The samples of a stage, each at its position; position = step * batch size + place in the batch.
 
     Attributes:
+        stage: every stage has its own random order.
         per_epoch: samples before a new random order is drawn.
-        epoch_length, pyramid: as of `Domain.stream`.
+        epoch_length: images in an epoch; a shorter list is repeated to this length.
+        pyramid: makes the levels of the cropped image.
+        labels: False ignores the labels of a domain that reads them.
     """
 
     domain: Domain
@@ -175,6 +133,20 @@ class Samples:
     per_epoch: int
     epoch_length: int
     pyramid: PyramidOf
+    labels: bool = True
+
+    def batches(self, steps: range, batch_size: int, part: range) -> Iterator[DomainBatch]:
+        """The batches of some steps, in order.
+
+        Args:
+            batch_size: samples in a step over all processes; `part` are the places of those wanted here.
+
+        Raises:
+            UserError: in the main process, when a file of a step cannot be used.
+            LoaderDied: a loader process died; see `load_in_order`.
+        """
+        positions = (range(step * batch_size + part.start, step * batch_size + part.stop) for step in steps)
+        return load_in_order(self.batch, positions, num_workers=self.domain.num_workers, prefetch=4)
 
     def _seed(self, purpose: int, number: int) -> tuple[int, ...]:
         name = self.domain.name
@@ -216,7 +188,8 @@ class Samples:
         while True:
             try:
                 index = self.image_index(position, len(wrong))
-                image, label = stored.image(index), stored.label(index) if self.domain.labels else None
+                image = stored.image(index)
+                label = stored.label(index) if self.domain.labels and self.labels else None
                 break
             except UserError as error:
                 if not self.domain.skips:

@@ -3,8 +3,6 @@
 A file that cannot be used raises a `UserError` of one line, which names the file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from data_handlers.datasets import DataSet
 from data_handlers.label_maps import to_train_ids
 from utils.errors import UserError
 from utils.png import GREY, PALETTE, RGB, RGBA, read_png_header
+from utils.sizes import level_size
 
 # Pillow refuses very large images to protect web servers. These are the user's own files, and export promises to
 # translate images of any size.
@@ -63,11 +62,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """The pixels of `read_image`, uint8 (H,W,3). Plain RGB PNGs are decoded by torchvision, a fifth faster than Pillow.
-
-    Raises:
-        UserError: as `read_image`.
-    """
+    """As `read_image`, uint8 (H,W,3); torchvision decodes plain RGB PNGs, a fifth faster than Pillow."""
     try:
         header = read_png_header(path)
         if header.bit_depth == 8 and header.colour_type == RGB:
@@ -80,36 +75,47 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def read_resized(path: Path, size: tuple[int, int], resample: Resample) -> np.ndarray:
-    """An image resized to (W,H) with the antialiased bicubic filter, uint8 (H,W,3).
+    """An image `resized` to (W,H), uint8 (H,W,3). Raises `UserError` as `read_image`."""
+    return resized(read_pixels(path), size, resample)
+
+
+def resized(pixels: np.ndarray, size: tuple[int, int], resample: Resample) -> np.ndarray:
+    """Pixels uint8 (h,w,3) resized to (W,H) with the antialiased bicubic filter; the same array if they have that size.
 
     Args:
         resample: `exact` is Pillow's arithmetic, which the method uses; `fast` is PyTorch's, which is several times as
             fast and differs by one level of 0..255 in a few of a thousand values.
-
-    Raises:
-        UserError: as `read_image`.
     """
-    if resample == "fast":
-        return resize_pixels(read_pixels(path), size)
-    image = read_image(path)
-    return np.array(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
-
-
-def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The `fast` resampling of uint8 (h,w,3) to (W,H); the same array where it has that size."""
     if pixels.shape[1::-1] == size:
         return pixels
+    if resample == "exact":
+        return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
     levels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = F.interpolate(levels, size=size[::-1], mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+    found = F.interpolate(levels, size=size[::-1], mode="bicubic", antialias=True)
+    return found[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def image_pyramid(
+    pixels: np.ndarray, num_scales: int, scale_factor: float, up_to: int, resample: Resample = "exact"
+) -> list[np.ndarray]:
+    """Levels 0..`up_to` of an image, each `resized` from the image itself (docs/method.md, section 1).
+
+    Generated images are tensors and are resized without antialiasing, see `core.cascade`.
+
+    Args:
+        pixels: uint8 (h,w,3), in training a resized and cropped image, in export a whole one at native size.
+        num_scales: N; level N has the size of `pixels`.
+        up_to: finest level wanted (training at scale s needs 0..s only).
+
+    Returns:
+        uint8 arrays (h_i,w_i,3).
+    """
+    sizes = (level_size(pixels.shape[1::-1], num_scales - scale, scale_factor) for scale in range(up_to + 1))
+    return [resized(pixels, size, resample) for size in sizes]
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(W,H) from the file's header alone.
-
-    Raises:
-        UserError: missing, or not an image.
-    """
+    """(W,H) from the file's header alone. Raises `UserError`: missing, or not an image."""
     with _opened(path) as image:
         return image.size
 
@@ -184,21 +190,13 @@ def label_values_to_train_ids(values: np.ndarray, path: Path, data_set: DataSet)
 
 
 def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarray:
-    """Decode a label to trainIds, uint8 (H,W) with 255 = ignore.
-
-    Raises:
-        UserError: as `read_label_values` and `label_values_to_train_ids`.
-    """
+    """A label as trainIds, uint8 (H,W) with 255 = ignore. Raises `UserError` as the two functions above."""
     return label_values_to_train_ids(read_label_values(path, data_set, size), path, data_set)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInput:
-    """What a network expects as input: (pixels - mean) / std of each channel.
-
-    Attributes:
-        mean, std: of red, green and blue, in levels of 0..255.
-    """
+    """What a network expects as input: (pixels - mean) / std of red, green and blue, in levels of 0..255."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

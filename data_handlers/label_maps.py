@@ -1,7 +1,5 @@
 """Conversions between label ids, trainIds and colours."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Images with their labels, one at a time at native size, as evaluation reads them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_handlers.choices import OR_SKIP
 from data_handlers.classes import CITYSCAPES_IDS, IGNORE
 from data_handlers.images import image_size, label_values_to_train_ids, read_image, read_label, read_label_values
 from data_handlers.lists import FileList
@@ -38,7 +37,7 @@ class LabelledImage:
 
 
 def check_samples(
-    files: FileList, *, labels: bool = True, flag: str = "--src_labels", or_else: str = "", skip: bool = False
+    files: FileList, *, labels: bool = True, flag: str = "--src_labels", skip: bool | None = None
 ) -> None:
     """Decode up to 6 images and 21 labels of a list, and check that the labels are encoded as they are read.
 
@@ -48,8 +47,8 @@ def check_samples(
     Args:
         labels: whether labels are read.
         flag: command line flag that says how this list's labels are read, for messages.
-        or_else: end of the message about a file that cannot be used; it names an alternative.
-        skip: ignore files that cannot be used; only the encoding of the labels is checked.
+        skip: ignore files that cannot be used (`--on_bad_image skip`), and only check the encoding of the labels; None
+            for a command without that flag.
 
     Raises:
         UserError: a file cannot be used, or the labels look like trainIds and are read as label ids.
@@ -66,9 +65,14 @@ def check_samples(
                 label_values_to_train_ids(values, files.label_file(name), files.data_set)
         except UserError as error:
             if not skip:
-                raise UserError(f"{error}{or_else}") from None
+                raise UserError(f"{error}{_or_skip(skip)}") from None
     if labels:
         _check_encoding(files, np.flatnonzero(occurs), flag)
+
+
+def _or_skip(skip: bool | None) -> str:
+    """End of the message about a file that cannot be used."""
+    return "" if skip is None else OR_SKIP
 
 
 def _samples(files: FileList, count: int) -> dict[str, None]:
@@ -107,21 +111,15 @@ def _check_encoding(files: FileList, values: np.ndarray, flag: str) -> None:
 
 
 def open_labelled(
-    files: FileList,
-    num_workers: int,
-    device: torch.device,
-    with_labels: bool = True,
-    or_else: str = "",
-    skipped: list[str] | None = None,
-) -> Iterator[LabelledImage]:
+    files: FileList, num_workers: int, device: torch.device, with_labels: bool, skip: bool | None
+) -> Iterator[LabelledImage | UserError]:
     """Yield every image of the list in order. A few are loaded ahead, so memory does not grow with the list.
 
     Args:
-        or_else: end of the message about a file that cannot be used; it names an alternative.
-        skipped: images that cannot be used are skipped, and the reason is appended to this list. None raises instead.
+        skip: yield the error for an image that cannot be used, instead of raising it; None as of `check_samples`.
 
     Raises:
-        UserError: in the main process, when a file cannot be used, or, with `skipped`, too many one after the other.
+        UserError: in the main process, when a file cannot be used, or, with `skip`, too many one after the other.
         LoaderDied: a loader process died; see `load_in_order`.
     """
 
@@ -130,10 +128,10 @@ def open_labelled(
         label = read_label(files.label_file(name), files.data_set, image.size) if with_labels else None
         return name, np.array(image), label
 
-    skip = skipped is not None
-    for sample in load_in_order(load, files.images, num_workers=num_workers, skip_unusable=skip, or_else=or_else):
+    reading = {"num_workers": num_workers, "skip_unusable": bool(skip), "or_else": _or_skip(skip)}
+    for sample in load_in_order(load, files.images, **reading):
         if isinstance(sample, UserError):
-            skipped.append(str(sample))
+            yield sample
         else:
             name, *arrays = sample
             yield LabelledImage(name, *(a if a is None else to_device(torch.from_numpy(a), device) for a in arrays))

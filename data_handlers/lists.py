@@ -1,7 +1,5 @@
 """Lists of a data set's files, from its declaration and root folder or from a text file."""
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import os
@@ -33,7 +31,7 @@ class FileList:
     def __len__(self) -> int:
         return len(self.images)
 
-    def with_images_of(self, root: Path) -> FileList:
+    def with_images_of(self, root: Path) -> "FileList":
         """The same names with the images of another folder, such as a SiT set; the labels stay."""
         return replace(self, root=root, label_root=self.label_root or self.root)
 
@@ -52,11 +50,7 @@ class FileList:
 
 
 def label_path(data_set: DataSet, image: str) -> str:
-    """Relative label path of a relative image path.
-
-    Raises:
-        UserError: the image's path holds no occurrence of a declared replacement.
-    """
+    """Relative label path of a relative image path. Raises `UserError` if a declared replacement finds nothing."""
     for old, new in data_set.label_path:
         head, found, tail = image.rpartition(old)
         if not found:
@@ -109,11 +103,7 @@ def list_images(
 
 
 def require_labels(files: FileList, flag: str) -> None:
-    """Check that every image has its label file. A data set that declares no labels passes.
-
-    Raises:
-        UserError: names the first image without one and how many there are.
-    """
+    """Raise `UserError` unless every image has its label file; a data set that declares no labels passes."""
     missing = missing_labels(files)
     if missing:
         image, label = missing[0]
@@ -124,11 +114,7 @@ def require_labels(files: FileList, flag: str) -> None:
 
 
 def require_images(files: FileList, flag: str) -> None:
-    """Check that every image of the list is in its folder.
-
-    Raises:
-        UserError: names the first one that is missing and how many are.
-    """
+    """Raise `UserError` unless every image of the list is in its folder."""
     present = Listing(files.root)
     missing = [image for image in files.images if image not in present]
     if missing:
@@ -158,11 +144,7 @@ class Listing:
         self._names: dict[str, frozenset[str]] = {}
 
     def __contains__(self, path: str) -> bool:
-        """Whether there is a file at the POSIX path relative to the root.
-
-        Raises:
-            UserError: its folder cannot be listed.
-        """
+        """Whether there is a file at the path below the root. Raises `UserError` if its folder cannot be listed."""
         folder, _, name = path.rpartition("/")
         if folder not in self._names:
             entries = _entries(self.root / folder)

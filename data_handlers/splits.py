@@ -1,7 +1,5 @@
 """The one rule by which labelled images are split into those trained on and those validated on."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

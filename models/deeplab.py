@@ -1,7 +1,5 @@
 """DeepLabV2 with the two heads the method knows (docs/method.md, section 4)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -5,8 +5,6 @@ the score maps, and scores are upsampled by fixed bilinear interpolation to the 
 image of at least 32x32 works.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """The authors' `pretrained_semseg_on_*.pth`: their pickled DeepLabV2, read without executing what it names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import nn

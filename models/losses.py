@@ -1,12 +1,15 @@
 """The losses that every training of a segmentation net shares, as pure functions of tensors."""
 
-from __future__ import annotations
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_handlers.classes import IGNORE
-from utils.dtypes import at_least_float32
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half and bfloat16 tensors as float32; float32 and float64 tensors as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

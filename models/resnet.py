@@ -6,8 +6,6 @@ and shapes are torchvision's, so its ImageNet weights load unchanged. At output 
 has a stride at all, so that block alone computes with weights that were trained for the other placement.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch

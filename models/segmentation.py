@@ -5,8 +5,6 @@ these images. A net has a `backbone`, which may start from ImageNet weights, and
 fast.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

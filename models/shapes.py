@@ -1,7 +1,5 @@
 """Which segmentation nets there are, and the layers of VGG16; plain values, importable without PyTorch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from utils.errors import UserError
@@ -25,11 +23,7 @@ VGG16_RELUS = tuple(index + 1 for index in VGG16_CONVS)
 
 @dataclass(frozen=True)
 class SegmentationShape:
-    """Which net, on which backbone, with how many classes.
-
-    Raises:
-        UserError: unknown model, a backbone the model cannot use, or an impossible number of classes.
-    """
+    """Which net, on which backbone, with how many classes. Raises `UserError` for what cannot be built."""
 
     model: str = "DeepLabV2"
     backbone: str = "resnet101"

@@ -4,8 +4,6 @@
 running statistics carry the source's brightness into the target.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

@@ -4,8 +4,6 @@ Images enter in [-1,1] without ImageNet mean and standard deviation, as the meth
 section 3). Layers are counted as positions in torchvision's `vgg16().features`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 

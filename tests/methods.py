@@ -24,7 +24,7 @@ from training.distributed import Rank
 from training.loop import Loop
 from training.progress import Progress
 from uda.config import SourceTrainingConfig
-from uda.preparation import prepare_source
+from uda.source import prepare_source
 from utils.seeds import seed_for
 from worlds import write_cityscapes, write_gta5
 
@@ -101,20 +101,14 @@ class Case:
     learning: Mapping[str, Any] = field(default_factory=dict)
 
     def prepared(self, world: Path, rank: Rank | None = None, **changes: Any) -> Any:
-        """The method with its validator."""
+        """The method, with its validator."""
         flags = {
             name: value.format(world=world) if isinstance(value, str) else value
             for name, value in {**COMMON, **self.flags, **changes}.items()
         }
-        prepared = self.prepare(self.config.from_flags(flags), rank or Rank(), None)
-        self.change(prepared.method)
-        return prepared
-
-
-def loop_of(prepared: Any, folder: Path, validates: bool = True) -> Loop:
-    """The loop that trains a prepared method in a folder."""
-    validator = prepared.validator if validates else None
-    return Loop(method=prepared.method, run=prepared.method.config.run, folder=folder, validator=validator)
+        method = self.prepare(self.config.from_flags(flags), rank or Rank(), None)
+        self.change(method)
+        return method
 
 
 def run_quietly(loop: Loop) -> None:

@@ -8,7 +8,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from conftest import GOLDEN_DIR
@@ -16,8 +15,7 @@ from core.cascade import to_unit_range
 from core.config import LossConfig, NetworkShape, layers_at_scale, published_norm
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, SegmentationNets, TrainingStep
-from data_handlers.images import PROCST_INPUT
-from data_handlers.pyramid import image_pyramid
+from data_handlers.images import PROCST_INPUT, image_pyramid
 from models.segmentation import HEAD_RATE, parameter_groups
 from models.vgg import VGG16_CONVS, VGGFeatures, vgg_from_state_dict
 from worlds import noise_image
@@ -184,8 +182,8 @@ class GoldenStep(RecordedStep):
         """Levels 0..scale, float32 (B,3,h,w), from the base images."""
         meta, levels = self.meta, []
         for b in range(meta["batch"]):
-            image = Image.fromarray(self.data[f"{self.prefix}{domain}_rgb_{b}"])
-            levels.append(image_pyramid(image, meta["num_scales"], meta["scale_factor"], self.scale))
+            pixels = self.data[f"{self.prefix}{domain}_rgb_{b}"]
+            levels.append(image_pyramid(pixels, meta["num_scales"], meta["scale_factor"], self.scale))
         stacked = [torch.from_numpy(np.stack(level)) for level in zip(*levels, strict=True)]
         return [PROCST_INPUT(level) for level in stacked]
 
@@ -314,7 +312,7 @@ class RandomStep(RecordedStep):
         pyramids = []
         for seed in (1, 2):
             levels = zip(
-                *(image_pyramid(noise_image(size, seed + 10 * b), num_scales, 0.5, scale) for b in range(2)),
+                *(image_pyramid(np.asarray(noise_image(size, seed + 10 * b)), num_scales, 0.5, scale) for b in (0, 1)),
                 strict=True,
             )
             pyramids.append([PROCST_INPUT(torch.from_numpy(np.stack(level))) for level in levels])

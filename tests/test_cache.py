@@ -27,9 +27,9 @@ from data_handlers import cache as cache_module
 from data_handlers.cache import BUILDING, ResizedFiles, bytes_to_build, open_cache
 from data_handlers.classes import CITYSCAPES_IDS
 from data_handlers.datasets import DATA_SETS, with_labels
-from data_handlers.domain import Domain
+from data_handlers.domain import Domain, Samples
+from data_handlers.images import image_pyramid
 from data_handlers.lists import list_images
-from data_handlers.pyramid import array_pyramid
 from utils.errors import UserError
 from worlds import noise_image, write_cityscapes, write_gta5
 
@@ -88,10 +88,9 @@ def batches(files, resample, cache, workers=0):
         files=files, name="source", seed=1, resize=SIZE, crop=(48, 36), labels=True, flip=True, resample=resample,
         num_workers=workers, caches=(cache,) if cache else (),
     )  # fmt: skip
-    pyramid = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample=resample)
-    return list(domain.stream(
-        stage=2, steps=range(6), batch_size=2, part=range(2), steps_per_epoch=2, epoch_length=5, pyramid=pyramid,
-    ))  # fmt: skip
+    pyramid = partial(image_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample=resample)
+    samples = Samples(domain=domain, stage=2, per_epoch=4, epoch_length=5, pyramid=pyramid)
+    return list(samples.batches(range(6), 2, range(2)))
 
 
 @pytest.mark.parametrize("resample", ["exact", "fast"])
@@ -121,7 +120,7 @@ def test_fast_pyramids_against_the_reference(path):
     meta = json.loads(str(data["meta"]))
     for scale in meta["scales"]:
         pixels = data[f"s{scale}/source_rgb_0"]
-        levels = array_pyramid(pixels, meta["num_scales"], meta["scale_factor"], scale, "fast")
+        levels = image_pyramid(pixels, meta["num_scales"], meta["scale_factor"], scale, "fast")
         for k, level in enumerate(levels):
             expected = data[f"s{scale}/source_pyramid_{k}"][0].transpose(1, 2, 0) * 128 + 128
             assert np.abs(level - expected).max() <= 1

@@ -15,14 +15,13 @@ from PIL import Image
 from data_handlers.classes import CITYSCAPES_IDS, SYNTHIA_13, SYNTHIA_16
 from data_handlers.datasets import DATA_SETS, DataSet
 from data_handlers.domain import Domain, Samples
-from data_handlers.images import PROCST_INPUT, NetworkInput, read_label
+from data_handlers.images import PROCST_INPUT, NetworkInput, image_pyramid, read_label
 from data_handlers.label_maps import to_train_ids
 from data_handlers.lists import label_path, list_images, require_labels
-from data_handlers.pyramid import array_pyramid
 from utils.errors import UserError
 from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_png16, write_synthia
 
-WHOLE = partial(array_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample="exact")
+WHOLE = partial(image_pyramid, num_scales=2, scale_factor=0.5, up_to=2, resample="exact")
 
 
 def domain_of(files, **changes):
@@ -31,12 +30,12 @@ def domain_of(files, **changes):
 
 
 def stream(domain, steps, **changes):
-    values = {"stage": 1, "batch_size": 2, "part": range(2), "steps_per_epoch": 3, "epoch_length": 6,
-              "pyramid": WHOLE}  # fmt: skip
-    return domain.stream(steps=steps, **{**values, **changes})
+    values = {"stage": 1, "batch_size": 2, "per_epoch": 6, "epoch_length": 6, "pyramid": WHOLE, **changes}
+    size = values.pop("batch_size")
+    return Samples(domain=domain, **values).batches(steps, size, range(size))
 
 
-SINGLE = {"batch_size": 1, "part": range(1), "steps_per_epoch": 1, "epoch_length": 1}
+SINGLE = {"batch_size": 1, "per_epoch": 1, "epoch_length": 1}
 
 
 def test_label_maps_cover_the_19_classes():
@@ -208,6 +207,6 @@ def test_sixteen_bit_labels_resize_without_new_values(tmp_path):
     write_synthia(tmp_path, count=2)
     write_png16(tmp_path / "GT/LABELS/0000001.png", np.full((32, 48, 3), 3, dtype=np.uint16))
     files = list_images(DATA_SETS["synthia"], tmp_path, "--src_data_dir")
-    batch = next(stream(domain_of(files), range(1), epoch_length=2, steps_per_epoch=1))
+    batch = next(stream(domain_of(files), range(1), epoch_length=2, per_epoch=2))
     assert set(batch.label.unique().tolist()) <= {0, 2, 10, 13, 255}
     assert any(set(label.unique().tolist()) == {0} for label in batch.label)

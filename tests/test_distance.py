@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance
 from scipy import linalg
 
 import measure_domain_distance
-from utils.frechet import GaussianFit, frechet_distance
+from core.domain_distance import GaussianFit, frechet_distance
 from worlds import write_gta5
 
 

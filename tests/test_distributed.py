@@ -28,7 +28,7 @@ from models.resnet import ResNet, recompute_blocks
 from processes import in_processes
 from steps import GOLDEN_FILES, GoldenStep, meta_of, relative_l2, zero_gradient_biases
 from training.checkpoint import LATEST, load_checkpoint
-from training.distributed import LocalBatch, Rank
+from training.distributed import Rank
 from training.launching import FOLDER, LAUNCHER
 from training.run import agreed_precision
 from training.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
@@ -60,7 +60,7 @@ def _shared_golden_step(rank, path, scale, recompute):
         target=[level[samples] for level in step.batch.target],
         label=None if step.batch.label is None else step.batch.label[samples],
     )
-    step.take(batch=batch, local=LocalBatch.of(rank, size), recompute=recompute)
+    step.take(batch=batch, rank=rank, fraction=rank.fraction(size), recompute=recompute)
     rank.all_reduce(list(step.result.losses.values()))
     weights = {f"{name} {key}": value for name, net in step.nets.items() for key, value in net.state_dict().items()}
     return step.order, step.result.losses, step.gradients, weights

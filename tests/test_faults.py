@@ -25,7 +25,7 @@ from commands import assert_same_tensors, at_step, stop_at
 from core.procst import ProCST
 from faults import LAST, one_line, run_flags
 from training.checkpoint import LATEST, load_checkpoint, read_newest
-from training.tensorboard import TensorBoardLog
+from training.progress import TensorBoardLog
 from utils import files as files_module
 from utils import stopping
 from utils import tensor_files as tensor_files_module

@@ -14,7 +14,7 @@ import train_semseg_on_source
 from commands import assert_same_tensors, procst_flags, source_flags
 from core.networks import Generator, freeze
 from core.translate import Translator
-from data_handlers.pyramid import image_pyramid
+from data_handlers.images import image_pyramid
 from methods import CASES, steps_of, write_world
 from steps import build
 from training.checkpoint import LATEST
@@ -45,7 +45,7 @@ def losses_of(world, case, device, precision):
     if precision != "fp32" and not computes_in_bf16(device):
         pytest.skip("needs a GPU from Ampere on")
     set_convolution_precision(precision)
-    method = CASES[case].prepared(world, Rank(device=device), precision=precision).method
+    method = CASES[case].prepared(world, Rank(device=device), precision=precision)
     losses = []
     for stage in range(len(method.stages())):
         for step, batch in steps_of(method, stage, 3):
@@ -82,7 +82,8 @@ def test_rounded_convolutions(methods_world, case, precision):
 
 def test_translation_without_memory_for_the_whole_image():
     generators = [freeze(build(Generator, scale, 1, 64, "group", scale)).to(GPU) for scale in range(2)]
-    levels = [torch.from_numpy(level)[None] for level in image_pyramid(noise_image((2048, 1024), 1), 1, 0.5, 1)]
+    pixels = np.asarray(noise_image((2048, 1024), 1))
+    levels = [torch.from_numpy(level)[None] for level in image_pyramid(pixels, 1, 0.5, 1)]
     everything = 10**12  # pixels
     whole = Translator(generators, 0.5, GPU, everything)(levels)
     torch.cuda.empty_cache()

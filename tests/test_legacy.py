@@ -18,10 +18,9 @@ from torch.nn import DataParallel
 
 import create_sit_dataset
 from core.cascade import translate_pyramid
-from core.legacy import load_legacy_generators
 from core.networks import ConvBlock, Generator, NetworkShape, freeze
-from data_handlers.images import PROCST_INPUT
-from data_handlers.pyramid import image_pyramid
+from core.trained_generators import load_legacy_generators
+from data_handlers.images import PROCST_INPUT, image_pyramid
 from hostile_files import write_pickle
 from utils.errors import UserError
 
@@ -33,9 +32,8 @@ def reference(golden_dir):
 
 def test_network_output(golden_dir, reference):
     generators = load_legacy_generators(golden_dir / "legacy_generators.pth")
-    image = Image.fromarray(reference["source_rgb"])
-    pyramid = image_pyramid(image, len(generators) - 1, 0.5, len(generators) - 1)
-    levels = [PROCST_INPUT(torch.from_numpy(np.array(level))[None]) for level in pyramid]
+    pyramid = image_pyramid(reference["source_rgb"], len(generators) - 1, 0.5, len(generators) - 1)
+    levels = [PROCST_INPUT(torch.from_numpy(level)[None]) for level in pyramid]
     with torch.no_grad():
         sit = translate_pyramid(generators, levels, 0.5).numpy()
     expected = reference["sit"]

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from methods import CASES, loop_of, run_quietly, steps_of, write_learnable_world, write_world
+from core.domain_distance import GaussianFit, frechet_distance
+from methods import CASES, run_quietly, steps_of, write_learnable_world, write_world
 from processes import in_processes
 from training.checkpoint import LATEST, load_checkpoint, read_newest
-from utils.frechet import GaussianFit, frechet_distance
+from training.loop import Loop
 from utils.stopping import Stopped
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -61,7 +62,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(world, tmp_path, case):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    run_quietly(loop_of(CASES[case].prepared(world), whole))
+    run_quietly(Loop(method=CASES[case].prepared(world), folder=whole))
     for at in CASES[case].stops:
         loop = continued(world, parts, case)
         loop.stop = lambda loop=loop, at=at: (loop.stage, loop.step) == at
@@ -80,7 +81,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(world, tmp_path, case):
 
 def continued(world, folder, case):
     """A loop as a new process would make it: from the newest checkpoint, if there is one."""
-    loop = loop_of(CASES[case].prepared(world), folder)
+    loop = Loop(method=CASES[case].prepared(world), folder=folder)
     if (folder / LATEST).exists():
         loop.restore(*read_newest(folder))
     return loop
@@ -91,9 +92,9 @@ def continued(world, folder, case):
 
 def trained_in_float64(rank, world, folder, case):
     """The checkpoint after a whole run without validation, which is made in float32."""
-    prepared = CASES[case].prepared(world, rank)
-    prepared.method.dtype = torch.float64
-    loop = loop_of(prepared, folder, validates=False)
+    method = CASES[case].prepared(world, rank)
+    method.dtype, method.validator = torch.float64, None
+    loop = Loop(method=method, folder=folder)
     run_quietly(loop)
     return vars(loop.checkpoint())
 
@@ -121,7 +122,7 @@ def test_two_processes_are_one_in_float64(world, tmp_path, case):
 
 @every_case
 def test_every_trainable_tensor_is_in_one_group_and_moves(world, case):
-    method = CASES[case].prepared(world).method
+    method = CASES[case].prepared(world)
     for stage in range(len(method.stages())):
         batches = steps_of(method, stage, 4)
         step, batch = next(batches)
@@ -151,9 +152,9 @@ def test_every_trainable_tensor_is_in_one_group_and_moves(world, case):
 def test_learning(tmp_path, case, seed):
     """A segmentation net comes to predict held-out labels, and a translator comes closer to the target."""
     world = write_learnable_world(tmp_path, seed)
-    prepared = CASES[case].prepared(world, manual_seed=seed, **CASES[case].learning)
-    method, validator = prepared.method, prepared.validator
-    loop = loop_of(prepared, tmp_path)
+    method = CASES[case].prepared(world, manual_seed=seed, **CASES[case].learning)
+    validator = method.validator
+    loop = Loop(method=method, folder=tmp_path)
     loop.begin_stage(0, resumed=False)
     before = validator(method.eval_net()).mean_iou if validator else None
     run_quietly(loop)
@@ -191,7 +192,7 @@ class NoHostReads(TorchDispatchMode):
 
 @every_case
 def test_a_step_reads_nothing_back_and_does_no_io(world, monkeypatch, case):
-    method = CASES[case].prepared(world).method
+    method = CASES[case].prepared(world)
 
     def refuse(*arguments, **keywords):
         raise AssertionError("a step does I/O, or reads a value back")

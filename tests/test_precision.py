@@ -15,7 +15,7 @@ from torch import nn
 from core.config import NetworkShape
 from core.losses import gradient_penalty
 from core.networks import Discriminator, Generator
-from core.running import image_layout, micro_batch_size, procst_runner
+from core.procst import image_layout, micro_batch_size, procst_runner
 from models.unet import UNet
 from steps import build
 from training.precision import Runner, bf16_pays, channels_last, computes_in_bf16, recomputes_blocks, resolve_precision

@@ -11,8 +11,7 @@ import torch
 import train_procst
 from commands import only_run, procst_flags
 from core.networks import Discriminator
-from core.procst import ProCST
-from core.running import image_layout
+from core.procst import ProCST, image_layout
 from refusals import check_refusal
 from training.checkpoint import load_checkpoint
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN_DIR
-from core.legacy import load_legacy_generators
+from core.trained_generators import load_legacy_generators
 from hostile_files import BAIT, Command, write_pickle
 from models import legacy
 from models.legacy import load_legacy_segmentation

@@ -15,15 +15,14 @@ from core.cascade import cascade, generated_pyramid
 from core.config import NetworkShape, layers_at_scale, published_norm
 from core.losses import gradient_penalty, gram_matrix, total_variation
 from core.networks import Discriminator, Generator
-from core.procst import penalty_alphas
-from core.running import procst_runner
+from core.procst import penalty_alphas, procst_runner
 from core.step import Batch, micro_batches, reference_momenta
 from data_handlers.images import PROCST_INPUT
 from data_handlers.label_maps import IGNORE
 from models.losses import cross_entropy
 from models.vgg import build_vgg
 from steps import RandomStep, build, check_same
-from training.distributed import LocalBatch, backward_and_step
+from training.distributed import Rank, backward_and_step
 from utils.sizes import level_size
 from worlds import noise_image
 
@@ -249,14 +248,17 @@ def test_momenta_are_put_back_after_a_step():
 def test_labelled_pixels_weigh_by_their_number_in_the_global_batch():
     label = torch.tensor([[[0, 255], [3, 255]]], dtype=torch.uint8)
 
-    def six_elsewhere(tensors):
-        for tensor in tensors:
-            tensor += 6
+    class Labelled(Rank):
+        elsewhere = 6
 
-    assert LocalBatch().labelled_fraction(label) == 1.0
-    assert float(LocalBatch(0.5, six_elsewhere).labelled_fraction(label)) == 2 / 8
-    nothing = LocalBatch(0.5, lambda tensors: None).labelled_fraction(torch.full_like(label, 255))
-    assert float(nothing) == 0.0
+        def all_reduce(self, tensors):
+            for tensor in tensors:
+                tensor += self.elsewhere
+
+    assert Rank().labelled_fraction(label) == 1.0
+    assert float(Labelled(count=2).labelled_fraction(label)) == 2 / 8
+    Labelled.elsewhere = 0
+    assert float(Labelled(count=2).labelled_fraction(torch.full_like(label, 255))) == 0.0
 
 
 def test_gradients_are_summed_before_the_optimisers_step():
@@ -265,11 +267,12 @@ def test_gradients_are_summed_before_the_optimisers_step():
     optimizers = [torch.optim.SGD([used, unused], lr=1.0), torch.optim.SGD([other], lr=1.0)]
     other.grad = torch.full((2,), 100.0)  # of an earlier step
 
-    def double(tensors):
-        for tensor in tensors:
-            tensor *= 2
+    class Doubled(Rank):
+        def all_reduce(self, tensors):
+            for tensor in tensors:
+                tensor *= 2
 
-    backward_and_step((used + 3 * other).sum(), LocalBatch(0.5, double), *optimizers)
+    backward_and_step((used + 3 * other).sum(), Doubled(count=2), *optimizers)
     assert [weight.tolist() for weight in weights] == [[-1.0] * 2, [-5.0] * 2, [1.0] * 2]
 
 

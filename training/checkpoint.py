@@ -4,8 +4,6 @@ A run folder holds `latest.pth` (everything needed to continue), `previous.pth` 
 that a method keeps at the end of its stages, and `best.pth` (the best state by validation, without optimisers).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +60,7 @@ class Checkpoint:
     validations: Sequence[Mapping[str, Any]] = ()
     skipped: Sequence[str] = ()
 
-    def for_use(self) -> Checkpoint:
+    def for_use(self) -> "Checkpoint":
         """The same without the state that only a continued training needs."""
         return dataclasses.replace(self, optimizers={}, method_state={})
 

@@ -1,7 +1,5 @@
 """The groups of flags that trainings share. Nothing here imports PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from data_handlers.datasets import DATA_SETS
 from models.shapes import BACKBONES, MODEL_BACKBONES, SMALLEST_CROP, SegmentationShape, default_backbone
 from training.flags import (
     Size,
+    as_given,
     check,
     check_not_negative,
     check_positive,
@@ -180,10 +179,7 @@ def default_semseg_weights(source: str) -> str:
 
 
 def resolve_common(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags with the backbone, its weights and the sizes of the source decided.
-
-    A net without a backbone has random weights.
-    """
+    """The flags with the backbone, its weights (random without one) and the sizes of the source decided."""
     backbone, source = flags["backbone"] or default_backbone(flags["model"]), DATA_SETS[flags["source"]]
     at_random = flags["no_pretrained_backbone"] or (backbone == "none" and flags["backbone_weights"] == "imagenet")
     return {
@@ -213,13 +209,12 @@ def check_common(given: Mapping[str, Any]) -> None:
           "--validation_rate acts only with a --select_by that validates")  # fmt: skip
 
 
-def check_crop(crop: Size, smallest: int = SMALLEST_CROP) -> None:
+def check_crop(crop: Size) -> None:
     """Raise `UserError` unless a crop is large enough for a segmentation net."""
-    check(min(crop) >= smallest, f"--crop_size {crop[0]} {crop[1]}: both sides must be at least {smallest}")
+    check(min(crop) >= SMALLEST_CROP, f"--crop_size {as_given(crop)}: both sides must be at least {SMALLEST_CROP}")
 
 
 def check_crop_fits(crop: Size, name: str, resize: Size) -> None:
     """Raise `UserError` unless a crop fits into the image resized to `--{name}`."""
-    fits = crop[0] <= resize[0] and crop[1] <= resize[1]
-    sizes = f"--crop_size {crop[0]} {crop[1]} does not fit into --{name} {resize[0]} {resize[1]}"
-    check(fits, f"{sizes}; lower the crop or raise the resize")
+    sizes = f"--crop_size {as_given(crop)} does not fit into --{name} {as_given(resize)}"
+    check(crop[0] <= resize[0] and crop[1] <= resize[1], f"{sizes}; lower the crop or raise the resize")

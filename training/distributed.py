@@ -3,10 +3,8 @@
 `training.launching` starts and connects them.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +46,31 @@ class Rank:
         size, rest = divmod(batch, self.count)
         start = self.index * size + min(self.index, rest)
         return range(start, start + size + (self.index < rest))
+
+    def fraction(self, batch: int) -> float:
+        """Number of samples of a batch that this process computes over that of all, in (0,1].
+
+        Losses are multiplied by it before the backward pass, and gradients are summed over the processes, not
+        averaged: a synchronised batch norm passes gradients between processes, so each sample needs its weight in the
+        global batch. All processes then take the same step.
+        """
+        return len(self.part(batch)) / batch
+
+    def labelled_fraction(self, label: Tensor) -> Tensor | float:
+        """Factor for a loss that is a mean over the labelled pixels of the local samples, in place of `fraction`.
+
+        Args:
+            label: trainIds (B,h,w) of the local samples, 255 = ignore.
+
+        Returns:
+            Labelled pixels of `label` over those of the global batch, a float64 scalar; 1.0 for a single process.
+        """
+        if self.count == 1:
+            return 1.0
+        here = (label != IGNORE).sum().double()
+        everywhere = here.clone()
+        self.all_reduce([everywhere])
+        return here / everywhere.clamp(min=1)
 
     @torch.no_grad()
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
@@ -96,12 +119,8 @@ class Rank:
                     "the same command, files and versions"
                 )
 
-    def at(self, devices: Sequence[torch.device]) -> Rank:
-        """This process with its device, one of those that `--gpus` names for this machine.
-
-        Raises:
-            UserError: there are more or fewer processes on this machine than devices.
-        """
+    def at(self, devices: Sequence[torch.device]) -> "Rank":
+        """This process with its device, one of those for this machine. Raises `UserError` if their numbers differ."""
         if self.count == 1:
             return replace(self, device=devices[0])
         local = environment_number("LOCAL_RANK")
@@ -117,45 +136,7 @@ class Rank:
         return replace(self, device=device)
 
 
-@dataclass(frozen=True)
-class LocalBatch:
-    """The samples of a global batch that this process computes while other processes compute the others.
-
-    Losses are multiplied by `fraction` before the backward pass, and gradients are summed over the processes, not
-    averaged: a synchronised batch norm passes gradients between processes, so each sample needs its weight in the
-    global batch. All processes then take the same step.
-
-    Attributes:
-        fraction: number of local samples over that of the global batch, in (0,1].
-        all_reduce: replaces tensors, in place, by their sums over the processes; None for a single process.
-    """
-
-    fraction: float = 1.0
-    all_reduce: Callable[[Sequence[Tensor]], None] | None = None
-
-    @staticmethod
-    def of(rank: Rank, batch_size: int) -> LocalBatch:
-        """The local part of a batch of `batch_size` samples over all processes."""
-        return WHOLE if rank.count == 1 else LocalBatch(len(rank.part(batch_size)) / batch_size, rank.all_reduce)
-
-    def labelled_fraction(self, label: Tensor) -> Tensor | float:
-        """Factor for a loss that is a mean over the labelled pixels of the local samples, in place of `fraction`.
-
-        Args:
-            label: trainIds (B,h,w) of the local samples, 255 = ignore.
-
-        Returns:
-            Labelled pixels of `label` over those of the global batch, a float64 scalar; 1.0 for a single process.
-        """
-        if self.all_reduce is None:
-            return 1.0
-        here = (label != IGNORE).sum().double()
-        everywhere = here.clone()
-        self.all_reduce([everywhere])
-        return here / everywhere.clamp(min=1)
-
-
-WHOLE = LocalBatch()
+ALONE = Rank()
 
 
 def zero_gradients(*optimizers: Optimizer) -> None:
@@ -164,17 +145,16 @@ def zero_gradients(*optimizers: Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def all_reduce_and_step(local: LocalBatch, *optimizers: Optimizer) -> None:
+def all_reduce_and_step(rank: Rank, *optimizers: Optimizer) -> None:
     """Sum the gradients over the processes and step every optimiser."""
-    if local.all_reduce is not None:
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        local.all_reduce([p.grad for p in parameters if p.grad is not None])
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    rank.all_reduce([p.grad for p in parameters if p.grad is not None])
     for optimizer in optimizers:
         optimizer.step()
 
 
-def backward_and_step(loss: Tensor, local: LocalBatch, *optimizers: Optimizer) -> None:
+def backward_and_step(loss: Tensor, rank: Rank, *optimizers: Optimizer) -> None:
     """Step every optimiser on the gradients of `loss` alone, summed over the processes."""
     zero_gradients(*optimizers)
     loss.backward()
-    all_reduce_and_step(local, *optimizers)
+    all_reduce_and_step(rank, *optimizers)

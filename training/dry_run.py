@@ -1,7 +1,5 @@
 """`--dry_run`: check every file, train some steps of every stage in memory, and print what the run takes."""
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil
@@ -22,13 +20,12 @@ from utils.errors import UserError
 STEPS = 3  # measured in every stage, after one that is not
 
 
-def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
+def dry_run(loop: Loop, *, continued: bool) -> None:
     """Check every file, measure every stage, and print what a run takes.
 
     Args:
         loop: a new one; its folder is where checkpoints would go. Its method cannot be used afterwards.
         continued: the run has checkpoints there.
-        with_best: a best state will be kept, too.
 
     Raises:
         UserError: a file cannot be used, or disk space does not suffice.
@@ -38,7 +35,7 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
     if is_main:
         print(json.dumps(method.config.to_json(), indent=2))
         lists = [(files, domain.labels, domain.skips) for domain in domains for files in domain.lists]
-        if (validator := loop.validator) is not None:
+        if (validator := method.validator) is not None:
             lists.append((validator.files, validator.with_labels, validator.skip_unusable))
         for files, with_labels, skips in lists:
             _check_every_file(files, with_labels, skips)
@@ -58,7 +55,7 @@ def dry_run(loop: Loop, *, continued: bool, with_best: bool) -> None:
         return
     print(f"whole run, without validations: {tqdm.format_interval(total)}")
     # Besides those that are kept: the newest, the one before, one being written, and the best.
-    needed = kept + (4 if with_best else 3) * size - (bytes_in(loop.folder) if continued else 0)
+    needed = kept + (4 if method.validator else 3) * size - (bytes_in(loop.folder) if continued else 0)
     wanted = {"checkpoints": (loop.folder, max(0, needed))}
     if cache := sum(domain.bytes_to_cache() for domain in domains):
         wanted["cache"] = (Path(next(iter(domains)).cache_dir), cache)

@@ -1,7 +1,5 @@
 """Scoring a trained segmentation net on a labelled data set: the command `evaluate.py`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -33,11 +31,7 @@ ENCODERS = {"labelids": to_label_ids, "trainids": np.asarray, "colour": colouris
 
 
 def evaluate(flags: EvaluationFlags) -> None:
-    """Print the scores of a net; write them with `--json`, and its predictions with `--save_predictions`.
-
-    Raises:
-        UserError: names the file or flag.
-    """
+    """Print a net's scores; write them (`--json`) and its predictions (`--save_predictions`). Raises `UserError`."""
     predictions = Path(flags.save_predictions) if flags.save_predictions else None
     if flags.json:
         check_output_file(Path(flags.json), "--json")
@@ -59,7 +53,7 @@ def evaluate(flags: EvaluationFlags) -> None:
     validator = Validator(
         files=files, with_labels=True, classes=_scored_classes(flags.classes, data_set, shape.num_classes),
         num_classes=shape.num_classes, num_workers=workers_for(flags.num_workers, device), rank=Rank(device=device),
-        or_else="", scales=flags.scales, flip=flags.flip,
+        scales=flags.scales, flip=flags.flip,
     )  # fmt: skip
     check_samples(files, flag="--labels")
     net.to(device)

@@ -1,7 +1,5 @@
 """The flags of `evaluate.py`. Nothing here imports PyTorch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ it may change when a run is continued. A configuration is a frozen dataclass who
 here imports PyTorch, so that a mistyped flag is answered at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os
@@ -126,7 +124,7 @@ def shown_default(field: dataclasses.Field) -> str:
     default = field.default
     if default in (None, "", False, (), 0) or "(default" in field.metadata["help"]:
         return ""
-    return f"{default:.4g}" if isinstance(default, float) else _shown(default)
+    return f"{default:.4g}" if isinstance(default, float) else as_given(default)
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -193,8 +191,7 @@ class Config:
 
     @classmethod
     def _sections(cls) -> dict[str, type]:
-        sections = {section.__name__: section for group in cls.groups.values() for section in group}
-        return {f.name: sections[str(f.type)] for f in dataclasses.fields(cls)}
+        return {field.name: field.type for field in dataclasses.fields(cls)}
 
     def flags(self) -> dict[str, Any]:
         """The values of all fields by name."""
@@ -237,13 +234,14 @@ class Config:
                 # Another flag may decide this one, as --batch_size decides --batch_size_list.
                 cause = flag_of(name) if name in given or not changed else changed
                 raise UserError(
-                    f"{cause}: the run was started with {_shown(started[name])}, the command line says "
-                    f"{_shown(value)}; a continued run keeps its configuration: remove the flag or start a new run"
+                    f"{cause}: the run was started with {as_given(started[name])}, the command line says "
+                    f"{as_given(value)}; a continued run keeps its configuration: remove the flag or start a new run"
                 )
         return wanted
 
 
-def _shown(value: Any) -> str:
+def as_given(value: Any) -> str:
+    """A value as it is given on a command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -267,7 +265,7 @@ def _check_bounds(section: object, names: Sequence[str], words: str, holds: Call
     for name in names:
         value = getattr(section, name)
         fits = value is None or all(holds(v) and v < LARGEST for v in (value if isinstance(value, tuple) else (value,)))
-        check(fits, f"{flag_of(name)} is {_shown(value)[:20]}; it must be {words} and below {LARGEST:g}")
+        check(fits, f"{flag_of(name)} is {as_given(value)[:20]}; it must be {words} and below {LARGEST:g}")
 
 
 def _check_choices(section: type, values: Mapping[str, Any]) -> None:

@@ -7,8 +7,6 @@ so that nothing is restarted. `torchrun` or a batch system may start the process
 and `LOCAL_RANK` in the environment.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """The training loop of every method: stages, steps, checkpoints, validation, resume, stop requests."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from training.checkpoint import BEST, LATEST, PREVIOUS, Checkpoint
 from training.config import RunConfig
 from training.method import Method, Stage
 from training.progress import Diverged, Progress
-from training.validation import VALIDATIONS, Validator, report
+from training.validation import VALIDATIONS, report
 from utils.errors import UserError
 from utils.files import atomic_write_json
 from utils.locks import say
@@ -28,22 +26,19 @@ class Loop:
     """Trains a method through its stages and keeps the run folder.
 
     Args:
-        run: seed and rates of the run's configuration.
         folder: existing folder for checkpoints.
-        validator: validates `method.eval_net()`; None for no validation.
         info: plain values for the checkpoints; see `Checkpoint.info`.
         stop: called after every step; whether to save and stop.
     """
 
     def __init__(
-        self, *, method: Method, run: RunConfig, folder: Path, validator: Validator | None = None,
-        info: Mapping[str, Any] | None = None, stop: Callable[[], bool] = lambda: False,
+        self, *, method: Method, folder: Path, info: Mapping[str, Any] | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.method = method
         self.rank = method.rank
-        self.run_config = run
+        self.run_config: RunConfig = method.config.run
         self.folder = folder
-        self.validator = validator
         self.info = dict(info or {})
         self.stop = stop
         self.stages = list(method.stages())
@@ -132,11 +127,7 @@ class Loop:
         self.validations = [v for v in self.validations if (v["stage"], v["step"]) <= (self.stage, step) or v is best]
 
     def _save(self, progress: Progress, *names: str) -> None:
-        """Write the state under each name. All processes have to call it; the main one writes.
-
-        Raises:
-            Diverged: a loss or a weight is not finite; nothing is written.
-        """
+        """Write the state under each name; all processes call it. Raises `Diverged` where a value is not finite."""
         progress.read_losses(self.stage, self.step)
         self.skipped = list(dict.fromkeys(reason for part in self.rank.gather(self.skipped) for reason in part))
         if self.rank.is_main:
@@ -261,13 +252,13 @@ class Loop:
     # --- validation --------------------------------------------------------------------------------------------------
 
     def _is_validation_step(self, stage: Stage) -> bool:
-        if self.validator is None or not stage.validate_every or self.method.eval_net() is None:
+        if self.method.validator is None or not stage.validate_every or self.method.eval_net() is None:
             return False
         return self.step > 0 and (self.step % stage.validate_every == 0 or self.step == stage.steps)
 
     def _validate(self, progress: Progress) -> None:
         """Validate the method's net; save this state as the best one if it is the best so far."""
-        validator = self.validator
+        validator = self.method.validator
         alone = self.rank.count == 1  # several processes have to finish it together
         with progress.untimed():
             # The state was saved before; an interrupted validation is repeated.

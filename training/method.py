@@ -3,8 +3,6 @@
 A new method is one class that derives from `Method`; `uda/source.py` is the shortest example.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from data_handlers.domain import Domain
 from models.shapes import SegmentationShape
 from training.distributed import Rank
 from training.flags import Config
+from training.validation import Validator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +56,7 @@ class Method:
 
     Attributes:
         name: for checkpoints.
+        config_class: of its configuration.
         batch_flag: the flag of its batch size, for messages.
         rank: this process among those that share every batch, and its device.
         modules: all networks with state, by name: those in training, finished ones, teachers. They are saved, checked
@@ -65,11 +65,14 @@ class Method:
         domains: the lists of images that are read, by name.
         shape: of the segmentation net that `eval_net` returns, or None.
         dtype: of weights and network inputs; tests train in float64.
+        validator: validates the net of `eval_net`; None for no validation.
+        validation_line: says what validates it, or why nothing does, or ''.
         unused: names of trainable tensors (`module.parameter`) that no loss reaches in this configuration, each with
             the reason; a name may end in `*`.
     """
 
     name: ClassVar[str]
+    config_class: ClassVar[type[Config]]
     batch_flag: ClassVar[str] = "--batch_size"
 
     def __init__(self, *, config: Config, rank: Rank, domains: Mapping[str, Domain]) -> None:
@@ -81,14 +84,15 @@ class Method:
         self.shape: SegmentationShape | None = None
         self.unused: dict[str, str] = {}
         self.dtype = torch.float32
+        self.validator: Validator | None = None
+        self.validation_line = ""
 
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.rank.device
 
-    @staticmethod
-    def task(config: Any) -> str:
+    def task(self) -> str:
         """End of the name of a new run folder."""
         raise NotImplementedError
 
@@ -114,7 +118,7 @@ class Method:
 
         Returns:
             The losses to be logged, scalars on the device without gradient. The loop sums them over the processes, so
-            the method multiplies each by the fraction of the global batch that it is a mean over (`LocalBatch`).
+            the method multiplies each by the fraction of the global batch that it is a mean over (`Rank`).
         """
         raise NotImplementedError
 
@@ -156,11 +160,7 @@ class Method:
         return [files.describe() for domain in self.domains.values() for files in domain.lists]
 
     def publish(self, path: Path, info: Mapping[str, Any]) -> None:
-        """Copy the net in the checkpoint at `path`, a new best state or the last one, to the configured output.
-
-        Args:
-            info: `Checkpoint.info` of the run.
-        """
+        """Copy the net at `path`, a new best state or the last one, to the output; `info`: see `Checkpoint.info`."""
 
     def conclusion(self, folder: Path) -> str:
         """A line that says what to do with a finished run."""

@@ -3,8 +3,6 @@
 Everything is counted on the device, and memory does not grow with the number of images.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

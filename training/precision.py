@@ -5,8 +5,6 @@ matrix products are rounded to bfloat16 (8 significant bits and the exponent ran
 is needed); losses convert the outputs to float32.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,23 +1,26 @@
 """The reports of a run: a progress bar, TensorBoard, and `metrics.jsonl` with one line for each log entry."""
 
-from __future__ import annotations
-
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.method import Method, Stage
-from training.tensorboard import TensorBoardLog
-from training.validation import Validation, log_validation, report, summary
+from training.metrics import CONFIDENCE_BINS
+from training.validation import Validation, report, summary
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
+from utils.locks import say
 
 METRICS = "metrics.jsonl"
 
@@ -52,7 +55,7 @@ class Progress:
             dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
         )  # fmt: skip
         # purge_step hides what an interrupted run logged after the checkpoint that this one continues from.
-        self.writer = TensorBoardLog(log_dir, purge_step=first + 1) if log_dir else None
+        self.writer = TensorBoardLog(log_dir, purge_step=first + 1)
         self.metrics = folder / METRICS if folder else None
         if self.metrics and self.metrics.exists():
             _drop_later_lines(self.metrics, first)
@@ -109,12 +112,10 @@ class Progress:
     def _log(self, index: int, step: int, seconds: float, values: Mapping[str, float]) -> None:
         stage, overall = self.stages[index], self._overall(index, step)
         rates = {name: o.param_groups[0]["lr"] for name, o in self.method.optimizers.items()}
-        if self.writer:
-            for name, value in values.items():
-                self.writer.write("add_scalar", _tag(stage, name), value, overall)
-            for name, rate in rates.items():
-                self.writer.write("add_scalar", f"{stage.tag}LearningRate/{name}", rate, overall)
-            self.writer.write("add_scalar", f"{stage.tag}Time/SecondsPerStep", seconds, overall)
+        logged = {_tag(stage, name): value for name, value in values.items()}
+        logged |= {f"{stage.tag}LearningRate/{name}": rate for name, rate in rates.items()}
+        for name, value in {**logged, f"{stage.tag}Time/SecondsPerStep": seconds}.items():
+            self.writer.write("add_scalar", name, value, overall)
         self._write(index, step, {"seconds_per_step": seconds, "losses": values, "learning_rates": rates})
         eta = tqdm.format_interval(int(seconds * (stage.steps - step)))
         text = f"{seconds:.3g} s/step, ETA {eta}"
@@ -135,7 +136,7 @@ class Progress:
 
     def pictures(self, stage: int, step: int, images: Mapping[str, Tensor]) -> None:
         """Log the first sample of the batch as a row of pictures; images (B,3,h,w) in [-1,1] by name."""
-        if self.writer and images:
+        if images:
             row = torch.cat([((image[0].float() + 1.0) / 2.0).clamp(0.0, 1.0) for image in images.values()], dim=2)
             tag = f"{self.stages[stage].tag}{'-'.join(images)}"
             self.writer.write("add_image", tag, row, self._overall(stage, step))
@@ -143,8 +144,7 @@ class Progress:
     def validation(self, stage: int, step: int, validation: Validation, names: Sequence[str]) -> None:
         """Print and log a validation of the segmentation net; `names` are those of the classes."""
         self.say(f"{self.stages[stage].name}, step {step}: {summary(validation, names)}")
-        if self.writer:
-            log_validation(self.writer, validation, self._overall(stage, step), names)
+        log_validation(self.writer, validation, self._overall(stage, step), names)
         self._write(stage, step, {"validation": report(validation, names)})
 
     def say(self, text: str) -> None:
@@ -155,8 +155,7 @@ class Progress:
     def close(self) -> None:
         """Finish the bar and flush TensorBoard."""
         self.bar.close()
-        if self.writer:
-            self.writer.write("close")
+        self.writer.write("close")
 
 
 def _drop_later_lines(path: Path, overall_step: int) -> None:
@@ -175,3 +174,65 @@ def _drop_later_lines(path: Path, overall_step: int) -> None:
 def _tag(stage: Stage, loss_name: str) -> str:
     """TensorBoard tag of a logged loss; those of a segmentation net have no stage in their tag."""
     return loss_name if loss_name.startswith("Semseg/") else f"{stage.tag}{loss_name}"
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+class TensorBoardLog:
+    """A `SummaryWriter` that stops logging, with one line on stderr, at the first `OSError`, as of a full disk.
+
+    Args:
+        folder: of the event files; None logs nothing.
+        purge_step: entries of this step and later ones, which an interrupted run logged after its last checkpoint, are
+            not shown.
+    """
+
+    def __init__(self, folder: Path | None, purge_step: int) -> None:
+        self.folder = folder
+        self._writer: SummaryWriter | None = None
+        if folder is None:
+            return
+        threading.excepthook = _without_writer_errors
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        except OSError as error:
+            self._give_up(error)
+
+    def write(self, method: str, *arguments: Any, **named: Any) -> None:
+        """Call a method of the `SummaryWriter`, such as `add_scalar`."""
+        if self._writer is not None:
+            try:
+                getattr(self._writer, method)(*arguments, **named)
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        say(f"WARNING: cannot log to {self.folder} ({error.strerror or error}); the run continues without TensorBoard")
+
+
+def _without_writer_errors(args: threading.ExceptHookArgs) -> None:
+    """Print no traceback of TensorBoard's writer thread: the next call on its log raises the same error."""
+    if not type(args.thread).__module__.startswith("tensorboard.") or not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
+def log_validation(writer: TensorBoardLog, validation: Validation, step: int, names: Sequence[str]) -> None:
+    """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
+    found = report(validation, names)
+    values = {"LabelFree": found["label_free"], "MeanConfidence": found["mean_confidence"], "mIoU": found["miou"]}
+    values |= {"PixelAccuracy": found["pixel_accuracy"], **{f"IoU/{n}": value for n, value in found["iou"].items()}}
+    for name, value in values.items():
+        if value is not None:
+            writer.write("add_scalar", f"Validation/{name}", value, step)
+    counts = validation.statistics.confidence_histogram.cpu().numpy()
+    edges = np.linspace(0.0, 1.0, CONFIDENCE_BINS + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    writer.write(
+        "add_histogram_raw", "Validation/Confidence", min=0.0, max=1.0, num=counts.sum(), sum=(counts * centres).sum(),
+        sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(),
+        global_step=step,
+    )  # fmt: skip
+    for index, picture in enumerate(validation.pictures):
+        writer.write("add_image", f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")

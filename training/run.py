@@ -1,13 +1,11 @@
 """A run from its flags to its end: configuration, devices, folder, loop. The same for every method."""
 
-from __future__ import annotations
-
 import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +13,23 @@ from training.checkpoint import BEST
 from training.config import StartFlags
 from training.distributed import Rank
 from training.dry_run import dry_run
-from training.flags import Config, section_from
+from training.flags import section_from
 from training.launching import in_processes, is_launched, is_restarted, launch, remember, remembered
 from training.loop import Loop
 from training.method import Method
 from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
 from training.progress import Progress
 from training.run_folder import Continued, environment, lock_run_folder, log_name, run_to_continue, write_record
-from training.validation import Validator
 from utils.devices import keep_freed_memory, resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder
 from utils.stopping import LoaderDied, StopRequests, is_loader_death
 
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A method whose input has been checked; nothing is written yet.
-
-    Attributes:
-        validator: validates its segmentation net; None for no validation.
-        validation_line: says what validates it, or why nothing does.
-    """
-
-    method: Method
-    validator: Validator | None = None
-    validation_line: str = ""
-
-    def print_description(self) -> None:
-        """Print what is trained and validated on which data."""
-        print("\n".join(filter(None, [*self.method.describe(), self.validation_line])))
-
-
 # Checks everything that can be wrong with the input of a run (`UserError`) and makes its method.
-Prepare = Callable[[Any, Rank, Continued | None], Prepared]
+Prepare = Callable[[Any, Rank, Continued | None], Method]
 
 
-def train(
-    *, script: str, config_class: type[Config], method: type[Method], prepare: Prepare, given: Mapping[str, Any]
-) -> None:
+def train(*, script: str, method: type[Method], prepare: Prepare, given: Mapping[str, Any]) -> None:
     """Start a run or continue one, in this process or in those that it launches.
 
     Args:
@@ -67,157 +43,158 @@ def train(
 
     def run(rank: Rank) -> None:
         with ExitStack() as stack:
-            _Run(Path(script), config_class, method, prepare, given, rank, stack).start()
+            _start(script, method, prepare, given, rank, stack)
 
     in_processes(run, "continue from the last checkpoint")
 
 
-@dataclass
-class _Run:
-    script: Path
-    config_class: type[Config]
-    method_class: type[Method]
-    prepare: Prepare
-    given: Mapping[str, Any]
-    rank: Rank
-    stack: ExitStack
+def _start(
+    script: str, method: type[Method], prepare: Prepare, given: Mapping[str, Any], rank: Rank, stack: ExitStack
+) -> None:
+    """See `train`; `stack` holds what lasts for the run."""
+    method.config_class.check_given(given)
+    flags = section_from(StartFlags, given)
+    run_dir = flags.run_dir or ("" if flags.continue_train_from_path else remembered())
+    if is_restarted() and not (is_launched() or run_dir or flags.continue_train_from_path):
+        raise UserError("--run_dir is needed where processes are restarted: without it, each start is a new run")
+    stop = StopRequests(quiet=is_launched() or not rank.is_main)
+    continued = run_to_continue(flags.continue_train_from_path, run_dir, method.name)
+    config = _config(method, given, rank, continued)
+    devices = resolve_devices(config.run.gpus)
+    if rank.count == 1 and len(devices) > 1:
+        launch(Path(script), devices)
+        return
+    rank = rank.at(devices)
+    if not config.run.gpus and rank.is_main:
+        print(f"computing on {rank.device} (choose with --gpus)")
+    if rank.device.type == "cpu":
+        keep_freed_memory()
+    # Until the training begins there is nothing to save; several processes decide together when they are trained.
+    stop.at_once = rank.count == 1
+    stack.enter_context(stop)
+    with _naming_stored_flags(continued, given):
+        set_determinism(config.run.deterministic)
+        precision = agreed_precision(config.run.precision, rank)
+        set_convolution_precision(precision)
+        config = replace(config, run=replace(config.run, precision=precision))
+        prepared = prepare(config, rank, continued)
+        for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
+            check_folder(Path(getattr(config.run, name)), f"--{name}")
+    _require_one_run(prepared)
+    if flags.dry_run:
+        folder = continued.origin.parent if continued else Path(run_dir or config.run.checkpoints_dir)
+        _dry_run(prepared, folder, continued is not None)
+    else:
+        _train(prepared, continued, run_dir, flags.resume_to_epoch, stop, stack)
 
-    def start(self) -> None:
-        """See `train`."""
-        self.config_class.check_given(self.given)
-        flags = section_from(StartFlags, self.given)
-        run_dir = flags.run_dir or ("" if flags.continue_train_from_path else remembered())
-        if is_restarted() and not (is_launched() or run_dir or flags.continue_train_from_path):
-            raise UserError("--run_dir is needed where processes are restarted: without it, each start is a new run")
-        stop = StopRequests(quiet=is_launched() or not self.rank.is_main)
-        continued = run_to_continue(flags.continue_train_from_path, run_dir, self.method_class.name)
-        config = self._config(continued)
-        devices = resolve_devices(config.run.gpus)
-        if self.rank.count == 1 and len(devices) > 1:
-            launch(self.script, devices)
-            return
-        self.rank = self.rank.at(devices)
-        if not config.run.gpus and self.rank.is_main:
-            print(f"computing on {self.rank.device} (choose with --gpus)")
-        if self.rank.device.type == "cpu":
-            keep_freed_memory()
-        # Until the training begins there is nothing to save; several processes decide together when they are trained.
-        stop.at_once = self.rank.count == 1
-        self.stack.enter_context(stop)
-        with self._naming_stored_flags(continued):
-            set_determinism(config.run.deterministic)
-            precision = agreed_precision(config.run.precision, self.rank)
-            set_convolution_precision(precision)
-            config = replace(config, run=replace(config.run, precision=precision))
-            prepared = self.prepare(config, self.rank, continued)
-            for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
-                check_folder(Path(getattr(config.run, name)), f"--{name}")
-        self._require_one_run(prepared)
-        if flags.dry_run:
-            folder = continued.origin.parent if continued else Path(run_dir or config.run.checkpoints_dir)
-            self._dry_run(prepared, folder, continued is not None)
-        else:
-            self._train(prepared, continued, run_dir, flags.resume_to_epoch, stop)
 
-    def _config(self, continued: Continued | None) -> Any:
-        if continued is None:
-            processes = {"num_processes": self.rank.count} if self.rank.count > 1 else {}
-            return self.config_class.from_flags({**self.given, **processes})
-        stored = self.config_class.from_json(continued.checkpoint.config, continued.origin)
-        starting = StartFlags.__dataclass_fields__
-        return stored.continued({name: value for name, value in self.given.items() if name not in starting})
+def _config(method: type[Method], given: Mapping[str, Any], rank: Rank, continued: Continued | None) -> Any:
+    if continued is None:
+        processes = {"num_processes": rank.count} if rank.count > 1 else {}
+        return method.config_class.from_flags({**given, **processes})
+    stored = method.config_class.from_json(continued.checkpoint.config, continued.origin)
+    starting = StartFlags.__dataclass_fields__
+    return stored.continued({name: value for name, value in given.items() if name not in starting})
 
-    @contextmanager
-    def _naming_stored_flags(self, continued: Continued | None) -> Iterator[None]:
-        """In messages about a flag that the run's configuration gives, and not the command line, say so."""
-        try:
-            yield
-        except UserError as error:
-            flag = re.match(r"--([\w-]+)", str(error))
-            if continued is None or flag is None or flag[1].replace("-", "_") in self.given:
-                raise
-            raise UserError(f"{flag[0]} of the run's configuration{str(error)[flag.end() :]}") from None
 
-    def _require_one_run(self, prepared: Prepared) -> None:
-        """Check that all processes have the same configuration and see the same files."""
-        config = prepared.method.config
-        values = {f"configuration (--{n})": v for n, v in config.flags().items() if not config.may_change(n)}
-        self.rank.require_equal({**values, **prepared.method.inputs()})
-        smallest = min(stage.batch_size for stage in prepared.method.stages())
-        if smallest < self.rank.count:
-            raise UserError(
-                f"{prepared.method.batch_flag}: a batch of {smallest} cannot be shared by {self.rank.count} processes, "
-                "the batch sizes are totals; raise it, or name fewer GPUs"
-            )
+@contextmanager
+def _naming_stored_flags(continued: Continued | None, given: Mapping[str, Any]) -> Iterator[None]:
+    """In messages about a flag that the run's configuration gives, and not the command line, say so."""
+    try:
+        yield
+    except UserError as error:
+        flag = re.match(r"--([\w-]+)", str(error))
+        if continued is None or flag is None or flag[1].replace("-", "_") in given:
+            raise
+        raise UserError(f"{flag[0]} of the run's configuration{str(error)[flag.end() :]}") from None
 
-    def _dry_run(self, prepared: Prepared, folder: Path, continued: bool) -> None:
-        method = prepared.method
-        loop = Loop(method=method, run=method.config.run, folder=folder, validator=prepared.validator)
-        if self.rank.is_main:
-            prepared.print_description()
-        with out_of_memory_means(lambda: _less_memory(loop)):
-            dry_run(loop, continued=continued, with_best=prepared.validator is not None)
 
-    def _train(
-        self, prepared: Prepared, continued: Continued | None, run_dir: str, resume_to_epoch: int, stop: StopRequests
-    ) -> None:
-        rank, method = self.rank, prepared.method
-        config, folder, task = method.config, None, method.task(method.config)
-        # The main process builds the caches, the others open them.
-        if not rank.is_main:
-            rank.barrier()
-        method.domains = {name: domain.with_cache() for name, domain in method.domains.items()}
-        if rank.is_main:
-            rank.barrier()
-            # All input has been checked; only now is a run folder made.
-            parent = Path(config.run.checkpoints_dir)
-            folder = lock_run_folder(continued, run_dir=run_dir, parent=parent, task=task, stack=self.stack)
-            remember(str(folder))
-        folder = rank.broadcast(folder)
-        run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
-        info = {"run": str(folder), "run_id": run_id}
-        loop = Loop(method=method, run=config.run, folder=folder, validator=prepared.validator, info=info, stop=stop)
+def _require_one_run(method: Method) -> None:
+    """Check that all processes have the same configuration and see the same files."""
+    config = method.config
+    values = {f"configuration (--{n})": v for n, v in config.flags().items() if not config.may_change(n)}
+    method.rank.require_equal({**values, **method.inputs()})
+    smallest = min(stage.batch_size for stage in method.stages())
+    if smallest < method.rank.count:
+        raise UserError(
+            f"{method.batch_flag}: a batch of {smallest} cannot be shared by {method.rank.count} processes, "
+            "the batch sizes are totals; raise it, or name fewer GPUs"
+        )
+
+
+def _dry_run(method: Method, folder: Path, continued: bool) -> None:
+    loop = Loop(method=method, folder=folder)
+    if method.rank.is_main:
+        _print_description(method)
+    with out_of_memory_means(lambda: _less_memory(loop)):
+        dry_run(loop, continued=continued)
+
+
+def _train(
+    method: Method, continued: Continued | None, run_dir: str, resume_to_epoch: int, stop: StopRequests,
+    stack: ExitStack,
+) -> None:  # fmt: skip
+    rank, config, folder = method.rank, method.config, None
+    # The main process builds the caches, the others open them.
+    if not rank.is_main:
+        rank.barrier()
+    method.domains = {name: domain.with_cache() for name, domain in method.domains.items()}
+    if rank.is_main:
+        rank.barrier()
+        # All input has been checked; only now is a run folder made.
+        parent = Path(config.run.checkpoints_dir)
+        folder = lock_run_folder(continued, run_dir=run_dir, parent=parent, task=method.task(), stack=stack)
+        remember(str(folder))
+    folder = rank.broadcast(folder)
+    run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
+    info = {"run": str(folder), "run_id": run_id}
+    loop = Loop(method=method, folder=folder, info=info, stop=stop)
+    if continued:
+        loop.restore(continued.checkpoint, continued.origin)
+        if resume_to_epoch and not is_restarted():
+            loop.move_to_epoch(resume_to_epoch)
+    if rank.is_main:
+        content = {"method": method.name, "config": config.to_json(), "inputs": method.inputs()}
+        where = {"stage": loop.stage, "step": loop.step}
+        write_record(folder, content, {**where, **environment(rank.device, rank.count)})
+        _print_description(method)
+        print(f"run folder: {folder}")
         if continued:
-            loop.restore(continued.checkpoint, continued.origin)
-            if resume_to_epoch and not is_restarted():
-                loop.move_to_epoch(resume_to_epoch)
-        if rank.is_main:
-            content = {"method": method.name, "config": config.to_json(), "inputs": method.inputs()}
-            where = {"stage": loop.stage, "step": loop.step}
-            write_record(folder, content, {**where, **environment(rank.device, rank.count)})
-            prepared.print_description()
-            print(f"run folder: {folder}")
-            if continued:
-                print(f"continuing after step {loop.step} of {loop.stages[loop.stage].name}", flush=True)
-        progress = Progress(
-            method=method, done=(loop.stage, loop.step), folder=folder if rank.is_main else None,
-            log_dir=Path(config.run.tb_logs_dir) / log_name(folder) if rank.is_main else None,
-            print_rate=config.run.print_rate, quiet=not rank.is_main,
-        )  # fmt: skip
-        stop.at_once = False
-        try:
-            with out_of_memory_means(lambda: _less_memory(loop)):
-                loop.run(progress)
-        except Exception as error:
-            if rank.count == 1 or not is_loader_death(error):
-                raise
-            print(f"{LoaderDied.because(error)}; the run continues from its last checkpoint", file=sys.stderr)
-            raise SystemExit(1) from None
-        finally:
-            progress.close()
-        if rank.is_main:
-            if loop.skipped:
-                print(f"{len(loop.skipped)} images or labels could not be used and were skipped:")
-                print("\n".join(f"  {reason}" for reason in loop.skipped))
-            if best := loop.best():
-                print(f"best state by {prepared.validator.select_by}: {folder / BEST}, of step {best['step']}")
-            print(f"finished; {method.conclusion(folder)}")
+            print(f"continuing after step {loop.step} of {loop.stages[loop.stage].name}", flush=True)
+    progress = Progress(
+        method=method, done=(loop.stage, loop.step), folder=folder if rank.is_main else None,
+        log_dir=Path(config.run.tb_logs_dir) / log_name(folder) if rank.is_main else None,
+        print_rate=config.run.print_rate, quiet=not rank.is_main,
+    )  # fmt: skip
+    stop.at_once = False
+    try:
+        with out_of_memory_means(lambda: _less_memory(loop)):
+            loop.run(progress)
+    except Exception as error:
+        if rank.count == 1 or not is_loader_death(error):
+            raise
+        print(f"{LoaderDied.because(error)}; the run continues from its last checkpoint", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        progress.close()
+    if rank.is_main:
+        if loop.skipped:
+            print(f"{len(loop.skipped)} images or labels could not be used and were skipped:")
+            print("\n".join(f"  {reason}" for reason in loop.skipped))
+        if best := loop.best():
+            print(f"best state by {method.validator.select_by}: {folder / BEST}, of step {best['step']}")
+        print(f"finished; {method.conclusion(folder)}")
 
 
 def agreed_precision(wanted: str, rank: Rank) -> Precision:
     """The precision of all processes. Raises `UserError` if they were given different ones or a device lacks it."""
     rank.require_equal({"--precision": wanted})
     return resolve_precision(rank.broadcast(resolve_precision(wanted, rank.device)), rank.device)
+
+
+def _print_description(method: Method) -> None:
+    """Print what is trained and validated on which data."""
+    print("\n".join(filter(None, [*method.describe(), method.validation_line])))
 
 
 def _less_memory(loop: Loop) -> str:

@@ -1,7 +1,5 @@
 """The folder of a run: finding, making and locking it, and its record `config.json`."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """The segmentation net in a file: a checkpoint of this toolkit, or the authors' pickled net."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +19,7 @@ from utils.tensor_files import is_finite, load_network, read_tensor_file
 
 
 def net_to_train(config: NetConfig, seed: int, fresh: bool) -> nn.Module:
-    """A net on the CPU, with its starting weights if `fresh`; otherwise a checkpoint will be loaded into it.
-
-    Raises:
-        UserError: the starting weights cannot be loaded.
-    """
+    """A net on the CPU, with its starting weights (`UserError` if they cannot be loaded) if it starts `fresh`."""
     torch.manual_seed(seed_for(seed, NET_WEIGHTS))
     net = build_segmentation_net(config.shape())
     if fresh and config.backbone_weights != "random":

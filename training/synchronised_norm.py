@@ -4,12 +4,12 @@ PyTorch's `SyncBatchNorm` needs CUDA and cannot be differentiated twice, as the 
 consists of plain tensor operations and one all_reduce, whose gradient is the all_reduce of the gradients.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+
+from models.losses import at_least_float32
 
 
 class _AllReduce(torch.autograd.Function):
@@ -42,7 +42,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            features = x if x.dtype in (torch.float32, torch.float64) else x.float()
+            features = at_least_float32(x)
             mean, variance, count = _moments(features)
             if self.track_running_stats:
                 self._update_running_statistics(mean.detach(), variance.detach(), count)

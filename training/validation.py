@@ -1,7 +1,5 @@
 """Validation of a segmentation net on whole images: predictions, scores, and their reports."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,15 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from data_handlers.cache import OR_SKIP
 from data_handlers.datasets import DataSet
 from data_handlers.label_maps import colourise
 from data_handlers.labelled import LabelledImage, open_labelled
 from data_handlers.lists import FileList
 from training.distributed import Rank
-from training.metrics import CONFIDENCE_BINS, PredictionStatistics, Scores, confusion_matrix, scores_of
+from training.metrics import PredictionStatistics, Scores, confusion_matrix, scores_of
 from training.precision import exact_convolutions
-from training.tensorboard import TensorBoardLog
 from utils.errors import UserError
 
 VALIDATIONS = "validations.json"
@@ -103,8 +99,7 @@ class Validator:
         select_by: `miou` or `label_free`: what picks the best net.
         classes: trainIds the mean goes over.
         rank: this process among those that share the images, and the device of the net.
-        skip_unusable: skip images that cannot be used, instead of raising.
-        or_else: end of the message about an image that cannot be used; it names an alternative.
+        skip_unusable: skip images that cannot be used, instead of raising; None as of `check_samples`.
         scales, flip: see `predict`.
     """
 
@@ -115,8 +110,7 @@ class Validator:
     num_classes: int
     num_workers: int
     rank: Rank
-    skip_unusable: bool = False
-    or_else: str = OR_SKIP
+    skip_unusable: bool | None = None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
 
@@ -131,15 +125,18 @@ class Validator:
         Raises:
             UserError: an image or label, or with `skip_unusable` none of them, can be used, or the net has diverged.
         """
-        rank, skipped = self.rank, [] if self.skip_unusable else None
+        rank, skipped = self.rank, []
         files = replace(self.files, images=self.files.images[rank.index :: rank.count])
-        images = open_labelled(files, self.num_workers, rank.device, self.with_labels, self.or_else, skipped)
+        images = open_labelled(files, self.num_workers, rank.device, self.with_labels, self.skip_unusable)
         statistics, pictures = PredictionStatistics(self.num_classes, rank.device), []
         matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=rank.device)
         finite = torch.ones((), dtype=torch.bool, device=rank.device)
         # Nothing is read back to the host before the end, except for pictures.
         with exact_convolutions(), _in_eval_mode(net):
             for image in images:
+                if isinstance(image, UserError):
+                    skipped.append(str(image))
+                    continue
                 pixels = net.network_input(image.pixels[None], next(net.parameters()).dtype)
                 probability = predict(net, pixels, self.scales, self.flip)
                 finite &= probability.isfinite().all()
@@ -161,7 +158,7 @@ class Validator:
             raise UserError(f"none of the {len(self.files)} validation images of {self.files.root} can be used")
         return Validation(
             scores=scores_of(matrix, self.classes) if self.with_labels else None, confusion=matrix,
-            statistics=statistics, pictures=pictures, skipped=tuple(skipped or ()),
+            statistics=statistics, pictures=pictures, skipped=tuple(skipped),
         )  # fmt: skip
 
     def score(self, validation: Validation) -> float | None:
@@ -233,23 +230,3 @@ def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
         "iou": _iou_by_name(scores, names),
         "absent": [names[c] for c in scores.absent] if scores else [],
     }
-
-
-def log_validation(writer: TensorBoardLog, validation: Validation, step: int, names: Sequence[str]) -> None:
-    """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
-    found = report(validation, names)
-    values = {"LabelFree": found["label_free"], "MeanConfidence": found["mean_confidence"], "mIoU": found["miou"]}
-    values |= {"PixelAccuracy": found["pixel_accuracy"], **{f"IoU/{n}": value for n, value in found["iou"].items()}}
-    for name, value in values.items():
-        if value is not None:
-            writer.write("add_scalar", f"Validation/{name}", value, step)
-    counts = validation.statistics.confidence_histogram.cpu().numpy()
-    edges = np.linspace(0.0, 1.0, CONFIDENCE_BINS + 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    writer.write(
-        "add_histogram_raw", "Validation/Confidence", min=0.0, max=1.0, num=counts.sum(), sum=(counts * centres).sum(),
-        sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(),
-        global_step=step,
-    )  # fmt: skip
-    for index, picture in enumerate(validation.pictures):
-        writer.write("add_image", f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")

@@ -1,7 +1,5 @@
 """Configuration of the training of a segmentation net: frozen, validated once, stored as JSON. No PyTorch here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -3,8 +3,6 @@
 Random crops and mirroring, SGD with a poly schedule, validation on held-out source images, the best net kept.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,19 +11,25 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from data_handlers.domain import Domain, DomainBatch
+from data_handlers.datasets import DATA_SETS, with_labels
+from data_handlers.domain import Domain, DomainBatch, Samples
+from data_handlers.labelled import check_samples
+from data_handlers.lists import require_images
+from data_handlers.splits import train_and_validation
 from models.losses import cross_entropy
-from models.segmentation import HEAD_RATE, segmentation_optimizer
-from training.checkpoint import load_checkpoint
-from training.distributed import LocalBatch, Rank, backward_and_step
+from models.segmentation import HEAD_RATE, require_classes, segmentation_optimizer
+from training.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS, load_checkpoint
+from training.distributed import Rank, backward_and_step
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
-from training.segmentation_files import is_of_run
+from training.run_folder import Continued
+from training.segmentation_files import is_of_run, net_to_train
 from training.synchronised_norm import synchronise_batch_norms
+from training.validation import Validator, scored_classes
 from uda.config import SourceTrainingConfig
-from utils.devices import to_device
+from utils.devices import to_device, workers_for
 from utils.errors import UserError
-from utils.files import make_folder
+from utils.files import check_output_file, make_folder
 from utils.locks import say
 
 NET = "net"
@@ -37,14 +41,10 @@ def poly_rate(step: int, num_steps: int, power: float) -> float:
 
 
 class SourceTraining(Method):
-    """Trains a net on one labelled domain, in a single stage.
-
-    Args:
-        source: images with labels.
-        net: on the CPU.
-    """
+    """Trains a net (on the CPU) on one domain of images with labels, in a single stage."""
 
     name: ClassVar[str] = "source"
+    config_class: ClassVar[type[SourceTrainingConfig]] = SourceTrainingConfig
     config: SourceTrainingConfig
 
     def __init__(self, *, config: SourceTrainingConfig, rank: Rank, source: Domain, net: nn.Module) -> None:
@@ -55,10 +55,9 @@ class SourceTraining(Method):
         self.steps_per_epoch = len(source) // config.poly.batch_size
         self.published = False
 
-    @staticmethod
-    def task(config: SourceTrainingConfig) -> str:
+    def task(self) -> str:
         """End of the name of a new run folder."""
-        return f"semseg_on_{config.source.source}"
+        return f"semseg_on_{self.config.source.source}"
 
     def stages(self) -> list[Stage]:
         """One stage of `--num_steps` steps."""
@@ -83,11 +82,12 @@ class SourceTraining(Method):
 
     def batches(self, stage: int, steps: range) -> Iterator[DomainBatch]:
         """Crops with labels."""
-        size = self.config.poly.batch_size
-        return self.domains["source"].stream(
-            stage=stage, steps=steps, batch_size=size, part=self.rank.part(size), steps_per_epoch=self.steps_per_epoch,
-            epoch_length=len(self.domains["source"]), pyramid=lambda image: [image],
+        source, size = self.domains["source"], self.config.poly.batch_size
+        samples = Samples(
+            domain=source, stage=stage, per_epoch=self.steps_per_epoch * size, epoch_length=len(source),
+            pyramid=lambda image: [image],
         )  # fmt: skip
+        return samples.batches(steps, size, self.rank.part(size))
 
     def step(self, batch: DomainBatch, stage: int, step: int) -> Mapping[str, Tensor]:
         """Cross-entropy at the rate of the poly schedule."""
@@ -97,9 +97,8 @@ class SourceTraining(Method):
             group["lr"] = rate * multiple
         image = self.net.network_input(to_device(batch.levels[0], self.device), self.dtype)
         label = to_device(batch.label, self.device)
-        local = LocalBatch.of(self.rank, poly.batch_size)
-        loss = local.labelled_fraction(label) * cross_entropy(self.run(self.net, image), label)
-        backward_and_step(loss, local, optimizer)
+        loss = self.rank.labelled_fraction(label) * cross_entropy(self.run(self.net, image), label)
+        backward_and_step(loss, self.rank, optimizer)
         return {"Semseg/SemsegLoss": loss.detach()}
 
     # --- the net for use ---------------------------------------------------------------------------------------------
@@ -139,3 +138,69 @@ class SourceTraining(Method):
         weights = self.config.held_out.output if self.published else str(folder)
         words = ["train_procst.py", *self.shape.flags(), "--semseg_weights", weights]
         return f"use the net with: python {shlex.join(words)}"
+
+
+# --- checks of the input, before anything is written ------------------------------------------------------------------
+
+
+def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continued | None) -> SourceTraining:
+    """Check the input of a training on source and build its net. Raises `UserError`, which names file or flag."""
+    data, held_out, net_config = config.source, config.held_out, config.net
+    data_set = with_labels(DATA_SETS[data.source], data.src_labels, "--src_labels")
+    if not data_set.label_path:
+        raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
+    require_classes(net_config.num_classes, data_set.name, data_set.value_map)
+    train, val = train_and_validation(
+        data_set, data.src_data_dir, "--src_data_dir", list_file=data.src_list, val_list=held_out.val_list,
+        val_count=held_out.val_count, label_root=held_out.src_label_dir,
+    )  # fmt: skip
+    image_roots = tuple(Path(root) for root in held_out.source_images)
+    for root in image_roots:
+        require_images(train.with_images_of(root), "--source_images")
+    if image_roots:
+        val = val.with_images_of(image_roots[0])
+        require_images(val, "--source_images")
+    if len(train) < config.poly.batch_size:
+        raise UserError(f"--batch_size {config.poly.batch_size}: there are {len(train)} images to train on")
+    skip = config.loader.on_bad_image == "skip"
+    for files in (*(train.with_images_of(root) for root in image_roots or (train.root,)), val):
+        check_samples(files, labels=True, flag="--src_labels", skip=skip)
+    _check_output(held_out.output, continued)
+    net = net_to_train(net_config, config.run.manual_seed, fresh=continued is None)
+    workers = workers_for(config.loader.num_workers, rank.device, rank.count)
+    validation = config.validation
+    select_by = "miou" if validation.select_by == "auto" else validation.select_by
+    rate = validation.validation_rate or len(train) // config.poly.batch_size
+    config = replace(config, validation=replace(validation, select_by=select_by, validation_rate=rate))
+    source = Domain(
+        files=train, name="source", seed=config.run.manual_seed, resize=data.src_resize, crop=data.crop_size,
+        labels=True, flip=True, resample=config.loader.resample, skips=skip,
+        num_workers=workers, cache_dir=config.loader.cache_dir, image_roots=image_roots,
+    )  # fmt: skip
+    method = SourceTraining(config=config, rank=rank, source=source, net=net)
+    if select_by == "none":
+        method.validation_line = "no validation, as --select_by none says"
+        return method
+    method.validator = Validator(
+        files=val, with_labels=True, select_by=select_by, classes=scored_classes(net_config.num_classes, data_set),
+        num_classes=net_config.num_classes, num_workers=workers, rank=rank, skip_unusable=skip,
+    )  # fmt: skip
+    method.validation_line = f"validating on {val.describe()}, best by {select_by}"
+    return method
+
+
+def _check_output(output: str, continued: Continued | None) -> None:
+    """Require an output that can be written and is no file of another run or of the authors: these stay."""
+    if not output:
+        return
+    path = Path(output)
+    check_output_file(path, "--output")
+    if path.name in (LATEST, PREVIOUS, BEST, DAMAGED):
+        # In the run's own folder, the net would take the place of the training state.
+        raise UserError(f"--output {path}: {path.name} is the name of a file of run folders; choose another name")
+    own = continued and {**continued.checkpoint.info, "run": str(continued.origin.parent)}
+    if path.exists() and not (own and is_of_run(path, own)):
+        raise UserError(
+            f"--output {path} exists and is not of this run; continue the run that wrote it "
+            "(--continue_train_from_path), move it away, or name another file"
+        )

@@ -1,1 +1,1 @@
-"""Helpers without domain knowledge: files, errors, PNG structure, distances between Gaussians."""
+"""Helpers without domain knowledge: files, errors, PNG structure, loader processes."""

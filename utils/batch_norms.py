@@ -1,7 +1,5 @@
 """Context managers for the running statistics of batch norms."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Devices: those of `--gpus`, the CPU's features, loader processes for each, memory, and transfer."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re
@@ -19,11 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_THRESHOLD = -1, -3, 32 * 2**20
 
 
 def resolve_device(gpus: Sequence[str]) -> torch.device:
-    """The one device that `--gpus` names. Where it is empty, prints the default.
-
-    Raises:
-        UserError: as `resolve_devices`, or several devices.
-    """
+    """The one device of `--gpus`; prints a default. Raises `UserError` for several, and as `resolve_devices`."""
     if len(gpus) > 1:
         raise UserError(f"--gpus {' '.join(gpus)}: one device at a time is supported; give one index, or cpu")
     (device,) = resolve_devices(gpus)

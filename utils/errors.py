@@ -1,7 +1,5 @@
 """Errors for the user, and how a command line reports them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Atomic writes: a reader sees the old file or the new one, never half of one."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets
@@ -104,11 +102,7 @@ def check_output_file(path: Path, flag: str) -> None:
 
 
 def make_folder(path: Path, flag: str) -> Path:
-    """Create the folder `path` with its parents. Raises `UserError`, which names `flag`, if it cannot be written to."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot create or write to this folder ({error.strerror})") from None
+    """Create the folder `path` with its parents. Raises `UserError` as `check_folder`."""
+    check_folder(path, flag)
+    Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)

@@ -1,7 +1,5 @@
 """Loading samples in worker processes, in order. When a worker dies, the run saves and exits with code 75."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

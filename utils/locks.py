@@ -1,7 +1,5 @@
 """A lock on a folder between processes, which ends with the process that holds it; lines above a progress bar."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

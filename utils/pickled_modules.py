@@ -4,8 +4,6 @@
 says; any other class or function is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ class Record:
 
     attributes: dict[str, Any]
 
-    def __new__(cls) -> Record:  # unpickling does not call `__init__`
+    def __new__(cls) -> "Record":  # unpickling does not call `__init__`
         record = super().__new__(cls)
         record.attributes = {}
         return record
@@ -44,15 +42,15 @@ class Record:
         """Name of the module's class, without its package."""
         return type(self).__name__
 
-    def child(self, name: str) -> Record | None:
+    def child(self, name: str) -> "Record | None":
         """Submodule of that name, None where there is none."""
         return dict(self.children()).get(name)
 
-    def children(self) -> Iterator[tuple[str, Record]]:
+    def children(self) -> Iterator[tuple[str, "Record"]]:
         """Submodules with their names."""
         return ((k, v) for k, v in self.attributes.get("_modules", {}).items() if isinstance(v, Record))
 
-    def named_records(self, prefix: str = "") -> Iterator[tuple[str, Record]]:
+    def named_records(self, prefix: str = "") -> Iterator[tuple[str, "Record"]]:
         """All submodules under the names that `nn.Module.named_modules` would give them."""
         for name, child in self.children():
             yield prefix + name, child

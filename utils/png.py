@@ -1,7 +1,5 @@
 """Structure of PNG files: header and completeness, without decoding pixels."""
 
-from __future__ import annotations
-
 import struct
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Seeds for the independent uses of one run's seed."""
 
-from __future__ import annotations
-
 import numpy as np
 
 # The uses. A new one takes the next number; 0 to 2 are used where NumPy generators are seeded with lists.

@@ -1,7 +1,5 @@
 """Arithmetic of image sizes, and choosing some of many."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Ending a long run with its state saved: at a signal of its user or of a scheduler, or when a loader process died."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -27,7 +25,7 @@ class LoaderDied(Exception):
     """A loader process died or is stuck, by no fault of the input: exit code `STOPPED`; the same command continues."""
 
     @classmethod
-    def because(cls, reason: str | Exception) -> LoaderDied:
+    def because(cls, reason: str | Exception) -> "LoaderDied":
         """With the first sentence of a reason and advice."""
         if isinstance(reason, cls):
             return reason
@@ -72,7 +70,7 @@ class StopRequests:
     def __call__(self) -> bool:
         return self.received is not None
 
-    def __enter__(self) -> StopRequests:
+    def __enter__(self) -> "StopRequests":
         # An ignored signal stays ignored, as with `nohup`.
         wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in wanted}

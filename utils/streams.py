@@ -1,7 +1,5 @@
 """Standard output and error that never fail, so that a run outlives the terminal or pipe that shows it."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

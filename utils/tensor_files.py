@@ -1,7 +1,5 @@
 """Files of tensors and the networks they fill: reading without executing anything, loading strictly, fingerprints."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
