@@ -201,8 +201,12 @@ def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
             sets = [_translated_set(flags, trained, files, rank.device)]
         else:
             sets = _transferred_sets(flags, files)
-        for sit_set in sets:
-            _export(sit_set, files, flags, rank, stop, stack)
+        folders = [_folder(sit_set, files, flags) for sit_set in sets]
+        if rank.is_main:
+            for folder in folders[1:]:  # the first is checked next; no set is written before all can be
+                folder.check(keep_complete=flags.skip_created_files)
+        for sit_set, folder in zip(sets, folders, strict=True):
+            _export(sit_set, folder, flags, rank, stop, stack)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,9 +303,8 @@ def _resolved(
     )
 
 
-def _export(
-    sit_set: SitSet, files: FileList, flags: ExportFlags, rank: Rank, stop: StopRequests, stack: ExitStack
-) -> None:
+def _folder(sit_set: SitSet, files: FileList, flags: ExportFlags) -> SitFolder:
+    """The output folder of a set."""
     outputs = output_names(files)
     manifest = {
         "format": "procst-sit",
@@ -310,8 +313,14 @@ def _export(
         **sit_set.made_with,
         "images": len(outputs),
     }
-    rank.require_equal(manifest)
-    folder = SitFolder(root=sit_set.root, files=files, outputs=outputs, manifest=manifest)
+    return SitFolder(root=sit_set.root, files=files, outputs=outputs, manifest=manifest)
+
+
+def _export(
+    sit_set: SitSet, folder: SitFolder, flags: ExportFlags, rank: Rank, stop: StopRequests, stack: ExitStack
+) -> None:
+    rank.require_equal(folder.manifest)
+    stop.at_once = rank.count == 1
     names = rank.broadcast(_prepare(folder, flags, sit_set.note, stack) if rank.is_main else None)
     stop.at_once = False
     started = time.perf_counter()
@@ -320,8 +329,8 @@ def _export(
             skipped = translate_images(
                 load=sit_set.load,
                 translator=sit_set.translator,
-                source=files.root,
-                outputs={name: outputs[name] for name in names[rank.index :: rank.count]},
+                source=folder.files.root,
+                outputs={name: folder.outputs[name] for name in names[rank.index :: rank.count]},
                 root=folder.root,
                 flags=flags,
                 title="" if not rank.is_main else "translating" if rank.count == 1 else f"translating 1/{rank.count}",

@@ -149,6 +149,13 @@ def test_an_interrupted_set_is_continued(world, tmp_path, run_script):
     check_refusal(run_script(create_sit_dataset, *other), "another seed")
 
 
+def test_no_variant_is_written_before_all_can_be(world, tmp_path, run_script):
+    shutil.copytree(world / "gta/images", tmp_path / "sit/v2/images")
+    flags = transfer_flags(world, tmp_path / "sit", variants=2)
+    check_refusal(run_script(create_sit_dataset, *flags), tmp_path / "sit/v2", "--skip_created_files")
+    assert not (tmp_path / "sit/v1").exists()
+
+
 def test_another_target_is_drawn_for_one_that_cannot_be_read(world, tmp_path, run_script):
     cityscapes = shutil.copytree(world / "cityscapes", tmp_path / "cityscapes")
     bad = min((cityscapes / "leftImg8bit/train").rglob("*.png"))
