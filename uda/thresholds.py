@@ -48,7 +48,8 @@ def _sampled(confidences: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     Pixels come in an order in which those of a class follow each other, row by row; no size depends on their values.
     """
     largest, predicted = confidences.flatten(1).max(dim=0)
-    classes, order = predicted.sort(stable=True)
+    classes, order = predicted.to(torch.uint8).sort(stable=True)  # in a third of the time of 64 bits
+    classes = classes.long()
     counts = torch.zeros(len(confidences), dtype=torch.int64, device=classes.device)
     counts.scatter_add_(0, classes, torch.ones_like(classes))
     start = counts.cumsum(0) - counts
