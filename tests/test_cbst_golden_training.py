@@ -21,7 +21,7 @@ from uda.cbst_schedule import (
     source_seed,
     source_subset,
 )
-from uda.mining import CANVAS_FILL, NOMINAL_SIZE, Cropping, Draws, Geometry, MinedClasses, make_sample
+from uda.mining import NOMINAL_SIZE, Cropping, Draws, Geometry, MinedClasses, make_sample
 from uda_golden import imagenet_input, load, over
 
 ID_MAPS = {
@@ -77,6 +77,7 @@ def cropping_of(meta, domain):
         stride=meta["label_stride"],
         mine_port=meta["mine_port"],
         mined=MinedClasses(tuple(meta["mine_id"]), tuple(meta["mine_id_priority"])),
+        fill=tuple(meta["canvas_fill"]),
         reference=True,
     )
 
@@ -93,7 +94,6 @@ def test_samples(path, item):
     label = data[f"label_to_id_{item['domain']}"][data[f"label{item['image']}"]]
     assert cropping.side == meta["network_crop"]
     assert draws["target_size"] in cropping.target_sizes()
-    assert meta["canvas_fill"] == list(CANVAS_FILL)
     geometry = Geometry.of(cropping, draws["target_size"])
     assert (geometry.side, geometry.border) == (item["crop_side"], item["border"])
 

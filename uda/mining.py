@@ -16,8 +16,8 @@ from uda.confidence_maps import padded_size
 
 # (height, width) that the scale of a crop refers to, whatever the size of the image. GTA5's frames are about 1052x1914.
 NOMINAL_SIZE = {"gta5": (1024, 2048), "synthia": (760, 1280), "cityscapes": (1024, 2048)}
-# Levels of red, green and blue outside of an image: ImageNet's mean.
-CANVAS_FILL = (123, 116, 103)
+# Levels of red, green and blue of ImageNet's mean, rounded down.
+IMAGENET_FILL = (123, 116, 103)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Cropping:
         stride: output stride of the network.
         mine_port: probability that a crop is mined, in [0,1].
         mined: the classes that are mined.
+        fill: levels of red, green and blue outside of the image.
         reference: mirror labels as the published code does, off by one pixel where `stride` is even.
     """
 
@@ -68,6 +69,7 @@ class Cropping:
     stride: int
     mine_port: float
     mined: MinedClasses
+    fill: tuple[int, int, int] = IMAGENET_FILL
     reference: bool = False
 
     @property
@@ -252,7 +254,7 @@ def make_sample(pixels: np.ndarray, label: np.ndarray, draws: Draws, cropping: C
     if crop is None:
         crop = random_crop(label.shape, geometry, draws)
     side = (cropping.side, cropping.side)
-    image = resize_by_rule(window(pixels, crop, CANVAS_FILL), side)
+    image = resize_by_rule(window(pixels, crop, cropping.fill), side)
     grid = label_grid(
         np.array(Image.fromarray(window(label, crop, IGNORE)).resize(side, Image.Resampling.NEAREST)),
         stride=cropping.stride,
