@@ -14,7 +14,7 @@ from data_handlers.spatial_prior import SpatialPriorBuilder, read_spatial_prior,
 from uda.confidence_maps import confidence_map, input_size, network_input, padded_size
 from uda.mining import mined_classes
 from uda.pseudo_labels import predicted, select, with_prior
-from uda_golden import UDA_DIR, imagenet_input, load, over, search
+from uda_golden import UDA_DIR, imagenet_input, indices, load, over, search
 
 KINDS = (
     "confidence_maps", "iou", "luts", "mining", "prior", "pseudo_labels", "schedule", "source_lists", "step",
@@ -30,11 +30,6 @@ def test_there_are_files():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_is_of_a_kind_that_is_tested(path):
     assert any(path.stem == f"cbst_{kind}" or path.stem.startswith(f"cbst_{kind}_") for kind in KINDS)
-
-
-def indices(name):
-    """Items of a test: numbers of the entries of `meta[name]`."""
-    return lambda data, meta: list(range(len(meta[name])))
 
 
 # --- confidence maps -------------------------------------------------------------------------------------------------

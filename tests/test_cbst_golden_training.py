@@ -22,7 +22,7 @@ from uda.cbst_schedule import (
     source_subset,
 )
 from uda.mining import NOMINAL_SIZE, Cropping, Draws, Geometry, MinedClasses, make_sample
-from uda_golden import imagenet_input, load, over
+from uda_golden import imagenet_input, indices, load, over
 
 ID_MAPS = {
     "cityscapes": CITYSCAPES_IDS, "cityscapes16": CITYSCAPES_16_IDS, "gta": CITYSCAPES_IDS, "synthia": SYNTHIA_16_IDS
@@ -87,18 +87,19 @@ def unit(draws, number, count):
     return (draws[number] + 0.5) / int(draws[count]) if number in draws else 0.0
 
 
-@over("cbst_mining", lambda data, meta: meta["cases"])
+@over("cbst_mining", indices("cases"))
 def test_samples(path, item):
     data, meta = load(path)
-    number, draws, cropping = meta["cases"].index(item), item["draws"], cropping_of(meta, item["domain"])
-    label = data[f"label_to_id_{item['domain']}"][data[f"label{item['image']}"]]
+    case, prefix = meta["cases"][item], f"case{item:02}"
+    draws, cropping = case["draws"], cropping_of(meta, case["domain"])
+    label = data[f"label_to_id_{case['domain']}"][data[f"label{case['image']}"]]
     assert cropping.side == meta["network_crop"]
     assert draws["target_size"] in cropping.target_sizes()
     geometry = Geometry.of(cropping, draws["target_size"])
-    assert (geometry.side, geometry.border) == (item["crop_side"], item["border"])
+    assert (geometry.side, geometry.border) == (case["crop_side"], case["border"])
 
     sample = make_sample(
-        data[f"image{item['image']}"],
+        data[f"image{case['image']}"],
         label,
         Draws(
             target_size=draws["target_size"],
@@ -112,20 +113,20 @@ def test_samples(path, item):
         cropping,
     )
     crop = sample.crop
-    assert (crop.top, crop.left) == (item["top"], item["left"])
-    assert (crop.centre is not None) == item["mined"]
-    if item["mined"]:
-        assert list(crop.centre) == item["centre"]
-        assert list(crop.candidates) == item["candidates"]
-        assert label[crop.centre] == item["mined_class"]
+    assert (crop.top, crop.left) == (case["top"], case["left"])
+    assert (crop.centre is not None) == case["mined"]
+    if case["mined"]:
+        assert list(crop.centre) == case["centre"]
+        assert list(crop.candidates) == case["candidates"]
+        assert label[crop.centre] == case["mined_class"]
     else:
         bounds = (int(draws["row_bound"]), int(draws["col_bound"]))
         assert tuple(geometry.starts(length) for length in label.shape) == bounds
-    np.testing.assert_array_equal(sample.pixels, data[f"case{number:02}/resized"])
-    np.testing.assert_array_equal(sample.label, data[f"case{number:02}/label_grid"])
-    if f"case{number:02}/input" in data:
+    np.testing.assert_array_equal(sample.pixels, data[f"{prefix}/resized"])
+    np.testing.assert_array_equal(sample.label, data[f"{prefix}/label_grid"])
+    if f"{prefix}/input" in data:
         ours = imagenet_input(meta)(torch.from_numpy(sample.pixels)).numpy()
-        np.testing.assert_allclose(ours, data[f"case{number:02}/input"], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ours, data[f"{prefix}/input"], rtol=0, atol=1e-5)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,11 @@ def files_of(kind):
     return sorted([*UDA_DIR.glob(f"{kind}.npz"), *UDA_DIR.glob(f"{kind}_*.npz")])
 
 
+def indices(name):
+    """Items for `over`: the numbers of the entries of `meta[name]`."""
+    return lambda data, meta: list(range(len(meta[name])))
+
+
 def over(kind, items=None):
     """Parametrise a test by (path, item) for each file of a kind.
 
@@ -35,9 +40,7 @@ def over(kind, items=None):
     if items is None:
         return pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in files_of(kind)])
     cases = [
-        pytest.param(path, item, id=f"{path.stem}-{number}" if isinstance(item, dict) else f"{path.stem}-{item}")
-        for path in files_of(kind)
-        for number, item in enumerate(items(*load(path)))
+        pytest.param(path, item, id=f"{path.stem}-{item}") for path in files_of(kind) for item in items(*load(path))
     ]
     return pytest.mark.parametrize(("path", "item"), cases)
 
