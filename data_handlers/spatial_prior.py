@@ -30,6 +30,9 @@ _UNREADABLE = (
 def read_spatial_prior(path: Path, shape: tuple[int, int, int] | None = None) -> np.ndarray:
     """The prior of a MATLAB file, float32 (C,H,W); trainId first.
 
+    Compressed files, as `write_spatial_prior` makes them, hold checksums. Others do not, and scipy does not survive all
+    damage to them.
+
     Args:
         shape: what it must be; None takes any.
 
