@@ -36,6 +36,10 @@ ALL_19 = tuple(range(19))
 SYNTHIA_16 = tuple(i for i in ALL_19 if CLASS_NAMES[i] not in ("terrain", "truck", "train"))
 SYNTHIA_13 = tuple(i for i in SYNTHIA_16 if CLASS_NAMES[i] not in ("wall", "fence", "pole"))
 
+# Data set id -> trainId 0..15 of the classes of SYNTHIA_16, for nets of 16 classes.
+CITYSCAPES_16_IDS = {i: SYNTHIA_16.index(t) for i, t in CITYSCAPES_IDS.items() if t in SYNTHIA_16}
+SYNTHIA_16_IDS = {i: SYNTHIA_16.index(t) for i, t in SYNTHIA_IDS.items() if t in SYNTHIA_16}
+
 # Cityscapes' categories of the classes.
 CATEGORIES = {
     "flat": (0, 1), "construction": (2, 3, 4), "object": (5, 6, 7), "nature": (8, 9), "sky": (10,), "human": (11, 12),

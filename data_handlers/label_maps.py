@@ -29,12 +29,23 @@ def to_train_ids(label: np.ndarray, id_map: Mapping[int, int], void_ids: Collect
     return mapped
 
 
+def ids_of_train_ids(id_map: Mapping[int, int]) -> np.ndarray:
+    """The data set's id of each trainId 0, 1, ..., uint8 (C,); the first one listed where several have one trainId."""
+    ids = {train_id: i for i, train_id in reversed(id_map.items())}
+    return np.array([ids[train_id] for train_id in range(len(ids))], dtype=np.uint8)
+
+
+def to_data_set_ids(train_ids: np.ndarray, id_map: Mapping[int, int]) -> np.ndarray:
+    """TrainIds (any shape) -> ids of a data set, uint8; ignored pixels and other trainIds become 0."""
+    table = np.zeros(256, dtype=np.uint8)
+    ids = ids_of_train_ids(id_map)
+    table[: len(ids)] = ids
+    return table[train_ids]
+
+
 def to_label_ids(train_ids: np.ndarray) -> np.ndarray:
     """TrainIds 0..18 -> Cityscapes label ids, uint8, as the benchmark's server expects them; others become 0."""
-    table = np.zeros(256, dtype=np.uint8)
-    for label_id, train_id in CITYSCAPES_IDS.items():
-        table[train_id] = label_id
-    return table[train_ids]
+    return to_data_set_ids(train_ids, CITYSCAPES_IDS)
 
 
 def colourise(train_ids: np.ndarray) -> np.ndarray:

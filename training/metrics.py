@@ -74,6 +74,42 @@ def scores_of(matrix: Tensor, classes: Sequence[int]) -> Scores:
     )
 
 
+@dataclass(frozen=True)
+class AllClassScores:
+    """Scores in which an absent class counts as 0, as the published self-training has them (docs/uda.md, section CBST).
+
+    Attributes:
+        iou, accuracy: of each class, 0 for a class without a labelled pixel.
+        mean_iou, mean_accuracy: over all classes, absent ones included.
+        pixel_accuracy: fraction of counted pixels predicted right, 0 if no pixel was counted.
+    """
+
+    iou: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    mean_iou: float
+    mean_accuracy: float
+    pixel_accuracy: float
+
+    def mean_iou_over(self, classes: Sequence[int]) -> float:
+        """Mean over some classes of their IoU among all: predictions of the other classes still count as errors."""
+        return sum(self.iou[c] for c in classes) / len(classes)
+
+
+def scores_of_all(matrix: Tensor) -> AllClassScores:
+    """Scores of a matrix (K,K) over all K classes; of the sum of matrices so far, the running value of a log."""
+    counts = matrix.cpu().double()
+    right, labelled = counts.diagonal(), counts.sum(dim=1).clamp(min=1)
+    iou = right / (labelled + counts.sum(dim=0) - right)
+    accuracy = right / labelled
+    return AllClassScores(
+        iou=tuple(iou.tolist()),
+        accuracy=tuple(accuracy.tolist()),
+        mean_iou=float(iou.mean()),
+        mean_accuracy=float(accuracy.mean()),
+        pixel_accuracy=float(right.sum() / counts.sum().clamp(min=1)),
+    )
+
+
 def merged(matrix: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     """A matrix (K,K) with the rows and columns of each group of classes added up, (G,G); other classes are dropped."""
     member = torch.zeros(len(groups), len(matrix), dtype=matrix.dtype)
