@@ -27,14 +27,14 @@ def classes_in_file(path: Path) -> int:
     """
     arrays = read_mxnet_index(path)
     found = [match for match in map(_LAST_LAYER.fullmatch, arrays) if match]
-    if len(found) == 1 and "arg:conv6a_weight" in arrays:
-        return int(found[0][1])
-    if found and "arg:conv1a_weight" in arrays:
+    if len(found) != 1 or "arg:conv1a_weight" not in arrays:
+        raise UserError(f"{path}: holds no ResNet-38, the only net that is read from .params files")
+    if "arg:conv6a_weight" not in arrays:
         raise UserError(
             f"{path} holds a classifier, no segmentation net; train one that starts from it with "
             "train_semseg_on_source.py --model ResNet38 --backbone_weights FILE"
         )
-    raise UserError(f"{path}: holds no ResNet-38, the only net that is read from .params files")
+    return int(found[0][1])
 
 
 def load_resnet38(net: ResNet38, path: Path) -> None:

@@ -121,14 +121,14 @@ def test_every_cut_is_found(file):
 def test_a_flipped_bit_does_no_harm(file):
     """There are no checksums: other numbers may come out, but nothing else may happen."""
     data, refused = file.read_bytes(), 0
-    for bit in range(8 * len(data)):
-        file.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ (1 << bit % 8)]) + data[bit // 8 + 1 :])
+    for place, byte in enumerate(data):
+        file.write_bytes(data[:place] + bytes([byte ^ (1 << place % 8)]) + data[place + 1 :])
         try:
             sizes = [array.read().size for array in read_mxnet_index(file).values()]
             assert sum(sizes) <= len(data)
         except UserError:
             refused += 1
-    assert refused > 4 * len(data)
+    assert refused > len(data) // 2
 
 
 def test_values_are_read_when_they_are_wanted(tmp_path):
