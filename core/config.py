@@ -203,8 +203,8 @@ class LabelLossConfig:
 
     no_semseg: bool = option(False, "train the last scale without label losses, and so without segmentation nets")
     semseg_weights: str = path_option(
-        "", "net trained on source: a file of the authors or of train_semseg_on_source.py, or its run folder (default: "
-        "pretrained/pretrained_semseg_on_<source>.pth)", may_change=True,
+        "", "net trained on source: a file of the authors (.pth, CBST's .params) or of train_semseg_on_source.py, or "
+        "its run folder (default: pretrained/pretrained_semseg_on_<source>.pth)", may_change=True,
     )  # fmt: skip
 
 

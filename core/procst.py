@@ -252,6 +252,8 @@ class ProCST(Method):
         lines = super().describe()
         if self.seg_sit is not None:
             lines.append(f"label losses of the last scale: {self.shape} from {config.labels.semseg_weights}")
+            if self.seg_sit.start:
+                lines.append(self.seg_sit.start)
             if config.schedule.warmup_epochs * stages[-1].steps_per_epoch >= stages[-1].steps:
                 lines.append("WARNING: --warmup_epochs covers the whole last scale: the generators get no label losses")
         if self.rank.count > 1:

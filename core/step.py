@@ -20,6 +20,7 @@ from core.config import LossConfig
 from core.losses import gradient_penalty, mean_score, perceptual_targets, style_terms
 from core.networks import Discriminator, Generator, without_gradients
 from data_handlers.classes import IGNORE
+from data_handlers.images import PROCST_INPUT
 from models.losses import cross_entropy
 from training.distributed import ALONE, Rank, all_reduce_and_step, zero_gradients
 from utils.batch_norms import bn_momentum, frozen_bn_stats
@@ -293,19 +294,23 @@ class TrainingStep:
         cycle.backward()
         self._log("Cyclic", {f"Loss{direction.name}{direction.name[0]}": cycle})
         if direction.seg_source is not None:
-            mean = cross_entropy(self.run(direction.seg_source, returned_leaf), direction.label)
+            mean = cross_entropy(self._predict(direction.seg_source, returned_leaf), direction.label)
             label_loss = (self.loss.lambda_labels * direction.label_weight * mean).to(mean.dtype)
             label_loss.backward()
             self._log("Cyclic", {"SourceLabelLoss": label_loss})
         returned.backward(returned_leaf.grad)
         return returned.detach()
 
+    def _predict(self, net: nn.Module, image: Tensor) -> Tensor:
+        """Logits (B,C,h,w) of a segmentation net on an image (B,3,h,w) in [-1,1]."""
+        return self.run(net, net.network_input.converted(image, PROCST_INPUT))
+
     def _update_segmentation(self, direction: _Direction, nets: SegmentationNets) -> None:
         """Phase 3: translate the source again; step Q and, after the warm-up, the generator on the loss of Q."""
         with torch.set_grad_enabled(not self.warmup and not self.recompute):
             sit = self.run(direction.generator, direction.image, direction.coarser)
         leaf = sit.detach().requires_grad_(not self.warmup)
-        mean = cross_entropy(self.run(nets.seg_sit, leaf), direction.label)
+        mean = cross_entropy(self._predict(nets.seg_sit, leaf), direction.label)
         segmentation_loss = (direction.label_weight * mean).to(mean.dtype)
         optimizers = [nets.optimizer] if self.warmup else [nets.optimizer, self.optimizers["Gst"]]
         zero_gradients(*optimizers)

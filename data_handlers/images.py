@@ -208,6 +208,19 @@ class NetworkInput:
             channel.sub_(mean).div_(std)
         return channels
 
+    def converted(self, images: Tensor, made_by: "NetworkInput") -> Tensor:
+        """Input (...,3,H,W) that `made_by` made as this one would have made it; differentiable.
+
+        Where the two are equal it is the same tensor.
+        """
+        if made_by == self:
+            return images
+        wanted, made = (images.new_tensor([one.mean, one.std])[:, :, None, None] for one in (self, made_by))
+        return (images * made[1] + made[0] - wanted[0]) / wanted[1]
+
 
 # RGB in [-1,1]: what the generators, their perceptual net and the authors' segmentation nets are trained on.
 PROCST_INPUT = NetworkInput(mean=(128.0, 128.0, 128.0), std=(128.0, 128.0, 128.0))
+
+# Mean and deviation of ImageNet's images, (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225) of the largest level.
+IMAGENET_INPUT = NetworkInput(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))

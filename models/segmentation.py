@@ -6,35 +6,46 @@ fast.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import SGD
 
-from data_handlers.images import PROCST_INPUT
+from data_handlers.images import IMAGENET_INPUT, PROCST_INPUT
 from models.deeplab import DeepLab, DilatedSumHead, FiveBranchHead
 from models.fcn8s import FCN8s
 from models.resnet import ResNet
+from models.resnet38 import ResNet38
+from models.resnet38_files import load_resnet38_backbone
 from models.shapes import SegmentationShape
 from models.unet import UNet
 from models.vgg import starting_weights
 from utils.errors import UserError
+from utils.mxnet_params import is_mxnet_file
 from utils.tensor_files import load_network
 
 HEAD_RATE = 10.0
 
 
 def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
-    """A net with PyTorch's default random weights, and with its `network_input`, which makes its input from pixels."""
+    """A net with random weights.
+
+    Its attributes `network_input`, which makes its input from pixels, and `start`, a line about the weights it starts
+    from for the description of a run, are set; `start` is ''.
+    """
     if shape.model == "UNet":
         net = UNet(shape.num_classes)
     elif shape.model == "VGG":
         net = FCN8s(shape.num_classes)
+    elif shape.model == "ResNet38":
+        net = ResNet38(shape.num_classes)
     else:
         backbone = ResNet(shape.backbone, frozen_norm_affine=shape.model == "DeepLab")
         head = FiveBranchHead if shape.model == "DeepLabV2" else DilatedSumHead
         net = DeepLab(backbone, head(backbone.out_channels, shape.num_classes))
-    net.network_input = PROCST_INPUT
+    net.start = ""
+    net.network_input = IMAGENET_INPUT if shape.model == "ResNet38" else PROCST_INPUT
     return net
 
 
@@ -50,19 +61,26 @@ def segmentation_optimizer(net: nn.Module, lr_semseg: float, weight_decay: float
     return SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
-def load_backbone(net: nn.Module, backbone: str, weights: str) -> None:
+def load_backbone(net: nn.Module, backbone: str, weights: str) -> str:
     """Start the backbone from ImageNet weights.
 
     Args:
         net: as `build_segmentation_net` made it on `backbone`.
         weights: `imagenet` (torchvision downloads and caches them) or the path of a state dict with torchvision's
-            names.
+            names; of `resnet38` the path of the authors' `.params` file.
+
+    Returns:
+        A line about the net's start for the description of a run; '' where the weights are torchvision's.
 
     Raises:
         UserError: a failed download, an unreadable file, weights of another network, or a net without ImageNet weights.
     """
     if backbone == "none":
         raise UserError("--backbone_weights: this model has no ImageNet weights; use --no_pretrained_backbone")
+    if backbone == "resnet38":
+        return _load_resnet38_backbone(net, weights)
+    if is_mxnet_file(Path(weights)):
+        raise UserError(f"--backbone_weights {weights}: a file of MXNet, from which --model ResNet38 alone starts")
     origin = f"torchvision's {backbone}" if weights == "imagenet" else f"--backbone_weights {weights}"
     own, state = net.backbone.state_dict(), {}
     for name, value in starting_weights(weights, backbone, "--backbone_weights", "--no_pretrained_backbone").items():
@@ -74,6 +92,16 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> None:
     # Older files of torchvision do not hold the counters of batch norm, which nothing reads.
     counters = {name: value for name, value in own.items() if name.endswith(".num_batches_tracked")}
     load_network(net.backbone, counters | state, origin)
+    return ""
+
+
+def _load_resnet38_backbone(net: ResNet38, weights: str) -> str:
+    if weights == "imagenet":
+        raise UserError(
+            "--backbone_weights imagenet: torchvision has no weights of ResNet-38; give the authors' ImageNet "
+            "classifier (--backbone_weights FILE.params), or --no_pretrained_backbone"
+        )
+    return load_resnet38_backbone(net, Path(weights), "--backbone_weights")
 
 
 def require_classes(num_classes: int, data_set: str, id_map: Mapping[int, int], origin: str = "") -> None:

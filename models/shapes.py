@@ -8,7 +8,9 @@ SMALLEST_CROP = 16  # pixels; below this nothing is left to train on at output s
 
 _RESNETS = ("resnet101", "resnet50", "resnet34", "resnet18")
 # Backbones of each model, the published one first.
-MODEL_BACKBONES = {"DeepLabV2": _RESNETS, "DeepLab": _RESNETS, "VGG": ("vgg16",), "UNet": ("none",)}
+MODEL_BACKBONES = {
+    "DeepLabV2": _RESNETS, "DeepLab": _RESNETS, "VGG": ("vgg16",), "UNet": ("none",), "ResNet38": ("resnet38",),
+}  # fmt: skip
 BACKBONES = tuple(dict.fromkeys(name for backbones in MODEL_BACKBONES.values() for name in backbones))
 
 # (in, out) channels of each convolution of VGG16 by its position in torchvision's `features`; every one is followed by

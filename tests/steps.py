@@ -68,6 +68,7 @@ class StandInSegmentation(nn.Module):
         self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden, state["conv2.weight"].shape[0], 1)
         self.load_state_dict(state)
+        self.network_input = PROCST_INPUT
 
     @property
     def backbone(self):
@@ -322,6 +323,7 @@ class RandomStep(RecordedStep):
         self.segmentation = None
         if labels:
             seg_source, seg_sit = (nn.Conv2d(3, CLASSES, 3, padding=1) for _ in range(2))
+            seg_source.network_input = seg_sit.network_input = PROCST_INPUT
             sgd = torch.optim.SGD(seg_sit.parameters(), lr=1e-2)
             self.segmentation = SegmentationNets(freeze(seg_source), seg_sit, sgd)
         self.record()

@@ -27,7 +27,7 @@ RESNET_COUNTS = {
 }  # fmt: skip
 VGG16_COUNT = 138_357_544 - 4_097_000
 NETS = [(model, backbone) for model in ("DeepLabV2", "DeepLab") for backbone in RESNET_COUNTS]
-NETS += [("VGG", "vgg16"), ("UNet", "none")]
+NETS += [("VGG", "vgg16"), ("UNet", "none"), ("ResNet38", "resnet38")]
 
 
 def meta_net(model, backbone, num_classes=19):
@@ -46,6 +46,8 @@ def expected_count(model, backbone, classes):
     if model == "UNet":
         pairs = ((3, 16), (16, 32), (32, 64), (64, 128), (64 + 128, 64), (32 + 64, 32), (16 + 32, 16))
         return sum(conv(i, o, 3, False) + conv(o, o, 3, False) + 4 * o for i, o in pairs) + conv(16, classes, 1)
+    if model == "ResNet38":
+        return 105_070_912 + conv(4096, 512, 3) + conv(512, classes, 3)
     features = 2048 if backbone in ("resnet50", "resnet101") else 512
     if model == "DeepLab":
         return RESNET_COUNTS[backbone] + 4 * conv(features, classes, 3)
@@ -57,7 +59,7 @@ def expected_count(model, backbone, classes):
 def test_known_parameter_counts():
     assert sorted(NETS) == sorted((name, backbone) for name, names in MODEL_BACKBONES.items() for backbone in names)
     known = {("DeepLabV2", "resnet101"): 65_063_568, ("DeepLab", "resnet101"): 43_901_068}
-    known |= {("VGG", "vgg16"): 134_353_017, ("UNet", "none"): 488_307}
+    known |= {("VGG", "vgg16"): 134_353_017, ("UNet", "none"): 488_307, ("ResNet38", "resnet38"): 124_033_363}
     assert {net: expected_count(*net, 19) for net in known} == known
 
 
@@ -193,8 +195,8 @@ def test_parameter_groups(model, backbone):
     assert {id(p) for p in slow["params"]} <= {id(p) for p in net.backbone.parameters()}
     assert {id(p) for p in fast["params"]} == {id(p) for p in net.head.parameters()}
     norms = [p for m in net.backbone.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
-    assert bool(norms) == (backbone in RESNET_COUNTS)
-    assert all(p.requires_grad == (model == "DeepLabV2") for p in norms)
+    assert bool(norms) == backbone.startswith("resnet")
+    assert all(p.requires_grad == (model != "DeepLab") for p in norms)
     frozen = {id(p) for p in net.parameters() if not p.requires_grad}
     assert frozen == ({id(p) for p in norms} if model == "DeepLab" else set())
 

@@ -132,7 +132,8 @@ class NetConfig:
     backbone: str = option("", "its backbone (default: the model's published one)", choices=BACKBONES)
     num_classes: int = option(19, "its classes")
     backbone_weights: str = path_option(
-        "imagenet", "what the backbone starts from: torchvision's ImageNet weights, or a state dict with its names",
+        "imagenet", "what the backbone starts from: torchvision's ImageNet weights, or a state dict with its names; of "
+        "ResNet38 the authors' ImageNet classifier (.params of MXNet)",
         keywords=("imagenet", "random"), metavar="imagenet|PATH", may_change=True,
     )  # fmt: skip
     no_pretrained_backbone: bool = option(False, "the backbone starts from random weights; nothing is downloaded")

@@ -18,7 +18,8 @@ class EvaluationFlags:
 
     weights: str = option(
         "", "a net of train_semseg_on_source.py (file or run folder), of train_procst.py (checkpoint or run folder: "
-        "the net trained on SiT), or of the authors (pretrained_semseg_on_*.pth) (required)", metavar="PATH",
+        "the net trained on SiT), or of the authors (pretrained_semseg_on_*.pth; .params of "
+        "CBST's) (required)", metavar="PATH",
         required=True,
     )  # fmt: skip
     data_set: str = option(

@@ -1,4 +1,4 @@
-"""The segmentation net in a file: a checkpoint of this toolkit, or the authors' pickled net."""
+"""The segmentation net in a file: a checkpoint of this toolkit, or a net of the authors, pickled or of MXNet."""
 
 import os
 from collections.abc import Mapping
@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from models.legacy import load_legacy_segmentation
+from models.resnet38_files import classes_in_file, load_resnet38
 from models.segmentation import build_segmentation_net, load_backbone
 from models.shapes import SegmentationShape
 from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint, load_checkpoint
 from training.config import NetConfig
 from utils.errors import UserError
+from utils.mxnet_params import is_mxnet_file
 from utils.seeds import NET_WEIGHTS, seed_for
 from utils.tensor_files import is_finite, load_network, read_tensor_file
 
@@ -23,7 +25,7 @@ def net_to_train(config: NetConfig, seed: int, fresh: bool) -> nn.Module:
     torch.manual_seed(seed_for(seed, NET_WEIGHTS))
     net = build_segmentation_net(config.shape())
     if fresh and config.backbone_weights != "random":
-        load_backbone(net, config.backbone, config.backbone_weights)
+        net.start = load_backbone(net, config.backbone, config.backbone_weights)
     return net
 
 
@@ -43,8 +45,8 @@ def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.
     """Load a trained net.
 
     Args:
-        path: a checkpoint of this toolkit (the net that it validates), the authors' pickle, or a run folder (its best
-            state by validation, else its latest).
+        path: a checkpoint of this toolkit (the net that it validates), the ProCST authors' pickle, the CBST authors'
+            `.params`, or a run folder (its best state by validation, else its latest).
         flag: names `path` in messages.
 
     Returns:
@@ -60,19 +62,33 @@ def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.
         path = path / found
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
-    content = read_tensor_file(path)
-    if content is None:
-        shape, net = load_legacy_segmentation(path)
-    elif is_checkpoint(content):
-        shape, net = _net_of(checkpoint_from(content, path), f"{flag} {path}")
-    else:
-        raise UserError(
-            f"{flag} {path}: holds no segmentation net this program knows (a checkpoint of its own, or the authors' "
-            "pretrained_semseg_on_*.pth)"
-        )
+    shape, net = _net_of_mxnet(path) if is_mxnet_file(path) else _net_of_torch(path, flag)
     if not is_finite(net):
         raise UserError(f"{flag} {path}: the weights are not finite, the training diverged")
     return shape, net
+
+
+def _net_of_mxnet(path: Path) -> tuple[SegmentationShape, nn.Module]:
+    classes = classes_in_file(path)
+    try:
+        shape = SegmentationShape("ResNet38", "resnet38", classes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    net = build_segmentation_net(shape)
+    load_resnet38(net, path)
+    return shape, net.eval().requires_grad_(False)
+
+
+def _net_of_torch(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
+    content = read_tensor_file(path)
+    if content is None:
+        return load_legacy_segmentation(path)
+    if is_checkpoint(content):
+        return _net_of(checkpoint_from(content, path), f"{flag} {path}")
+    raise UserError(
+        f"{flag} {path}: holds no segmentation net this program knows (a checkpoint of its own, the ProCST authors' "
+        "pretrained_semseg_on_*.pth, or the CBST authors' .params)"
+    )
 
 
 def _net_of(checkpoint: Checkpoint, origin: str) -> tuple[SegmentationShape, nn.Module]:

@@ -127,6 +127,8 @@ class SourceTraining(Method):
         config = self.config
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         lines = [*super().describe(), f"{self.shape}, {parameters:,} parameters, epoch of {self.steps_per_epoch} steps"]
+        if self.net.start:
+            lines.append(self.net.start)
         if self.rank.count > 1:
             lines.append(f"{self.rank.count} processes share every batch")
         if config.net.backbone_weights == "random" and config.net.backbone != "none":
