@@ -1,6 +1,6 @@
 """Train the perceptual net of `make demo`: the first layers of a narrow VGG, on labels of the toy world's source.
 
-    python benchmarks/train_toy_features.py        (1500 steps: about 4 minutes on one CPU core)
+    python benchmarks/train_toy_features.py        (4000 steps: about 12 minutes on one CPU core)
 
 ProCST's content term needs features that tell what a thing is and not which colour it has. ImageNet's VGG gives them
 for photographs; it is no file of this project and too slow for the demo. This net learns the classes of 550 toy GTA5
@@ -47,7 +47,7 @@ class FeatureFlags:
     """The flags of this script."""
 
     out: str = option(str(ROOT / "data_handlers" / "toy" / "features.pth"), "the file to write")
-    steps: int = option(1500, "steps of 12 frames")
+    steps: int = option(4000, "steps of 12 frames")
 
 
 class FeatureNet(nn.Module):
