@@ -12,6 +12,7 @@ from data_handlers.datasets import DATA_SETS, with_labels
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
+from data_handlers.splits import val_split
 from models.resnet import recompute_blocks
 from models.segmentation import require_classes
 from models.vgg import build_vgg
@@ -114,7 +115,7 @@ def _training_command(config: ProCSTConfig) -> str:
 
 def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[ProCSTConfig, Validator | None, str]:
     """The configuration with `--select_by` decided, the validator of the last scale, and a line that describes it."""
-    files, asked = _val_split(target), config.validation.select_by
+    files, asked = val_split(target), config.validation.select_by
     missing = len(missing_labels(files)) if files else 0
     has_labels = files is not None and missing < len(files)
     select_by = ("miou" if has_labels else "none") if asked == "auto" else asked
@@ -153,11 +154,3 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
         skip_unusable=skip,
     )
     return config, validator, f"validating the last scale on {files.describe()}, best by {select_by}"
-
-
-def _val_split(target: FileList) -> FileList | None:
-    """The target's val split, None where there is none."""
-    patterns = target.data_set.images.get("val", ())
-    if not any(True for pattern in patterns for _ in target.root.glob(pattern)):
-        return None
-    return list_images(target.data_set, target.root, "--trg_data_dir", split="val", training=False)

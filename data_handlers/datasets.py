@@ -115,6 +115,18 @@ def with_labels(data_set: DataSet, labels: str, flag: str) -> DataSet:
     return replace(data_set, labels=labels, labels_flag=flag)
 
 
+def for_net_of(data_set: DataSet, num_classes: int) -> DataSet:
+    """The data set as a net of `num_classes` sees it: one of 16 has SYNTHIA's 16 of the 19 classes as 0..15."""
+    if num_classes != len(SYNTHIA_16) or data_set.class_names != CLASS_NAMES:
+        return data_set
+    ids = {i: SYNTHIA_16.index(train_id) for i, train_id in data_set.id_map.items() if train_id in SYNTHIA_16}
+    void = None if data_set.void_ids is None else data_set.void_ids | (data_set.id_map.keys() - ids.keys())
+    names = tuple(CLASS_NAMES[c] for c in SYNTHIA_16)
+    return replace(
+        data_set, id_map=ids, void_ids=void, classes=tuple(range(len(names))), class_names=names, categories={}
+    )
+
+
 DATA_SETS = {
     "gta5": DataSet(
         name="gta5",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ DOMAINS = ("source", "target")
 
 # Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
 PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
+
+Source = TypeVar("Source")
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Samples:
         stage: every stage has its own random order.
         per_epoch: samples before a new random order is drawn.
         epoch_length: images in an epoch; a shorter list is repeated to this length.
-        pyramid: makes the levels of the cropped image.
+        pyramid: makes the levels of the cropped image; by default that image is the only one.
         labels: False ignores the labels of a domain that reads them.
     """
 
@@ -132,7 +135,7 @@ class Samples:
     stage: int
     per_epoch: int
     epoch_length: int
-    pyramid: PyramidOf
+    pyramid: PyramidOf = lambda image: [image]
     labels: bool = True
 
     def batches(self, steps: range, batch_size: int, part: range) -> Iterator[DomainBatch]:
@@ -153,15 +156,18 @@ class Samples:
         domain = DOMAINS.index(name) if name in DOMAINS else zlib.crc32(name.encode())
         return (self.domain.seed, domain, self.stage, purpose, number)
 
+    def __len__(self) -> int:
+        return len(self.domain)
+
     def image_index(self, position: int, skipped: int = 0) -> int:
         """Index into the file list of the image at a stream position, or of the n-th after it in the epoch's order."""
         epoch, place = divmod(position, self.per_epoch)
         order = _permutation(self._seed(0, epoch), self.epoch_length)
-        return int(order[(place + skipped) % self.epoch_length]) % len(self.domain)
+        return int(order[(place + skipped) % self.epoch_length]) % len(self)
 
     def crop_offset(self, position: int) -> tuple[int, int]:
         """(x,y) of the crop in the resized image; every offset that fits is possible, the last one included."""
-        rng = np.random.default_rng(self._seed(1, position))
+        rng = self.generator(1, position)
         x, y = (int(rng.integers(r - c + 1)) for r, c in zip(self.domain.resize, self.domain.crop, strict=True))
         return x, y
 
@@ -182,29 +188,37 @@ class Samples:
         Raises:
             UserError: an image cannot be used and no other is taken in its place.
         """
-        sources, wrong = self.domain.caches or self.domain.resized, []
-        drawn = int(np.random.default_rng(self._seed(3, position)).integers(len(sources))) if len(sources) > 1 else 0
-        stored = sources[drawn]
+        wrong: list[str] = []
         while True:
             try:
-                index = self.image_index(position, len(wrong))
-                image = stored.image(index)
-                label = stored.label(index) if self.domain.labels and self.labels else None
-                break
+                return *self.read(self.image_index(position, len(wrong)), position), wrong
             except UserError as error:
                 if not self.domain.skips:
                     raise UserError(f"{error}{OR_SKIP}") from None
                 wrong.append(str(error))
                 if len(wrong) == MOST_SKIPPED:
                     raise disk_fault(error) from None
+
+    def generator(self, purpose: int, position: int) -> np.random.Generator:
+        """The random numbers of a sample for a purpose."""
+        return np.random.default_rng(self._seed(purpose, position))
+
+    def drawn(self, sources: Sequence[Source], position: int) -> Source:
+        """The one of several folders of images, or of their caches, that is drawn for a sample."""
+        return sources[int(self.generator(3, position).integers(len(sources))) if len(sources) > 1 else 0]
+
+    def read(self, index: int, position: int) -> tuple[Sequence[np.ndarray], np.ndarray | None]:
+        """Levels and label of image `index` for the sample at a position. Raises `UserError` if it cannot be used."""
+        stored = self.drawn(self.domain.caches or self.domain.resized, position)
+        image = stored.image(index)
+        label = stored.label(index) if self.domain.labels and self.labels else None
         x, y = self.crop_offset(position)
         width, height = self.domain.crop
         window = np.s_[y : y + height, x : x + width]
-        is_flipped = self.domain.flip and np.random.default_rng(self._seed(2, position)).integers(2)
-        step = -1 if is_flipped else 1
+        step = -1 if self.domain.flip and self.generator(2, position).integers(2) else 1
         image = np.array(image[window][:, ::step], order="C")  # a copy: the cache is read-only
         label = None if label is None else np.array(label[window][:, ::step], order="C")
-        return self.pyramid(image), label, wrong
+        return self.pyramid(image), label
 
 
 @lru_cache(maxsize=len(DOMAINS))

@@ -88,3 +88,11 @@ def train_and_validation(
     for files in (train, val):
         require_labels(files, "--src_label_dir" if labels else flag)
     return train, val
+
+
+def val_split(target: FileList) -> FileList | None:
+    """The val split of the target's data set, None where there is none. Raises `UserError` as `list_images`."""
+    patterns = target.data_set.images.get("val", ())
+    if not any(True for pattern in patterns for _ in target.root.glob(pattern)):
+        return None
+    return list_images(target.data_set, target.root, "--trg_data_dir", split="val", training=False)

@@ -17,12 +17,15 @@ from torch import nn
 
 from core.config import ProCSTConfig
 from core.preparation import prepare as prepare_procst
+from data_handlers.spatial_prior import write_spatial_prior
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from training.checkpoint import Checkpoint
 from training.distributed import Rank
 from training.loop import Loop
 from training.progress import Progress
+from uda.cbst import prepare_self_training
+from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
 from uda.source import prepare_source
 from utils.seeds import seed_for
@@ -43,6 +46,7 @@ def write_world(root: Path) -> Path:
         modules={"net": build_segmentation_net(shape).state_dict()},
         segmentation={"module": "net", "shape": vars(shape)},
     ).save(root / SOURCE_NET)  # fmt: skip
+    write_spatial_prior(root / "prior.mat", np.random.default_rng(3).random((19, 16, 20)))
     return root
 
 
@@ -122,9 +126,10 @@ def run_quietly(loop: Loop) -> None:
         progress.close()
 
 
-def steps_of(method: Any, stage: int, count: int) -> Any:
+def steps_of(method: Any, stage: int, count: int, folder: Path) -> Any:
     """Begin a stage and yield (step, batch) of its first steps; the caller takes the steps."""
     method.begin_stage(stage, resumed=False)
+    method.prepare_stage(stage, folder, lambda: None)
     for step, batch in enumerate(method.batches(stage, range(count))):
         torch.manual_seed(seed_for(method.config.run.manual_seed, 4, stage, step))
         yield step, batch
@@ -171,6 +176,19 @@ def source(stops: tuple[tuple[int, int], ...] = ((0, 1), (0, 4)), **more: Any) -
     return Case(config=SourceTrainingConfig, prepare=prepare_source, flags=SOURCE, stops=stops, **more)
 
 
+SELF_TRAINING = {
+    "trg_data_dir": "{world}/cityscapes", "weights": f"{{world}}/{SOURCE_NET}", "num_round": 2, "batch_size": 3,
+    "base_lr": 1e-2, "crop_size": 24, "init_src_port": 0.3, "step_src_port": 0.2, "max_src_port": 1.0,
+}  # fmt: skip
+
+
+def self_training(method: str, flags: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    """Self-training of two rounds with 4 and 4 steps."""
+    flags = {**SELF_TRAINING, "method": method, **(flags or {})}
+    stops = ((0, 1), (0, 4), (1, 2))
+    return Case(config=SelfTrainingConfig, prepare=prepare_self_training, flags=flags, stops=stops, **more)
+
+
 LEARNABLE = {"src_resize": (48, 32), "crop_size": (48, 32)}
 CASES = {
     "procst-group": procst(no_semseg=True, norm=("group",), learning={
@@ -184,4 +202,10 @@ CASES = {
     }),
     "source-dropout": source(change=_with_dropout, has_dropout=True, stops=((0, 3), (0, 6))),
     "source-batchnorm": source(change=_with_batch_norm),
+    "st": self_training("st"),
+    "cbst": self_training("cbst", {"select_by": "miou"}),
+    "cbst-dropout": self_training("cbst", change=_with_dropout, has_dropout=True),
+    "cbst-sp-reference": self_training(
+        "cbst-sp", {"spatial_prior": "{world}/prior.mat", "mode": "reference"}, change=_with_batch_norm
+    ),
 }  # fmt: skip

@@ -11,11 +11,14 @@ import pytest
 
 from core.config import ProCSTConfig
 from training.flags import build_parser, options_of, parse, section_from
+from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*(ROOT / name / "README.md" for name in ("", "data", "pretrained")), *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS = {"train_procst": ProCSTConfig, "train_semseg_on_source": SourceTrainingConfig}
+CONFIGS = {
+    "train_procst": ProCSTConfig, "train_semseg_on_source": SourceTrainingConfig, "train_uda": SelfTrainingConfig,
+}  # fmt: skip
 
 
 def commands_of(page):

@@ -13,17 +13,20 @@ import torch
 
 import train_procst
 import train_semseg_on_source
+import train_uda
 from commands import only_run, procst_flags, source_flags
 from core.config import ProCSTConfig
 from refusals import check_refusal, tree
 from training.config import StartFlags
 from training.flags import build_parser, flag_of, options_of, parse
+from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
-CONFIGS = (ProCSTConfig, SourceTrainingConfig)
-SCRIPTS = (train_procst, train_semseg_on_source)
+CONFIGS = (ProCSTConfig, SourceTrainingConfig, SelfTrainingConfig)
+SCRIPTS = (train_procst, train_semseg_on_source, train_uda)
+REFUSED = {SelfTrainingConfig: ("cache_dir", "resample")}  # flags of all trainings that cannot act in one
 
 
 def sections(config):
@@ -120,13 +123,14 @@ OTHER_VALUES = {
     "beta1": "0.5", "momentum": "0.5", "scale_factor": "0.75", "ker_size": "5", "num_workers": "3",
     "bf16_discriminators": "--precision bf16", "debug_stop_iteration": "3 --debug_run", "output": "other",
     "debug_stop_epoch": "2 --debug_run", "backbone_weights": "random", "source": "synthia", "target": "gta5",
+    "spatial_prior": "other --method cbst-sp", "method": "st", "mine_port": "0.5", "scale_rate_range": "0.5 2",
 }  # fmt: skip
 
 
 def other_value(field):
     """A legal value of a flag that is not its default, as words of a command line."""
     kind, choices = field.metadata["type"], field.metadata["choices"]
-    if field.name in OTHER_VALUES:
+    if field.name in OTHER_VALUES and (field.name != "crop_size" or field.metadata["nargs"]):
         return OTHER_VALUES[field.name].split()
     if choices:
         return [next(choice for choice in choices if choice != field.default)]
@@ -135,7 +139,8 @@ def other_value(field):
 
 def flags_of(config):
     options = options_of(*(section for section in sections(config) if section is not StartFlags))
-    shown = (name for name, field in options.items() if not field.metadata["hidden"])
+    refused = REFUSED.get(config, ())
+    shown = (name for name, field in options.items() if not field.metadata["hidden"] and name not in refused)
     return [pytest.param(config, name, id=f"{config.__name__}-{name}") for name in shown]
 
 
@@ -170,8 +175,18 @@ def test_what_may_change(config):
     own = {
         ProCSTConfig: {"trg_data_dir", "vgg_weights", "semseg_weights", "bf16_discriminators"},
         SourceTrainingConfig: {"src_label_dir", "source_images", "output"},
+        SelfTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images"},
     }
-    assert {name for name, field in options.items() if field.metadata["may_change"]} == shared | own[config]
+    expected = (shared | own[config]) & options.keys()
+    assert {name for name, field in options.items() if field.metadata["may_change"]} == expected
+
+
+def test_a_flag_is_the_same_with_dashes_and_underscores():
+    one = config_of(SelfTrainingConfig, "--init-tgt-port", 0.3, "--base_lr=1e-3", "--no-deterministic")
+    assert one == config_of(SelfTrainingConfig, "--init_tgt_port=0.3", "--base-lr", 1e-3, "--no_deterministic")
+    assert one.rounds.init_tgt_port == 0.3
+    with pytest.raises(UserError, match="unrecognized arguments: --init-tgt_ports=1"):
+        config_of(SelfTrainingConfig, "--init-tgt_ports=1")
 
 
 def test_a_refusal_names_the_flag_that_changes_the_run():

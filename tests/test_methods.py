@@ -121,10 +121,10 @@ def test_two_processes_are_one_in_float64(world, tmp_path, case):
 
 
 @every_case
-def test_every_trainable_tensor_is_in_one_group_and_moves(world, case):
+def test_every_trainable_tensor_is_in_one_group_and_moves(world, tmp_path, case):
     method = CASES[case].prepared(world)
     for stage in range(len(method.stages())):
-        batches = steps_of(method, stage, 4)
+        batches = steps_of(method, stage, 4, tmp_path)
         step, batch = next(batches)
         trainable = {
             f"{name}.{key}": parameter for name, module in method.modules.items()
@@ -191,14 +191,14 @@ class NoHostReads(TorchDispatchMode):
 
 
 @every_case
-def test_a_step_reads_nothing_back_and_does_no_io(world, monkeypatch, case):
+def test_a_step_reads_nothing_back_and_does_no_io(world, tmp_path, monkeypatch, case):
     method = CASES[case].prepared(world)
 
     def refuse(*arguments, **keywords):
         raise AssertionError("a step does I/O, or reads a value back")
 
     for stage in range(len(method.stages())):
-        for step, batch in steps_of(method, stage, 2):
+        for step, batch in steps_of(method, stage, 2, tmp_path):
             with monkeypatch.context() as patch, NoHostReads():
                 for where, names in (
                     (builtins, ("open", "print")), (io, ("open",)), (os, ("open", "write")),

@@ -95,13 +95,19 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """The source images and labels, and the (W,H) of the crops that a training sees."""
+class SourceFiles:
+    """The source images and labels."""
 
     source: str = option("gta5", "source data set", choices=sorted(DATA_SETS))
     src_data_dir: str = path_option("data/gta", "its root folder", metavar="DIR", may_change=True)
     src_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
     src_list: str = path_option("", "text file with one source image a line, instead of all", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class SourceConfig(SourceFiles):
+    """The source images and labels, and the (W,H) of the crops that a training sees."""
+
     src_resize: Size | None = size_option("size source images are resized to (default: the data set's, GTA5 1126 619)")
     crop_size: Size | None = size_option("random crop, and size of the finest scale (default: 1024 512)")
 
@@ -111,13 +117,19 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class TargetConfig:
+class TargetFiles:
     """The target images; their labels are used for validation only."""
 
     target: str = option("cityscapes", "target data set", choices=sorted(DATA_SETS))
     trg_data_dir: str = path_option("data/cityscapes", "its root folder", metavar="DIR", may_change=True)
     trg_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
     trg_list: str = path_option("", "text file with one target image a line, instead of all", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class TargetConfig(TargetFiles):
+    """The target images and the (W,H) they are resized to."""
+
     trg_resize: Size | None = size_option("size target images are resized to (default: the data set's, 1024 512)")
 
     def __post_init__(self) -> None:

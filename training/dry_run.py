@@ -87,6 +87,8 @@ def _measure(loop: Loop, index: int) -> tuple[float, int, int]:
     """
     method, device, stage = loop.method, loop.method.device, loop.stages[index]
     loop.begin_stage(index, resumed=False)
+    if (line := method.prepare_stage(index, None, lambda: None)) and loop.rank.is_main:
+        print(line)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # The last steps of the stage include losses that begin after a warm-up.

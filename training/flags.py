@@ -67,9 +67,14 @@ def flag_of(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `UserError` for a bad command line."""
+    """Raises `UserError` for a bad command line.
+
+    Attributes:
+        spellings: its flags by their names with `_` in place of `-`; `parse` takes both alike.
+    """
 
     def __init__(self, description: str | None) -> None:
+        self.spellings: dict[str, str] = {}
         super().__init__(
             description=description, usage="python %(prog)s [flags]", allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
@@ -99,21 +104,25 @@ def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], 
     for title, names in shown.items():
         group = parser.add_argument_group(title)
         for name in names:
-            _add(group.add_argument, options[name])
+            added = _add(group.add_argument, options[name])
+            parser.spellings |= {_underscored(flag): flag for flag in added.option_strings}
     return parser
 
 
-def _add(add_argument: Callable[..., Any], field: dataclasses.Field) -> None:
+def _underscored(flag: str) -> str:
+    return "--" + flag[2:].replace("-", "_")
+
+
+def _add(add_argument: Callable[..., Any], field: dataclasses.Field) -> argparse.Action:
     option = field.metadata
     names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])  # both spellings where they differ
     default = shown_default(field)
     text = argparse.SUPPRESS if option["hidden"] else option["help"] + (f" (default: {default})" if default else "")
     if option["type"] is bool:
         action = argparse.BooleanOptionalAction if option["may_change"] else "store_true"
-        add_argument(*names, dest=field.name, action=action, help=text)
-        return
+        return add_argument(*names, dest=field.name, action=action, help=text)
     metavar = option["metavar"] or (None if option["choices"] else {int: "N", float: "X"}.get(option["type"], "NAME"))
-    add_argument(
+    return add_argument(
         *names, dest=field.name, type=option["type"], nargs=option["nargs"], choices=option["choices"], metavar=metavar,
         help=text,
     )  # fmt: skip
@@ -127,8 +136,10 @@ def shown_default(field: dataclasses.Field) -> str:
     return f"{default:.4g}" if isinstance(default, float) else as_given(default)
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def parse(parser: Parser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The flags on the command line by field name, several values as a tuple; flags that are not given are missing.
+
+    `-` and `_` within the name of a flag are the same.
 
     Raises:
         UserError: an unknown flag, a value of the wrong kind, or one that is not UTF-8.
@@ -140,8 +151,14 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
         if argument.encode("utf-8", "replace").decode() != argument:
             shown = argument.encode("utf-8", "backslashreplace").decode()
             raise UserError(f"{flag} {shown}: not UTF-8; rename the file or folder")
-    values = vars(parser.parse_args(arguments))
+    values = vars(parser.parse_args([_spelled(argument, parser.spellings) for argument in arguments]))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _spelled(argument: str, spellings: Mapping[str, str]) -> str:
+    """The argument with the name of a flag as the parser knows it."""
+    name, equals, value = argument.partition("=")
+    return f"{spellings.get(_underscored(name), name)}{equals}{value}" if name.startswith("--") else argument
 
 
 def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:

@@ -189,6 +189,11 @@ class Loop:
         validated = {(found["stage"], found["step"]) for found in self.validations}
         if self._is_validation_step(stage) and (self.stage, self.step) not in validated:
             self._validate(progress)  # the run was stopped during this validation
+        alone = self.rank.count == 1  # several processes have to finish it together
+        with progress.untimed():
+            line = self.method.prepare_stage(self.stage, self.folder, lambda: self._stop_if(alone and self.stop()))
+        if line:
+            progress.say(line)
         batches = iter(self.method.batches(self.stage, range(self.step, stage.steps)))
         while self.step < stage.steps:
             try:
@@ -266,7 +271,7 @@ class Loop:
         score = validator.score(validation)
         names = validator.files.data_set.class_names
         self._note_skipped(progress, *validation.skipped)
-        if score is None:
+        if score is None and validator.select_by != "none":
             say(f"WARNING: the labels of {validator.files.root} hold no pixel of a scored class: no best state")
         earlier = self.best()
         best = score is not None and (earlier is None or score > earlier["score"])

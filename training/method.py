@@ -3,7 +3,7 @@
 A new method is one class that derives from `Method`; `uda/source.py` is the shortest example.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -108,6 +108,21 @@ class Method:
                 here that the checkpoint holds.
         """
         raise NotImplementedError
+
+    def prepare_stage(self, stage: int, folder: Path | None, check: Callable[[], None]) -> str:
+        """Make what the batches of the stage need of its networks, such as pseudo-labels, and write it to `folder`.
+
+        Called before `batches`, with the weights of a checkpoint where one was loaded; what was made before is kept.
+        All processes call it with the same folder.
+
+        Args:
+            folder: of the run; None for a dry run, which writes nothing and makes as much as a measurement needs.
+            check: called now and then; raises what ends the run where a stop was requested.
+
+        Returns:
+            A line to print, or ''.
+        """
+        return ""
 
     def batches(self, stage: int, steps: range) -> Iterator[Batch]:
         """The batches of these steps of the stage, in order; a batch depends only on the number of its step."""

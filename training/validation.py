@@ -96,7 +96,7 @@ class Validator:
 
     Attributes:
         with_labels: whether the images have labels and scores are wanted.
-        select_by: `miou` or `label_free`: what picks the best net.
+        select_by: `miou` or `label_free`: what picks the best net; `none`: scores are reported alone.
         classes: trainIds the mean goes over.
         rank: this process among those that share the images, and the device of the net.
         skip_unusable: skip images that cannot be used, instead of raising; None as of `check_samples`.
@@ -132,7 +132,7 @@ class Validator:
         matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=rank.device)
         finite = torch.ones((), dtype=torch.bool, device=rank.device)
         # Nothing is read back to the host before the end, except for pictures.
-        with exact_convolutions(), _in_eval_mode(net):
+        with exact_convolutions(), in_eval_mode(net):
             for image in images:
                 if isinstance(image, UserError):
                     skipped.append(str(image))
@@ -163,17 +163,21 @@ class Validator:
 
     def score(self, validation: Validation) -> float | None:
         """The value that selects the best net, or None."""
+        if self.select_by == "none":
+            return None
         return validation.mean_iou if self.select_by == "miou" else validation.statistics.mutual_information()
 
 
 @contextmanager
-def _in_eval_mode(net: nn.Module) -> Iterator[None]:
-    training = net.training
+def in_eval_mode(net: nn.Module) -> Iterator[None]:
+    """Inside the block the net is in eval mode; afterwards each of its modules has its former mode."""
+    modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
         yield
     finally:
-        net.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _picture(sample: LabelledImage, prediction: Tensor) -> np.ndarray:

@@ -21,8 +21,8 @@ from training.flags import Config, check, check_not_negative, check_positive, op
 
 
 @dataclass(frozen=True)
-class HeldOutConfig:
-    """Where labels and images are, which labelled images the net is validated on, and where the best net goes."""
+class SourceImages:
+    """Where the source's labels and images are, if they are not below its root."""
 
     src_label_dir: str = path_option(
         "", "root folder of the labels, where it is another: SiT images have the labels of their source", metavar="DIR",
@@ -30,9 +30,15 @@ class HeldOutConfig:
     )  # fmt: skip
     source_images: tuple[str, ...] = path_option(
         (), "folders with the images to train on under the names of --src_data_dir, such as SiT sets, of which one is "
-        "drawn for each sample (default: --src_data_dir's own); the first is validated on", metavar="DIR", type=str,
-        nargs="+", may_change=True,
+        "drawn for each sample (default: --src_data_dir's own); a validation on source reads the first", metavar="DIR",
+        type=str, nargs="+", may_change=True,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeldOutConfig(SourceImages):
+    """Where labels and images are, which labelled images the net is validated on, and where the best net goes."""
+
     val_list: str = path_option("", "text file with the images to validate on", metavar="FILE")
     val_count: int = option(
         0, "validate on the last N images, which are then not trained on (default: the data set's val split; GTA5 the "

@@ -84,9 +84,8 @@ class SourceTraining(Method):
         """Crops with labels."""
         source, size = self.domains["source"], self.config.poly.batch_size
         samples = Samples(
-            domain=source, stage=stage, per_epoch=self.steps_per_epoch * size, epoch_length=len(source),
-            pyramid=lambda image: [image],
-        )  # fmt: skip
+            domain=source, stage=stage, per_epoch=self.steps_per_epoch * size, epoch_length=len(source)
+        )
         return samples.batches(steps, size, self.rank.part(size))
 
     def step(self, batch: DomainBatch, stage: int, step: int) -> Mapping[str, Tensor]:

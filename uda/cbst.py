@@ -1,0 +1,365 @@
+"""Self-training of a segmentation net on an unlabelled target, class-balanced or not (docs/uda.md, section CBST).
+
+A round is a stage. It begins with a labelling pass, in which the net labels the target's images; then the net is
+trained on them and on some source images.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_handlers.classes import IGNORE
+from data_handlers.datasets import DATA_SETS, for_net_of, with_labels
+from data_handlers.domain import Domain, DomainBatch, Samples
+from data_handlers.images import read_label, read_pixels
+from data_handlers.labelled import check_samples
+from data_handlers.lists import FileList, list_images, missing_labels, require_images, require_labels
+from data_handlers.spatial_prior import read_spatial_prior
+from data_handlers.splits import val_split
+from models.resnet38 import OUTPUT_STRIDE, ResNet38
+from models.segmentation import build_segmentation_net, require_classes
+from models.shapes import SegmentationShape
+from training.distributed import Rank, backward_and_step
+from training.method import Method, Stage
+from training.precision import Runner, channels_last
+from training.run_folder import Continued
+from training.segmentation_files import load_segmentation_net
+from training.validation import Validator, scored_classes
+from uda.cbst_config import TRAIN_FIRST, CropsConfig, SelfTrainingConfig
+from uda.cbst_optimisation import freeze_statistics, mean_cross_entropy, self_training_optimizer
+from uda.cbst_schedule import Portion, rate_of_round, source_count, source_seed, source_subset
+from uda.labelling import Labelling, PseudoLabels
+from uda.mining import NOMINAL_SIZE, Cropping, MinedClasses, draw, make_sample, mined_classes
+from utils.devices import to_device, workers_for
+from utils.errors import UserError
+
+NET = "net"
+LABELS = "pseudo_labels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundSamples(Samples):
+    """The samples of a round: of some source images with their labels and of target images with pseudo-labels.
+
+    Attributes:
+        chosen: indices of the source images.
+        target: the target images, none of which has labels in a dry run.
+        labels_of_target: their pseudo-labels; None in a dry run, in which every pixel is ignored.
+        cropping: makes the samples; sizes that follow from an image are filled in for each.
+        origins: longer sides of source and target images at the factor 1; None for their own.
+    """
+
+    chosen: Sequence[int]
+    target: FileList
+    labels_of_target: PseudoLabels | None
+    cropping: Cropping
+    origins: tuple[int | None, int | None]
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.target)
+
+    def read(self, index: int, position: int) -> tuple[Sequence[np.ndarray], np.ndarray]:
+        """Pixels uint8 (K,K,3) and label uint8 (K/stride,K/stride) of a sample. Raises `UserError`."""
+        is_target = index >= len(self.chosen)
+        files = self.target if is_target else self.drawn(self.domain.lists, position)
+        name = files.images[index - len(self.chosen) if is_target else self.chosen[index]]
+        pixels = read_pixels(files.root / name)
+        size = pixels.shape[1::-1]
+        if not is_target:
+            label = read_label(files.label_file(name), files.data_set, size)
+        elif self.labels_of_target is None:
+            label = np.full(pixels.shape[:2], IGNORE, np.uint8)
+        else:
+            label = self.labels_of_target.read(name, size)
+        nominal = NOMINAL_SIZE.get(files.data_set.name) if self.cropping.reference else None
+        nominal = nominal or pixels.shape[:2]
+        cropping = replace(self.cropping, nominal=nominal, origin_size=self.origins[is_target] or max(nominal))
+        sample = make_sample(pixels, label, draw(self.generator(1, position), cropping), cropping)
+        return [sample.pixels], sample.label
+
+
+class SelfTraining(Method):
+    """Adapts a net (on the CPU) to the target, a round in each stage.
+
+    Attributes:
+        labels: of the round in training; None before its labelling pass.
+        thresholds: of this pass, float64 (C,); empty before it.
+    """
+
+    name: ClassVar[str] = "cbst"
+    config_class: ClassVar[type[SelfTrainingConfig]] = SelfTrainingConfig
+    config: SelfTrainingConfig
+
+    def __init__(
+        self, *, config: SelfTrainingConfig, rank: Rank, source: Domain, target: Domain, net: nn.Module,
+        shape: SegmentationShape, labelling: Labelling,
+    ) -> None:  # fmt: skip
+        super().__init__(config=config, rank=rank, domains={"source": source, "target": target})
+        self.net, self.shape, self.labelling = net, shape, labelling
+        self.run = Runner(config.run.precision)
+        self.labels: PseudoLabels | None = None
+        self.thresholds = torch.empty(0, dtype=torch.float64)
+        rounds, reference = config.rounds, config.adaptation.mode == "reference"
+        target_port = Portion(rounds.init_tgt_port, rounds.step_tgt_port, rounds.max_tgt_port)
+        source_port = Portion(rounds.init_src_port, rounds.step_src_port, rounds.max_src_port)
+        numbers = range(rounds.num_round)
+        self.portions = [target_port.of_round(number, reference) for number in numbers]
+        self.counts = [source_count(len(source), source_port.of_round(number, reference)) for number in numbers]
+
+    def task(self) -> str:
+        """End of the name of a new run folder."""
+        config = self.config
+        return f"{config.method.method}_{config.source.source}_to_{config.target.target}"
+
+    def stages(self) -> list[Stage]:
+        """The rounds; each is validated at its end, and kept."""
+        rounds, found = self.config.rounds, []
+        for number, count in enumerate(self.counts):
+            per_epoch = (count + len(self.domains["target"])) // rounds.batch_size
+            steps = rounds.epoch_per_round * per_epoch
+            found.append(Stage(
+                name=f"round {number}", steps=steps, steps_per_epoch=per_epoch, batch_size=rounds.batch_size,
+                tag=f"Round{number}/", validate_every=steps, keep_as=f"round_{number}.pth",
+            ))  # fmt: skip
+        return found
+
+    def begin_stage(self, stage: int, resumed: bool) -> None:
+        """Begin a round without labels: a new optimiser, and batch norms that keep their statistics."""
+        rounds = self.config.rounds
+        channels_last(self.net.to(self.device, self.dtype).train())
+        freeze_statistics(self.net)
+        rate = rate_of_round(rounds.base_lr, stage)
+        optimizer = self_training_optimizer(
+            self.net, rate=rate, weight_decay=rounds.weight_decay, momentum=rounds.momentum
+        )
+        self.modules, self.optimizers = {NET: self.net}, {NET: optimizer}
+        self.labels, self.thresholds = None, torch.empty(0, dtype=torch.float64)
+
+    def prepare_stage(self, stage: int, folder: Path | None, check: Callable[[], None]) -> str:
+        """The labelling pass; of a round in training the labels that were made."""
+        if folder is None:
+            return self.labelling.measure(self._probabilities, self.net)
+        labels = folder / LABELS / f"round_{stage}"
+        if len(self.thresholds):
+            self.labels = self.labelling.read(labels, self.thresholds)
+            return ""
+        self.labels = self.labelling.run(self.net, self._probabilities, labels, self.portions[stage], check)
+        self.thresholds = self.labels.thresholds
+        names = self.labels.files.data_set.class_names
+        reached = [f"{names[c]} {t:.3f}" for c, t in enumerate(self.thresholds.tolist()) if math.isfinite(t)]
+        return f"round {stage}: {100 * self.labels.share:.1f}% of the target's pixels labelled; {', '.join(reached)}"
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        return logits_of(self.net)(images.to(self.dtype)).softmax(dim=1)
+
+    def eval_net(self) -> nn.Module | None:
+        """The net in training."""
+        return self.modules.get(NET)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The thresholds of the round in training, which tell its labels from others."""
+        return {"thresholds": self.thresholds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.thresholds = state["thresholds"]
+
+    def inputs(self) -> dict[str, str]:
+        """As of every method, and the prior."""
+        prior = self.labelling.prior_name
+        return super().inputs() | ({"spatial prior": prior} if prior else {})
+
+    def samples(self, stage: int) -> RoundSamples:
+        """The samples of a round."""
+        config, source, crops = self.config, self.domains["source"], self.config.crops
+        rounds, reference = config.rounds, config.adaptation.mode == "reference"
+        seed = source_seed(rounds.source_sample_policy, rounds.seed_int, stage)
+        chosen = source_subset(len(source), self.counts[stage], seed).tolist()
+        labels, mined = self.labels, MinedClasses((), ())
+        target = labels.files if labels else self.domains["target"].files
+        if labels:
+            mined = mined_classes(labels.sizes, number=crops.mine_id_number, share=crops.mine_thresh)
+        return RoundSamples(
+            domain=source, stage=stage, per_epoch=self.stages()[stage].steps_per_epoch * rounds.batch_size,
+            epoch_length=len(chosen) + len(target), chosen=chosen, target=target, labels_of_target=labels,
+            cropping=cropping_of(crops, stride_of(self.net), mined, reference),
+            origins=(crops.origin_size, crops.origin_size_tgt),
+        )  # fmt: skip
+
+    def batches(self, stage: int, steps: range) -> Iterator[DomainBatch]:
+        """Crops of source and target images, mixed; the first batch names the target images that have no label."""
+        size, skipped = self.config.rounds.batch_size, self.labels.skipped if self.labels else ()
+        for batch in self.samples(stage).batches(steps, size, self.rank.part(size)):
+            yield replace(batch, skipped=(*batch.skipped, *skipped))
+            skipped = ()
+
+    def step(self, batch: DomainBatch, stage: int, step: int) -> Mapping[str, Tensor]:
+        """Cross-entropy over the labelled cells."""
+        images = self.net.network_input(to_device(batch.levels[0], self.device), self.dtype)
+        label = to_device(batch.label, self.device)
+        loss = self.rank.labelled_fraction(label) * mean_cross_entropy(self.run(logits_of(self.net), images), label)
+        backward_and_step(loss, self.rank, self.optimizers[NET])
+        return {"Semseg/SelfTrainingLoss": loss.detach()}
+
+    def describe(self) -> list[str]:
+        """What is adapted on what."""
+        config, stages = self.config, self.stages()
+        lines = [*super().describe(), f"{self.shape}, adapted by {config.method.method}"]
+        lines.append(
+            f"{len(stages)} rounds: {', '.join(map(str, self.counts))} source images, "
+            f"{', '.join(f'{p:g}' for p in self.portions)} of the target's pixels"
+        )
+        if self.rank.count > 1:
+            lines.append(f"{self.rank.count} processes share every batch and the labelling; all need the run folder")
+        return [*lines, f"precision {config.run.precision}"]
+
+    def conclusion(self, folder: Path) -> str:
+        """The command that scores the net."""
+        return f"score the last round with: python evaluate.py --weights {folder / 'latest.pth'}"
+
+
+def logits_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What gives the logits that self-training reads, at the stride of the net's output."""
+    return net.coarse_logits if isinstance(net, ResNet38) else net
+
+
+def stride_of(net: nn.Module) -> int:
+    """Stride of these logits: those of the published net are not upsampled."""
+    return OUTPUT_STRIDE if isinstance(net, ResNet38) else 1
+
+
+def cropping_of(crops: CropsConfig, stride: int, mined: MinedClasses, reference: bool) -> Cropping:
+    """The crops of a round, before the sizes that follow from each image."""
+    return Cropping(
+        nominal=(1, 1), origin_size=1, scale_range=crops.scale_rate_range, crop_size=crops.crop_size, stride=stride,
+        mine_port=crops.mine_port, mined=mined, reference=reference,
+    )  # fmt: skip
+
+
+# --- checks of the input, before anything is written ------------------------------------------------------------------
+
+
+def prepare_self_training(config: SelfTrainingConfig, rank: Rank, continued: Continued | None) -> SelfTraining:
+    """Check the input of a self-training and load the net. Raises `UserError`, which names file or flag."""
+    skip = config.loader.on_bad_image == "skip"
+    workers = workers_for(config.loader.num_workers, rank.device, rank.count)
+    shape, net = _net(config, continued)
+    source, image_roots = _source_files(config, shape)
+    known = for_net_of(DATA_SETS[config.target.target], shape.num_classes)
+    target_set = with_labels(known, config.target.trg_labels, "--trg_labels")
+    adaptation = config.adaptation
+    target = list_images(
+        target_set, config.target.trg_data_dir, "--trg_data_dir", split=adaptation.split_tgt,
+        list_file=config.target.trg_list,
+    )  # fmt: skip
+    for files in (source.with_images_of(root) for root in image_roots or (source.root,)):
+        check_samples(files, labels=True, flag="--src_labels", skip=skip)
+    check_samples(target, labels=False, skip=skip)
+    prior, prior_name = _prior(config, shape)
+    labelling = Labelling(
+        files=target, classes=shape.num_classes, stride=stride_of(net), normalise=net.network_input,
+        longer_side=adaptation.test_scales, policy="global" if config.method.method == "st" else "cb",
+        reference=adaptation.mode == "reference", prior=prior if prior is None else prior.to(rank.device),
+        prior_name=prior_name, rank=rank, num_workers=workers, skips=skip,
+    )  # fmt: skip
+    side = (config.crops.crop_size, config.crops.crop_size)
+    shared = {
+        "seed": config.run.manual_seed, "resize": side, "crop": side, "skips": skip, "num_workers": workers,
+    }  # fmt: skip
+    method = SelfTraining(
+        config=config, rank=rank, net=net, shape=shape, labelling=labelling,
+        source=Domain(files=source, name="source", labels=True, image_roots=image_roots, **shared),
+        target=Domain(files=target, name="target", **shared),
+    )  # fmt: skip
+    _require_images(method)
+    method.validator, method.validation_line = _validator(config, source, target, shape, rank, workers)
+    return method
+
+
+def _net(config: SelfTrainingConfig, continued: Continued | None) -> tuple[SegmentationShape, nn.Module]:
+    """The net to adapt, with what it learns trainable; a continued run gets its weights from the checkpoint."""
+    if continued is not None:
+        shape = SegmentationShape(**continued.checkpoint.segmentation["shape"])
+        return shape, build_segmentation_net(shape)
+    given = config.adaptation.weights
+    if not given:
+        raise UserError(f"--weights is required, the net to adapt; {TRAIN_FIRST}")
+    path = Path(given)
+    if not path.exists():
+        raise UserError(f"--weights {path}: no such file; it is the net to adapt; {TRAIN_FIRST}")
+    shape, trained = load_segmentation_net(path, "--weights")
+    net = build_segmentation_net(shape)
+    net.load_state_dict(trained.state_dict())
+    return shape, net
+
+
+def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[FileList, tuple[Path, ...]]:
+    """The labelled source images, and the folders with images in place of theirs."""
+    data, images = config.source, config.images
+    known = for_net_of(DATA_SETS[data.source], shape.num_classes)
+    data_set = with_labels(known, data.src_labels, "--src_labels")
+    if not data_set.label_path:
+        raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
+    origin = f"--weights {config.adaptation.weights}"
+    require_classes(shape.num_classes, data_set.name, data_set.value_map, origin)
+    files = list_images(data_set, data.src_data_dir, "--src_data_dir", list_file=data.src_list)
+    if images.src_label_dir:
+        files = replace(files, label_root=Path(images.src_label_dir))
+    require_labels(files, "--src_label_dir" if images.src_label_dir else "--src_data_dir")
+    roots = tuple(Path(root) for root in images.source_images)
+    for root in roots:
+        require_images(files.with_images_of(root), "--source_images")
+    return files, roots
+
+
+def _prior(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[Tensor | None, str]:
+    """The spatial prior and a name that tells it from others."""
+    if not config.adaptation.spatial_prior:
+        return None, ""
+    path = Path(config.adaptation.spatial_prior)
+    prior = read_spatial_prior(path)
+    if len(prior) != shape.num_classes:
+        raise UserError(f"--spatial_prior {path} has {len(prior)} classes, the net has {shape.num_classes}")
+    return torch.from_numpy(prior), hashlib.sha256(prior.tobytes()).hexdigest()
+
+
+def _require_images(method: SelfTraining) -> None:
+    """Check that every round has the source images that its portion asks for, and a batch."""
+    rounds, source = method.config.rounds, method.domains["source"]
+    if rounds.init_src_port and not method.counts[0]:
+        raise UserError(
+            f"--init_src_port {rounds.init_src_port:g}: this is no whole one of {len(source)} source images; raise it, "
+            "or give 0 for none"
+        )
+    if not method.stages()[0].steps:
+        images = method.counts[0] + len(method.domains["target"])
+        raise UserError(f"--batch_size {rounds.batch_size}: there are {images} images to train on in the first round")
+
+
+def _validator(
+    config: SelfTrainingConfig, source: FileList, target: FileList, shape: SegmentationShape, rank: Rank, workers: int
+) -> tuple[Validator | None, str]:
+    """What validates the net after each round on the target's val split, and a line that says so."""
+    select_by, files = config.adaptation.select_by, val_split(target)
+    labelled = bool(files and files.data_set.label_path and not missing_labels(files))
+    if select_by != "none" and not (labelled if select_by == "miou" else files):
+        wanted = "a labelled val split" if select_by == "miou" else "a val split"
+        raise UserError(f"--select_by {select_by} needs {wanted} in --trg_data_dir {target.root}; use none")
+    if files is None:
+        return None, "no validation: the target has no val split"
+    skip = config.loader.on_bad_image == "skip"
+    check_samples(files, labels=labelled, flag="--trg_labels", skip=skip)
+    classes = scored_classes(shape.num_classes, files.data_set, source.data_set)
+    validator = Validator(
+        files=files, with_labels=labelled, select_by=select_by, classes=classes, num_classes=shape.num_classes,
+        num_workers=workers, rank=rank, skip_unusable=skip,
+    )  # fmt: skip
+    chosen = "which chooses nothing" if select_by == "none" else f"best by {select_by}"
+    return validator, f"validating each round on {files.describe()}, {chosen}"
