@@ -7,7 +7,6 @@ import logging
 import warnings
 from difflib import get_close_matches
 from types import ModuleType
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,11 +28,7 @@ _MULTIPLE, _MULTIPLE_OF_PAN = 32, 128
 class SmpNet(nn.Module):
     """A net of the package with random weights, for images of any size.
 
-    Attributes:
-        network_input: the pixels that the encoder's ImageNet weights expect.
-
-    Raises:
-        UserError: the package is not installed, or it refuses the encoder in this architecture.
+    Raises `UserError` if the package is not installed, or refuses the encoder in this architecture.
     """
 
     def __init__(self, shape: SegmentationShape) -> None:
@@ -66,23 +61,20 @@ class SmpNet(nn.Module):
         return logits[:, :, :height, :width]
 
     def load_imagenet(self) -> str:
-        """Give the encoder the package's own ImageNet weights, which it downloads and caches; a line that names them.
+        """Load the package's own ImageNet weights of the encoder, downloaded and cached by it; a line that names them.
 
-        Raises:
-            UserError: a failed download.
+        Raises `UserError` for a failed download.
         """
         name, package = self.shape.backbone, _package()
-        weights: str | bool = True
-        if not name.startswith(TIMM):
-            known = package.encoders.encoders[name]["pretrained_settings"]
-            weights = "imagenet" if "imagenet" in known else next(iter(known))
+        known = () if name.startswith(TIMM) else tuple(package.encoders.encoders[name]["pretrained_settings"])
+        weights = "imagenet" if "imagenet" in known or not known else known[0]  # timm's have one name alone
         self.backbone.load_state_dict(self._made(weights).encoder.state_dict())
-        return f"the backbone starts from segmentation_models_pytorch's {name}" + (f" ({weights})" if weights else "")
+        return f"the backbone starts from segmentation_models_pytorch's {name} ({weights})"
 
-    def _made(self, weights: str | bool | None) -> nn.Module:
+    def _made(self, weights: str | None) -> nn.Module:
         """A new net of the package, its encoder with the named weights or, for None, random ones."""
         shape, package = self.shape, _package()
-        more: dict[str, Any] = {"dynamic_img_size": True} if shape.model == f"{SMP}DPT" else {}
+        more = {"dynamic_img_size": True} if shape.model == f"{SMP}DPT" else {}
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to download
         try:
             with warnings.catch_warnings():
@@ -99,7 +91,10 @@ class SmpNet(nn.Module):
                     "once, or give a file with --backbone_weights PATH, or --no_pretrained_backbone"
                 ) from None
             if shape.backbone.startswith(TIMM):
-                reason += f"; timm has {', '.join(_close_to(shape.backbone))}"
+                from timm import list_models
+
+                close = get_close_matches(shape.backbone.removeprefix(TIMM), list_models(), n=5)
+                reason += f"; timm has {', '.join(TIMM + name for name in close)}"
             raise UserError(f"--model {shape.model} --backbone {shape.backbone}: no such net ({reason})") from None
 
 
@@ -109,13 +104,6 @@ def _package() -> ModuleType:
     except ModuleNotFoundError as error:
         raise UserError(f"--model smp:...: {error.name} is not installed; `make env` installs it") from None
     return segmentation_models_pytorch
-
-
-def _close_to(encoder: str) -> list[str]:
-    import timm
-
-    names = get_close_matches(encoder.removeprefix(TIMM), timm.list_models(), n=5, cutoff=0.4)
-    return [TIMM + name for name in names]
 
 
 def _network_input(encoder: str) -> NetworkInput:

@@ -61,10 +61,7 @@ class EvaluationFlags:
     prediction_format: str = option(
         "", "Cityscapes label ids, trainIds or class colours (default: labelids)", choices=ENCODINGS
     )
-    error_maps: bool = option(
-        False, "with --save_predictions: write NAME_errors.png beside NAME.png, wrong pixels in the colour of the "
-        "predicted class, all others white",
-    )  # fmt: skip
+    error_maps: bool = option(False, "write NAME_errors.png, too: wrong pixels in the predicted class's colour")
     num_workers: int | None = option(
         None, "loader processes (default: 6, or as many as CPUs; half of them on a CPU)", type=int
     )
