@@ -18,7 +18,8 @@ from models.fcn8s import FCN8s
 from models.resnet import ResNet
 from models.resnet38 import ResNet38
 from models.resnet38_files import load_resnet38_backbone
-from models.shapes import SegmentationShape
+from models.shapes import SMP_MODELS, SegmentationShape
+from models.smp import SmpNet
 from models.unet import UNet
 from models.vgg import starting_weights
 from utils.errors import UserError
@@ -40,12 +41,15 @@ def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
         net = FCN8s(shape.num_classes)
     elif shape.model == "ResNet38":
         net = ResNet38(shape.num_classes)
+    elif shape.model in SMP_MODELS:
+        net = SmpNet(shape)
     else:
         backbone = ResNet(shape.backbone, frozen_norm_affine=shape.model == "DeepLab")
         head = FiveBranchHead if shape.model == "DeepLabV2" else DilatedSumHead
         net = DeepLab(backbone, head(backbone.out_channels, shape.num_classes))
     net.start = ""
-    net.network_input = IMAGENET_INPUT if shape.model == "ResNet38" else PROCST_INPUT
+    if shape.model not in SMP_MODELS:
+        net.network_input = IMAGENET_INPUT if shape.model == "ResNet38" else PROCST_INPUT
     return net
 
 
@@ -66,8 +70,8 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> str:
 
     Args:
         net: as `build_segmentation_net` made it on `backbone`.
-        weights: `imagenet` (torchvision downloads and caches them) or the path of a state dict with torchvision's
-            names; of `resnet38` the path of the authors' `.params` file.
+        weights: `imagenet` (torchvision, or segmentation_models_pytorch for its nets, downloads and caches them) or
+            the path of a state dict with the package's names; of `resnet38` the path of the authors' `.params` file.
 
     Returns:
         A line about the net's start for the description of a run; '' where the weights are torchvision's.
@@ -79,6 +83,8 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> str:
         raise UserError("--backbone_weights: this model has no ImageNet weights; use --no_pretrained_backbone")
     if backbone == "resnet38":
         return _load_resnet38_backbone(net, weights)
+    if isinstance(net, SmpNet) and weights == "imagenet":
+        return net.load_imagenet()
     if is_mxnet_file(Path(weights)):
         raise UserError(f"--backbone_weights {weights}: a file of MXNet, from which --model ResNet38 alone starts")
     origin = f"torchvision's {backbone}" if weights == "imagenet" else f"--backbone_weights {weights}"

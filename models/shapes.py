@@ -1,6 +1,8 @@
 """Which segmentation nets there are, and the layers of VGG16; plain values, importable without PyTorch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from utils.errors import UserError
 
@@ -11,7 +13,26 @@ _RESNETS = ("resnet101", "resnet50", "resnet34", "resnet18")
 MODEL_BACKBONES = {
     "DeepLabV2": _RESNETS, "DeepLab": _RESNETS, "VGG": ("vgg16",), "UNet": ("none",), "ResNet38": ("resnet38",),
 }  # fmt: skip
-BACKBONES = tuple(dict.fromkeys(name for backbones in MODEL_BACKBONES.values() for name in backbones))
+
+# The nets of segmentation_models_pytorch, each with the encoder that it gets by default, and the package's encoders;
+# TIMM before a name of the package timm is an encoder as well.
+SMP, TIMM = "smp:", "tu-"
+SMP_MODELS = {
+    **{SMP + name: "resnet34" for name in (
+        "Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet",
+    )},
+    SMP + "Segformer": "mit_b2", SMP + "DPT": "tu-vit_base_patch16_224.augreg_in21k",
+}  # fmt: skip
+SMP_ENCODERS = (
+    *_RESNETS, "resnet152", "resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_32x16d",
+    "resnext101_32x32d", "resnext101_32x48d", "dpn68", "dpn68b", "dpn92", "dpn98", "dpn107", "dpn131",
+    *(f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")), "senet154", "se_resnet50",
+    "se_resnet101", "se_resnet152", "se_resnext50_32x4d", "se_resnext101_32x4d", "densenet121", "densenet169",
+    "densenet201", "densenet161", "inceptionresnetv2", "inceptionv4", "mobilenet_v2", "xception",
+    *(f"efficientnet-b{k}" for k in range(8)), *(f"timm-efficientnet-b{k}" for k in range(9)), "timm-efficientnet-l2",
+    *(f"timm-tf_efficientnet_lite{k}" for k in range(5)), "timm-skresnet18", "timm-skresnet34",
+    "timm-skresnext50_32x4d", *(f"mit_b{k}" for k in range(6)), *(f"mobileone_s{k}" for k in range(5)),
+)  # fmt: skip
 
 # (in, out) channels of each convolution of VGG16 by its position in torchvision's `features`; every one is followed by
 # a ReLU, and the positions left over are the 2x2 max pools.
@@ -32,11 +53,11 @@ class SegmentationShape:
     num_classes: int = 19
 
     def __post_init__(self) -> None:
-        if self.model not in MODEL_BACKBONES:
-            raise UserError(f"--model {self.model}: no such net; there are {', '.join(MODEL_BACKBONES)}")
-        backbones = MODEL_BACKBONES[self.model]
-        if self.backbone not in backbones:
-            raise UserError(f"--backbone {self.backbone}: {self.model} is built on {', '.join(backbones)}")
+        backbones = MODEL_BACKBONES.get(known_model(self.model), SMP_ENCODERS)
+        of_timm = self.model in SMP_MODELS and self.backbone.startswith(TIMM)
+        if self.backbone not in backbones and not of_timm:
+            known = _closest_first(self.backbone, backbones)
+            raise UserError(f"--backbone {self.backbone}: {self.model} is built on {known}")
         if not isinstance(self.num_classes, int) or not 2 <= self.num_classes <= 255:
             raise UserError(f"--num_classes is {self.num_classes}; it must be 2 to 255")
 
@@ -53,5 +74,27 @@ class SegmentationShape:
 
 
 def default_backbone(model: str) -> str:
-    """The published backbone of a model, '' if there is no such model."""
-    return MODEL_BACKBONES.get(model, ("",))[0]
+    """The backbone of a model where none is named, '' if there is no such model."""
+    return SMP_MODELS.get(model) or MODEL_BACKBONES.get(model, ("",))[0]
+
+
+def known_model(name: str) -> str:
+    """The name of a net. Raises `UserError` for another."""
+    models = (*MODEL_BACKBONES, *SMP_MODELS)
+    if name not in models:
+        raise UserError(f"--model {name}: no such net; there are {_closest_first(name, models)}")
+    return name
+
+
+def known_backbone(name: str) -> str:
+    """The name of a backbone of some net. Raises `UserError` for another."""
+    backbones = (*(known for names in MODEL_BACKBONES.values() for known in names), *SMP_ENCODERS)
+    if name and name not in backbones and not name.startswith(TIMM):
+        known = _closest_first(name, backbones)
+        raise UserError(f"--backbone {name}: no such backbone; there are {known}, and {TIMM}NAME for timm's NAME")
+    return name
+
+
+def _closest_first(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known, n=5)
+    return ", ".join(dict.fromkeys([*close, *known]))

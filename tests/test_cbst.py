@@ -11,7 +11,7 @@ from PIL import Image
 from data_handlers.classes import IGNORE
 from data_handlers.images import NetworkInput
 from data_handlers.resampling import filter_of_sizes, filter_weights, resize_by_rule, upsample
-from uda.confidence_maps import confidence_map, flip_average, input_size, network_input, padded_size
+from training.confidence_maps import confidence_map, flip_average, input_size, network_input, padded_size
 from uda.mining import mined_classes
 from uda.pseudo_labels import predicted, select, with_prior
 from uda.thresholds import LowerCounts, UpperCounts, ascending_keys, ranks_of, value_of_key

@@ -11,7 +11,7 @@ import torch
 from data_handlers.classes import CITYSCAPES_16_IDS, CITYSCAPES_IDS
 from data_handlers.label_maps import to_data_set_ids
 from data_handlers.spatial_prior import SpatialPriorBuilder, read_spatial_prior, write_spatial_prior
-from uda.confidence_maps import confidence_map, input_size, network_input, padded_size
+from training.confidence_maps import confidence_map, input_size, network_input, padded_size
 from uda.mining import mined_classes
 from uda.pseudo_labels import predicted, select, with_prior
 from uda_golden import UDA_DIR, imagenet_input, indices, load, over, search

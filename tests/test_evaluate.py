@@ -18,15 +18,17 @@ from torch import nn
 import evaluate as script
 from commands import command
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import NetworkInput, read_image
+from data_handlers.images import IMAGENET_INPUT, NetworkInput, read_image
 from data_handlers.lists import list_images
+from models.resnet38 import ResNet38
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from refusals import check_refusal, tree
+from training.confidence_maps import confidence_map
 from training.distributed import Rank
 from training.metrics import PredictionStatistics, confusion_matrix, scores_of
 from training.segmentation_files import load_segmentation_net
-from training.validation import Validator, predict
+from training.validation import Validator, in_windows, predict
 from worlds import index_label, noise_image, save_net, write_cityscapes, write_gta5, write_synthia
 
 NAMES = (
@@ -106,10 +108,39 @@ def test_predictions_outside_the_subset_are_errors_of_the_labelled_class():
     assert scores.pixel_accuracy == pytest.approx(1 / 4)
 
 
+def test_absent_classes_that_were_predicted_count_as_0_in_the_second_mean():
+    # Class 1 is absent and predicted, class 3 is absent and never predicted.
+    scores = scores_of(confusion_matrix(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 2, 2]), 4), range(4))
+    assert scores.iou == (0.5, None, 1.0, None)
+    assert (scores.mean_iou, scores.mean_iou_with_absent) == (0.75, 0.5)
+
+
 def test_no_labelled_pixel_gives_no_score():
     matrix = confusion_matrix(torch.tensor([0, 2]), torch.tensor([255, 3]), 3)
     scores = scores_of(matrix, (0, 1))
     assert (scores.iou, scores.mean_iou, scores.pixel_accuracy, scores.absent) == ((None, None), None, None, (0, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [(9, 7), (5, 40), (100, 100), (23, 17)])
+def test_windows_are_averaged_as_logits(window):
+    net, image, seen = conv_net(3), torch.randn(2, 3, 17, 23), []
+    net.register_forward_hook(lambda _net, inputs, _output: seen.append(inputs[0]))
+    found = in_windows(net, image, window)
+    width, height = min(window[0], 23), min(window[1], 17)
+    assert {tuple(part.shape[2:]) for part in seen} == {(height, width)}
+    total, count = torch.zeros(2, 4, 17, 23), torch.zeros(17, 23)
+    step_x, step_y = round(width * 2 / 3), round(height * 2 / 3)
+    tops = sorted({min(y, 17 - height) for y in range(0, 17, step_y)})
+    lefts = sorted({min(x, 23 - width) for x in range(0, 23, step_x)})
+    assert len(seen) == len(tops) * len(lefts)
+    for y in tops:
+        for x in lefts:
+            total[..., y : y + height, x : x + width] += net(image[..., y : y + height, x : x + width])
+            count[y : y + height, x : x + width] += 1
+    torch.testing.assert_close(found, total / count)
+    if (height, width) == (17, 23):
+        assert torch.equal(found, net(image))
 
 
 def conv_net(kernel, classes=4):
@@ -310,7 +341,16 @@ def truth(world, image):
 
 
 def check_report(out, report, predictions, labels, subset):
-    iou, mean, accuracy, counts = slow_scores(predictions, labels, subset)
+    """The IoUs of the 13 classes are those of the 16, and the pixels of the other 3 count."""
+    iou, mean, accuracy, counts = slow_scores(predictions, labels, SUBSETS[16] if len(subset) == 13 else subset)
+    iou = {c: value for c, value in iou.items() if c in subset}
+    mean = sum(iou.values()) / len(iou)
+    counted = SUBSETS[16] if len(subset) == 13 else subset
+    predicted = {p for (t, p), _ in counts.items() if t in counted} & (subset - set(iou))
+    with_absent = sum(iou.values()) / (len(iou) + len(predicted))
+    assert predicted
+    assert report["miou_with_absent"] == pytest.approx(with_absent)
+    assert re.search(rf"^ +{100 * with_absent:.2f}  where absent classes that were predicted count as 0$", out, re.M)
     assert (report["miou"], report["pixel_accuracy"]) == pytest.approx((mean, accuracy))
     assert list(report["iou"]) == [NAMES[c] for c in sorted(subset)]
     assert [NAMES[c] for c in sorted(subset) if c not in iou] == report["absent"]
@@ -359,6 +399,71 @@ def test_scores_are_those_of_the_saved_predictions(run_script, world, data_set, 
     assert (report["images"], report["data_set"], report["scales"]) == (len(images), data_set, scales)
     assert (report["flip"], report["net"]) == ("flip" in flags, "UNet with 19 classes")
     check_report(result.out, report, predictions, [truth(world, image) for image in images], SUBSETS[subset])
+
+
+@pytest.mark.parametrize("flags", [{"long_side": 30, "flip": ()}, {"long_side": 96}, {"window": (32, 24)}])
+def test_predictions_of_resized_images_and_in_windows(run_script, world, flags):
+    saved = {"save_predictions": world / "saved", "prediction_format": "trainids", "error_maps": ()}
+    result = run_script(script, *evaluation_flags(world, **flags, **saved))
+    assert result.code == 0, result.err
+    _, net = load_segmentation_net(world / "net.pth", "net")
+    for image in CITY_ALL:
+        pixels = np.array(Image.open(world / "cityscapes" / image))
+        if "window" in flags:
+            image_input = net.network_input(torch.from_numpy(pixels)[None])
+            expected = in_windows(net, image_input, (32, 24))[0]
+        else:
+            expected = confidence_map(
+                lambda x: net(x).softmax(1), pixels, longer_side=flags["long_side"], stride=1,
+                normalise=net.network_input, flip="flip" in flags,
+            )  # fmt: skip
+        prediction = np.asarray(Image.open(world / "saved" / image))
+        assert np.array_equal(prediction, expected.argmax(0).numpy())
+        label = truth(world, image)
+        errors = np.asarray(Image.open(world / "saved" / image.replace(".png", "_errors.png")))
+        for row in range(32):
+            for column in range(48):
+                t, p = label[row, column], prediction[row, column]
+                assert errors[row, column].tobytes().hex() == ("ffffff" if t in (p, 255) else COLOURS[p])
+    report = json.loads((world / "scores.json").read_text())
+    assert report["long_side"] == flags.get("long_side")
+    assert 0 < report["label_free"] < 1
+
+
+def test_a_resnet38_is_tested_as_published(pictures, monkeypatch):
+    """Its probabilities are averaged with the mirror image's before they are upsampled by 8."""
+    torch.manual_seed(0)
+    net = ResNet38(3, width=4).eval()
+    net.network_input = IMAGENET_INPUT
+    seen = []
+    validator(pictures, long_side=24, flip=True)(net, lambda image, prediction: seen.append((image, prediction)))
+    for image, prediction in seen:
+        expected = confidence_map(
+            lambda x: net.coarse_logits(x).softmax(1), image.pixels.numpy(), longer_side=24, stride=8,
+            normalise=IMAGENET_INPUT,
+        )  # fmt: skip
+        assert torch.equal(prediction.long(), expected.argmax(0))
+
+
+def test_the_train_split_is_scored(run_script, world):
+    flags = {"data_set": "gta5", "data_dir": world / "gta5", "split": "train"}
+    assert run_script(script, *evaluation_flags(world, **flags)).code == 0
+    assert json.loads((world / "scores.json").read_text())["images"] == 6
+
+
+def test_pictures_without_labels_are_predicted_and_not_scored(run_script, world):
+    flags = {"data_set": "folder", "data_dir": world / "gta5/images", "save_predictions": world / "saved"}
+    result = run_script(script, *evaluation_flags(world, **flags))
+    assert result.code == 0, result.err
+    assert "folder has no labels, so there are no scores; label-free score 0." in result.out
+    assert len(list((world / "saved").glob("*.png"))) == 6
+    report = json.loads((world / "scores.json").read_text())
+    assert (report["miou"], report["iou"]) == (None, {})
+    check_refusal(run_script(script, *evaluation_flags(world, **flags, error_maps=())), "--error_maps", "no labels")
+    check_refusal(run_script(script, *evaluation_flags(world, **flags, classes=16)), "--classes", "no labels")
+    (world / "gta5/images/00001.jpg").write_bytes((world / "gta5/images/00001.png").read_bytes())
+    flags["save_predictions"] = world / "other"
+    check_refusal(run_script(script, *evaluation_flags(world, **flags)), "--save_predictions", "ending")
 
 
 def test_categories_are_merged_rows_and_columns(run_script, world):
@@ -448,7 +553,13 @@ def test_the_default_device_is_named(run_script, world, monkeypatch):
         ({"labels": "colours"}, ("--labels", "colours")),
         ({"data_dir": "WORLD/trainids"}, ("trainids hold", "look like trainIds", "--labels trainids")),
         ({"weights": ""}, ("--weights is required",)),
-        ({"data_set": "folder"}, ("--data_set", "folder")),
+        ({"data_set": "folder"}, ("--data_dir", "no images", "folder")),
+        ({"long_side": 0}, ("--long_side is 0",)),
+        ({"long_side": 64, "scales": (0.5, 1)}, ("--long_side", "--scales")),
+        ({"window": (32, 0)}, ("--window is 32 0",)),
+        ({"split": "test"}, ("--split", "test")),
+        ({"split": "train", "val_count": 2}, ("--split train", "--val_count")),
+        ({"error_maps": ()}, ("--error_maps", "--save_predictions")),
         ({"data_dir": "WORLD/nowhere"}, ("--data_dir", "nowhere", "no such folder")),
         ({"data_dir": "WORLD/gta5"}, ("--data_dir", "no images", "leftImg8bit/val")),  # no val split in it
         ({"data_dir": "WORLD/empty"}, ("--data_dir", "no images", "leftImg8bit/val")),

@@ -6,7 +6,15 @@ from typing import Any
 
 from data_handlers.choices import LABELS, ON_BAD_IMAGE, RESAMPLINGS
 from data_handlers.datasets import DATA_SETS
-from models.shapes import BACKBONES, MODEL_BACKBONES, SMALLEST_CROP, SegmentationShape, default_backbone
+from models.shapes import (
+    MODEL_BACKBONES,
+    SMALLEST_CROP,
+    SMP_MODELS,
+    SegmentationShape,
+    default_backbone,
+    known_backbone,
+    known_model,
+)
 from training.flags import (
     Size,
     as_given,
@@ -140,12 +148,19 @@ class TargetConfig(TargetFiles):
 class NetConfig:
     """A segmentation net and the initial weights of its backbone."""
 
-    model: str = option("DeepLabV2", "segmentation net", choices=tuple(MODEL_BACKBONES))
-    backbone: str = option("", "its backbone (default: the model's published one)", choices=BACKBONES)
+    model: str = option(
+        "DeepLabV2", f"segmentation net: {', '.join(MODEL_BACKBONES)}, or of segmentation_models_pytorch "
+        f"{', '.join(SMP_MODELS)}", type=known_model,
+    )  # fmt: skip
+    backbone: str = option(
+        "", "its backbone: of DeepLabV2 and DeepLab resnet101, resnet50, resnet34 or resnet18; of smp: nets an encoder "
+        "of the package, such as mit_b2 (default: the published one; of smp: nets the package's, of Segformer mit_b2)",
+        type=known_backbone,
+    )  # fmt: skip
     num_classes: int = option(19, "its classes")
     backbone_weights: str = path_option(
-        "imagenet", "what the backbone starts from: torchvision's ImageNet weights, or a state dict with its names; of "
-        "ResNet38 the authors' ImageNet classifier (.params of MXNet)",
+        "imagenet", "what the backbone starts from: torchvision's ImageNet weights (of smp: nets the package's "
+        "own), or a state dict with its names; of ResNet38 the authors' ImageNet classifier (.params of MXNet)",
         keywords=("imagenet", "random"), metavar="imagenet|PATH", may_change=True,
     )  # fmt: skip
     no_pretrained_backbone: bool = option(False, "the backbone starts from random weights; nothing is downloaded")

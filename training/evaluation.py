@@ -1,4 +1,4 @@
-"""Scoring a trained segmentation net on a labelled data set: the command `evaluate.py`."""
+"""Scoring a trained segmentation net on a labelled data set, or predicting pictures: the command `evaluate.py`."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_handlers.classes import SYNTHIA_13, SYNTHIA_16
+from data_handlers.classes import IGNORE, SYNTHIA_13, SYNTHIA_16
 from data_handlers.datasets import DATA_SETS, DataSet, with_labels
 from data_handlers.label_maps import colourise, to_label_ids
 from data_handlers.labelled import LabelledImage, check_samples
-from data_handlers.lists import require_labels
+from data_handlers.lists import FileList, list_images, require_labels
 from data_handlers.splits import validation_images
 from models.segmentation import require_classes
 from training.distributed import Rank
@@ -21,7 +21,7 @@ from training.evaluation_flags import EvaluationFlags
 from training.metrics import merged, scores_of
 from training.precision import channels_last
 from training.segmentation_files import load_segmentation_net
-from training.validation import CONVENTION, Validator, report, score_table
+from training.validation import CONVENTION, Validator, report, score_table, summary
 from utils.devices import resolve_device, workers_for
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write, atomic_write_json, check_folder, check_output_file, make_folder
@@ -41,8 +41,8 @@ def evaluate(flags: EvaluationFlags) -> None:
             raise UserError(f"--save_predictions {predictions} is not empty; nothing is overwritten, name a new folder")
     device = resolve_device(flags.gpus)
     data_set = with_labels(DATA_SETS[flags.data_set], flags.labels, "--labels")
-    files = validation_images(data_set, flags.data_dir, "--data_dir", val_list=flags.list, val_count=flags.val_count)
-    require_labels(files, "--data_dir")
+    labelled = bool(data_set.label_path)
+    files = _images(data_set, flags)
     shape, net = load_segmentation_net(Path(flags.weights), "--weights")
     require_classes(shape.num_classes, data_set.name, data_set.value_map, f"--weights {flags.weights}")
     if shape.num_classes > len(data_set.class_names):
@@ -51,11 +51,11 @@ def evaluate(flags: EvaluationFlags) -> None:
             f"{len(data_set.class_names)}"
         )
     validator = Validator(
-        files=files, with_labels=True, classes=_scored_classes(flags.classes, data_set, shape.num_classes),
+        files=files, with_labels=labelled, classes=_scored_classes(flags.classes, data_set, shape.num_classes),
         num_classes=shape.num_classes, num_workers=workers_for(flags.num_workers, device), rank=Rank(device=device),
-        scales=flags.scales, flip=flags.flip,
+        scales=flags.scales, flip=flags.flip, long_side=flags.long_side, window=flags.window,
     )  # fmt: skip
-    check_samples(files, flag="--labels")
+    check_samples(files, labels=labelled, flag="--labels")
     net.to(device)
     if device.type == "cpu":
         channels_last(net)
@@ -70,9 +70,11 @@ def evaluate(flags: EvaluationFlags) -> None:
             if predictions:
                 path = predictions / PurePosixPath(image.name).with_suffix(".png")
                 _save(path, ENCODERS[flags.prediction_format or "labelids"](prediction.cpu().numpy()))
+            if flags.error_maps:
+                _save(path.with_name(f"{path.stem}_errors.png"), _errors(image.label, prediction))
             bar.update()
 
-        with out_of_memory_means(lambda: f" for --scales {max(flags.scales)}; use smaller ones, or --gpus cpu"):
+        with out_of_memory_means(lambda: "; use smaller --scales or --long_side, --window, or --gpus cpu"):
             found = validator(net, on_prediction)
     names, of = data_set.class_names, "classes"
     if flags.classes == "categories":
@@ -80,14 +82,40 @@ def evaluate(flags: EvaluationFlags) -> None:
         names, groups = zip(*data_set.categories.items(), strict=True)
         confusion = merged(found.confusion, groups)
         found = replace(found, confusion=confusion, scores=scores_of(confusion, range(len(names))))
-    print(score_table(found.scores, names, of))
+    if flags.classes == "13":
+        found = replace(found, scores=scores_of(found.confusion, SYNTHIA_13, SYNTHIA_16))
+    if labelled:
+        print(score_table(found.scores, names, of))
+    else:
+        print(f"{data_set.name} has no labels, so there are no scores; {summary(found, names)}")
     if flags.json:
         content = {
             "weights": flags.weights, "net": str(shape), "data_set": data_set.name, "data_dir": flags.data_dir,
-            "images": len(files), "scales": flags.scales, "flip": flags.flip, **report(found, names),
+            "images": len(files), "scales": flags.scales, "flip": flags.flip, "long_side": flags.long_side,
+            "window": flags.window, **report(found, names),
             "convention": CONVENTION, "confusion": found.confusion.tolist(),
         }  # fmt: skip
         atomic_write_json(Path(flags.json), content)
+
+
+def _images(data_set: DataSet, flags: EvaluationFlags) -> FileList:
+    """The images to predict, with their labels where the data set has some."""
+    root = flags.data_dir
+    if flags.split == "val" and data_set.label_path:
+        files = validation_images(data_set, root, "--data_dir", val_list=flags.list, val_count=flags.val_count)
+    else:
+        files = list_images(data_set, root, "--data_dir", list_file=flags.list)
+    require_labels(files, "--data_dir")
+    if flags.save_predictions and len({PurePosixPath(name).with_suffix("") for name in files.images}) < len(files):
+        raise UserError(f"--save_predictions: two images in {root} differ in their ending alone; rename one")
+    return files
+
+
+def _errors(label: Tensor, prediction: Tensor) -> np.ndarray:
+    """RGB uint8 (H,W,3): the predicted class's colour where the label is another class, else white."""
+    colours = colourise(prediction.cpu().numpy())
+    colours[((label == prediction) | (label == IGNORE)).cpu().numpy()] = 255
+    return colours
 
 
 def _scored_classes(wanted: str, data_set: DataSet, num_classes: int) -> tuple[int, ...]:

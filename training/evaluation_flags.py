@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from data_handlers.choices import LABELS
 from data_handlers.datasets import DATA_SETS
-from training.flags import check, check_not_negative, option
+from training.flags import Size, check, check_not_negative, check_positive, option, size_option
 
 ENCODINGS = ("labelids", "trainids", "colour")
 
@@ -23,18 +23,20 @@ class EvaluationFlags:
         required=True,
     )  # fmt: skip
     data_set: str = option(
-        "cityscapes", "what it is scored on", choices=sorted(name for name, d in DATA_SETS.items() if d.label_path)
-    )
+        "cityscapes", "what it is scored on; folder: any pictures, which are predicted without scores",
+        choices=sorted(DATA_SETS),
+    )  # fmt: skip
     data_dir: str = option("data/cityscapes", "its root folder", metavar="DIR")
     labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
     gpus: tuple[str, ...] = option(
         (), "index of the CUDA device, or cpu (default: the first GPU, or the CPU where there is none)", type=str,
         nargs="+", metavar="GPU",
     )  # fmt: skip
-    list: str = option("", "text file with the images to score, instead of the val split", metavar="FILE")
+    split: str = option("val", "the images to score; train: the whole train split", choices=("train", "val"))
+    list: str = option("", "text file with the images to score, instead of the split", metavar="FILE")
     classes: str = option(
-        "", "what the mean goes over: all classes, those of SYNTHIA, these without wall, fence and pole, or "
-        "Cityscapes' seven categories (default: the data set's classes, 16 for synthia)",
+        "", "what the mean goes over: all classes, those of SYNTHIA, of these 16 the 13 other than wall, "
+        "fence and pole, or Cityscapes' seven categories (default: the data set's classes, 16 for synthia)",
         choices=("19", "16", "13", "categories"),
     )  # fmt: skip
     scales: tuple[float, ...] = option(
@@ -42,6 +44,14 @@ class EvaluationFlags:
         metavar="S",
     )  # fmt: skip
     flip: bool = option(False, "average with the prediction of the mirror image, at every scale")
+    long_side: int | None = option(
+        None, "resize the images so that the longer side is N, and the probabilities back; with --flip and 2048 the "
+        "published test of CBST", type=int,
+    )  # fmt: skip
+    window: Size | None = size_option(
+        "predict in windows of this size, which overlap by a third, logits averaged, for images larger than the net "
+        "can take (default: whole images)"
+    )
     json: str = option("", "write the scores and the confusion matrix to this file", metavar="FILE")
     val_count: int = option(
         0, "score the last N training images, which train_semseg_on_source.py --val_count N keeps out (default: the "
@@ -51,12 +61,13 @@ class EvaluationFlags:
     prediction_format: str = option(
         "", "Cityscapes label ids, trainIds or class colours (default: labelids)", choices=ENCODINGS
     )
+    error_maps: bool = option(False, "write NAME_errors.png, too: wrong pixels in the predicted class's colour")
     num_workers: int | None = option(
         None, "loader processes (default: 6, or as many as CPUs; half of them on a CPU)", type=int
     )
 
     first: ClassVar[Sequence[str]] = (
-        "weights", "data_set", "data_dir", "labels", "gpus", "list", "classes", "scales", "flip", "json",
+        "weights", "data_set", "data_dir", "labels", "gpus", "split", "list", "classes", "scales", "flip", "json",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -64,9 +75,16 @@ class EvaluationFlags:
             usable = math.isfinite(scale) and 0.05 <= scale <= 8.0
             check(usable, f"--scales {scale}: every scale must be between 0.05 and 8")
         check(len(set(self.scales)) == len(self.scales), "--scales names a scale twice")
+        check(not self.long_side or self.scales == (1.0,), "--long_side and --scales contradict each other; give one")
         check_not_negative(self, "val_count", "num_workers")
+        check_positive(self, "long_side", "window")
+        check(not self.val_count or self.split == "val", "--split train and --val_count contradict each other")
         check(not (self.list and self.val_count), "--list and --val_count contradict each other; give one")
         check(
             not self.prediction_format or bool(self.save_predictions),
             "--prediction_format acts only with --save_predictions",
         )
+        check(not self.error_maps or bool(self.save_predictions), "--error_maps acts only with --save_predictions")
+        labelled = bool(DATA_SETS[self.data_set].label_path)
+        for name in () if labelled else ("classes", "val_count", "error_maps"):
+            check(not getattr(self, name), f"--{name}: {self.data_set} has no labels; omit the flag")

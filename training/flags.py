@@ -24,7 +24,7 @@ def option(
     default: Any,
     help: str,
     *,
-    type: type | None = None,
+    type: Callable[[str], Any] | None = None,
     nargs: int | str | None = None,
     choices: Sequence[Any] | None = None,
     metavar: str | tuple[str, ...] | None = None,
@@ -36,7 +36,7 @@ def option(
     """A dataclass field that is a flag.
 
     Args:
-        type: of one value; by default that of `default`.
+        type: makes one value of its text; by default the type of `default`. A `UserError` of it is the answer.
         nargs: as in argparse; several values become a tuple.
         required: `section_from` refuses an empty value.
         may_change: a continued run may be given another value, as the result does not depend on it, or the machine

@@ -38,38 +38,46 @@ def _bincount(values: Tensor, bins: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a confusion matrix over a subset of classes.
+    """Scores of a confusion matrix over a subset of classes (docs/method.md, section 4).
 
-    Pixels labelled with a class outside the subset are ignored. Predictions outside the subset count as errors of the
-    labelled class. A class without a labelled pixel is absent: it has no IoU and does not count in the means,
-    even if it was predicted.
+    Pixels labelled with a class that is not counted are ignored. Predictions of such a class count as errors of the
+    labelled class. A class without a labelled pixel is absent: it has no IoU.
 
     Attributes:
         iou: intersection over union of each of `classes`, None where absent.
         mean_iou: mean over the classes present; None if there is none.
+        mean_iou_with_absent: mean in which the classes of `absent` that were predicted count as 0.
         pixel_accuracy: fraction of counted pixels predicted right; None if no pixel was counted.
     """
 
     classes: tuple[int, ...]
     iou: tuple[float | None, ...]
     mean_iou: float | None
+    mean_iou_with_absent: float | None
     pixel_accuracy: float | None
     absent: tuple[int, ...]
 
 
-def scores_of(matrix: Tensor, classes: Sequence[int]) -> Scores:
-    """Scores of a matrix (K,K) over the given classes, all below K."""
-    rows = matrix.cpu().double()[list(classes)]
-    labelled, counted = rows.sum(dim=1), rows[:, list(classes)]
-    right = counted.diagonal()
-    union = labelled + counted.sum(dim=0) - right
-    iou = tuple(float(r / u) if n else None for r, u, n in zip(right, union, labelled, strict=True))
+def scores_of(matrix: Tensor, classes: Sequence[int], counted: Sequence[int] = ()) -> Scores:
+    """Scores of a matrix (K,K) over the given classes, all below K.
+
+    Args:
+        counted: the classes whose labelled pixels count; `classes` and maybe others. Default: `classes`.
+    """
+    rows = torch.zeros(len(matrix), len(matrix), dtype=torch.float64)
+    kept = list(counted or classes)
+    rows[kept] = matrix.cpu().double()[kept]
+    labelled, right = rows.sum(dim=1), rows.diagonal()
+    union = labelled + rows.sum(dim=0) - right
+    iou = tuple(float(right[c] / union[c]) if labelled[c] else None for c in classes)
     present = [value for value in iou if value is not None]
+    predicted = sum(1 for c, value in zip(classes, iou, strict=True) if value is not None or union[c])
     return Scores(
         classes=tuple(classes),
         iou=iou,
         mean_iou=sum(present) / len(present) if present else None,
-        pixel_accuracy=float(right.sum() / labelled.sum()) if present else None,
+        mean_iou_with_absent=sum(present) / predicted if present else None,
+        pixel_accuracy=float(right[kept].sum() / labelled.sum()) if labelled.sum() else None,
         absent=tuple(c for c, value in zip(classes, iou, strict=True) if value is None),
     )
 

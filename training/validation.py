@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from data_handlers.datasets import DataSet
 from data_handlers.label_maps import colourise
 from data_handlers.labelled import LabelledImage, open_labelled
 from data_handlers.lists import FileList
+from data_handlers.resampling import Size
+from models.resnet38 import OUTPUT_STRIDE, ResNet38
+from training.confidence_maps import confidence_map
 from training.distributed import Rank
 from training.metrics import PredictionStatistics, Scores, confusion_matrix, scores_of
 from training.precision import exact_convolutions
@@ -25,18 +29,20 @@ PICTURES = 4
 PICTURE_WIDTH = 512
 CONVENTION = (
     "IoU = right / (labelled + predicted - right), summed over all images at native size. Pixels labelled 'ignore' or "
-    "outside the scored classes do not count; predictions outside them are errors. Classes without a labelled pixel "
-    "are absent and do not count in the mean."
+    "outside the scored classes (for SYNTHIA's 13: outside its 16) do not count; predictions outside them are errors. "
+    "Classes without a labelled pixel are absent and do not count in the mean."
 )
+OVERLAP = 1 / 3  # of neighbouring windows
 OnPrediction = Callable[[LabelledImage, Tensor], object]
+Forward = Callable[[Tensor], Tensor]  # images (B,3,h,w) -> logits (B,C,h,w)
 
 
 @torch.no_grad()
-def predict(net: nn.Module, image: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
+def predict(net: Forward, image: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
     """Class probabilities at the image's own size, averaged over rescaled and mirrored inputs.
 
     Args:
-        net: in eval mode; images (B,3,h,w) -> logits (B,C,h,w).
+        net: a net in eval mode.
         image: (1,3,H,W), from the net's `network_input`.
         scales: input sizes relative to the image; probabilities are resized bilinearly to the image's size.
         flip: predict the mirror image at every scale, too.
@@ -59,6 +65,28 @@ def predict(net: nn.Module, image: Tensor, scales: Sequence[float] = (1.0,), fli
                 probability = F.interpolate(probability, size=(height, width), mode="bilinear", align_corners=False)
             total = probability if total is None else total.add_(probability)
     return total[0] / (len(scales) * (2 if flip else 1))
+
+
+@torch.no_grad()
+def in_windows(net: Forward, image: Tensor, window: Size) -> Tensor:
+    """Logits (B,C,H,W) of images (B,3,H,W), averaged over windows (w,h) that overlap by a third and cover them."""
+    width, height = (min(side, whole) for side, whole in zip(window, image.shape[:1:-1], strict=True))
+    total, count = None, image.new_zeros(image.shape[2:])
+    for top in _starts(image.shape[2], height):
+        for left in _starts(image.shape[3], width):
+            part = (..., slice(top, top + height), slice(left, left + width))
+            logits = net(image[part])
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], *image.shape[2:])
+            total[part] += logits
+            count[part] += 1
+    return total / count
+
+
+def _starts(whole: int, window: int) -> list[int]:
+    """Where the windows along a line begin; the last one ends with the line."""
+    stride, last = max(1, round(window * (1 - OVERLAP))), whole - window
+    return [min(start, last) for start in range(0, last + stride, stride)]
 
 
 @dataclass(frozen=True)
@@ -101,6 +129,8 @@ class Validator:
         rank: this process among those that share the images, and the device of the net.
         skip_unusable: skip images that cannot be used, instead of raising; None as of `check_samples`.
         scales, flip: see `predict`.
+        long_side: resize images so that the longer side is this, see `confidence_map`; None keeps the size.
+        window: (w,h) of the windows that the net is given, see `in_windows`; None gives it whole images.
     """
 
     files: FileList
@@ -113,6 +143,8 @@ class Validator:
     skip_unusable: bool | None = None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
+    long_side: int | None = None
+    window: Size | None = None
 
     def __call__(self, net: nn.Module, on_prediction: OnPrediction = lambda image, prediction: None) -> Validation:
         """Predict every image once, at native size, each process its share.
@@ -137,8 +169,7 @@ class Validator:
                 if isinstance(image, UserError):
                     skipped.append(str(image))
                     continue
-                pixels = net.network_input(image.pixels[None], next(net.parameters()).dtype)
-                probability = predict(net, pixels, self.scales, self.flip)
+                probability = self._probability(net, image.pixels)
                 finite &= probability.isfinite().all()
                 statistics.add(probability)
                 prediction = probability.argmax(dim=0)
@@ -160,6 +191,20 @@ class Validator:
             scores=scores_of(matrix, self.classes) if self.with_labels else None, confusion=matrix,
             statistics=statistics, pictures=pictures, skipped=tuple(skipped),
         )  # fmt: skip
+
+    def _probability(self, net: nn.Module, pixels: Tensor) -> Tensor:
+        """Class probabilities (C,H,W) of pixels uint8 (H,W,3)."""
+        forward = partial(in_windows, net, window=self.window) if self.window else net
+        if self.long_side is None:
+            image = net.network_input(pixels[None], next(net.parameters()).dtype)
+            return predict(forward, image, self.scales, self.flip)
+        coarse = isinstance(net, ResNet38) and not self.window  # the published test upsamples probabilities
+        logits, stride = (net.coarse_logits, OUTPUT_STRIDE) if coarse else (forward, 1)
+        maps = confidence_map(
+            lambda image: logits(image).softmax(dim=1), pixels.cpu().numpy(), longer_side=self.long_side,
+            stride=stride, normalise=net.network_input, device=self.rank.device, flip=self.flip,
+        )  # fmt: skip
+        return maps.clamp(min=0.0)
 
     def score(self, validation: Validation) -> float | None:
         """The value that selects the best net, or None."""
@@ -217,6 +262,9 @@ def score_table(scores: Scores, names: Sequence[str], of: str = "classes") -> st
         return "\n".join([*lines, "no pixel of the scored classes is labelled: there is no mIoU", CONVENTION])
     present = len(scores.classes) - len(scores.absent)
     lines.append(f"{'mIoU':<{width}}  {100 * scores.mean_iou:6.2f}  over {present} of {len(scores.classes)} {of}")
+    if scores.mean_iou_with_absent != scores.mean_iou:
+        value = f"{100 * scores.mean_iou_with_absent:6.2f}"
+        lines.append(f"{'':<{width}}  {value}  where absent classes that were predicted count as 0")
     lines.append(f"{'pixel accuracy':<{width}}  {100 * scores.pixel_accuracy:6.2f}")
     if scores.absent:
         lines.append("absent: " + ", ".join(names[c] for c in scores.absent))
@@ -228,6 +276,7 @@ def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
     scores = validation.scores
     return {
         "miou": validation.mean_iou,
+        "miou_with_absent": scores and scores.mean_iou_with_absent,
         "pixel_accuracy": scores and scores.pixel_accuracy,
         "label_free": validation.statistics.mutual_information(),
         "mean_confidence": validation.statistics.mean_confidence(),

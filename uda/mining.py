@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_handlers.classes import IGNORE
 from data_handlers.resampling import Size, resize_by_rule
-from uda.confidence_maps import padded_size
+from training.confidence_maps import padded_size
 
 # (height, width) that the scale of a crop refers to, whatever the size of the image. GTA5's frames are about 1052x1914.
 NOMINAL_SIZE = {"gta5": (1024, 2048), "synthia": (760, 1280), "cityscapes": (1024, 2048)}

@@ -1,7 +1,7 @@
 """Class probabilities of a whole target image at its own size (docs/uda.md, section CBST).
 
-The image is resized, normalised and padded; the net sees it and its mirror image; the mean of both outputs is
-upsampled by the net's output stride, cropped and resized back.
+The image is resized, normalised and padded; the net sees it and, if wanted, its mirror image; the mean of the
+outputs is upsampled by the net's output stride, cropped and resized back.
 """
 
 from collections.abc import Callable
@@ -69,20 +69,23 @@ def confidence_map(
     stride: int,
     normalise: NetworkInput,
     device: torch.device | None = None,
+    flip: bool = True,
 ) -> Tensor:
     """Class probabilities of every pixel of an image.
 
     Args:
-        probabilities: the net in eval mode and a softmax, float32 (1,3,h,w) -> (1,C,h/stride,w/stride). It is called
-            for the image and for its mirror image.
+        probabilities: the net in eval mode and a softmax, float32 (1,3,h,w) -> (1,C,h/stride,w/stride).
         pixels: RGB uint8 (H,W,3).
         longer_side: of the image that the net sees; None keeps the size.
         stride: the net's output stride.
+        flip: average with the output for the mirror image.
 
     Returns:
         float32 (C,H,W). A value may lie a little outside [0,1], and the classes of a pixel need not sum to 1.
     """
     size = pixels.shape[:2]
     image = network_input(pixels, longer_side=longer_side, stride=stride, normalise=normalise, device=device)[None]
-    maps = flip_average(probabilities(image)[0].float(), probabilities(image.flip(-1))[0].float())
+    maps = probabilities(image)[0].float()
+    if flip:
+        maps = flip_average(maps, probabilities(image.flip(-1))[0].float())
     return upsample(maps, stride=stride, used=input_size(size, longer_side), size=size)
