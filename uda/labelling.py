@@ -25,10 +25,10 @@ from data_handlers.classes import IGNORE
 from data_handlers.images import NetworkInput, image_size, read_label
 from data_handlers.labelled import open_labelled
 from data_handlers.lists import FileList
+from training.confidence_maps import confidence_map
 from training.distributed import CPU, Rank
 from training.precision import exact_convolutions
 from training.validation import in_eval_mode
-from uda.confidence_maps import confidence_map
 from uda.pseudo_labels import select, with_prior
 from uda.thresholds import LowerCounts, Policy, UpperCounts
 from utils.errors import UserError
