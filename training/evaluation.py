@@ -1,5 +1,6 @@
 """Scoring a trained segmentation net on a labelled data set: the command `evaluate.py`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -9,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_handlers.classes import SYNTHIA_13, SYNTHIA_16
-from data_handlers.datasets import DATA_SETS, DataSet, with_labels
+from data_handlers.classes import CLASS_NAMES, SYNTHIA_13, SYNTHIA_16
+from data_handlers.datasets import DataSet, find_data_set, with_labels
 from data_handlers.label_maps import colourise, to_label_ids
 from data_handlers.labelled import LabelledImage, check_samples
 from data_handlers.lists import require_labels
@@ -27,7 +28,6 @@ from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write, atomic_write_json, check_folder, check_output_file, make_folder
 
 SUBSETS = {"16": SYNTHIA_16, "13": SYNTHIA_13}
-ENCODERS = {"labelids": to_label_ids, "trainids": np.asarray, "colour": colourise}
 
 
 def evaluate(flags: EvaluationFlags) -> None:
@@ -40,8 +40,10 @@ def evaluate(flags: EvaluationFlags) -> None:
         if predictions.is_dir() and any(predictions.iterdir()):
             raise UserError(f"--save_predictions {predictions} is not empty; nothing is overwritten, name a new folder")
     device = resolve_device(flags.gpus)
-    data_set = with_labels(DATA_SETS[flags.data_set], flags.labels, "--labels")
-    files = validation_images(data_set, flags.data_dir, "--data_dir", val_list=flags.list, val_count=flags.val_count)
+    data_set = with_labels(find_data_set(flags.data_set, "--data_set"), flags.labels, "--labels")
+    encode = _encoder(flags.prediction_format, data_set)
+    root = flags.data_dir or data_set.default_root
+    files = validation_images(data_set, root, "--data_dir", val_list=flags.list, val_count=flags.val_count)
     require_labels(files, "--data_dir")
     shape, net = load_segmentation_net(Path(flags.weights), "--weights")
     require_classes(shape.num_classes, data_set.name, data_set.value_map, f"--weights {flags.weights}")
@@ -69,7 +71,7 @@ def evaluate(flags: EvaluationFlags) -> None:
         def on_prediction(image: LabelledImage, prediction: Tensor) -> None:
             if predictions:
                 path = predictions / PurePosixPath(image.name).with_suffix(".png")
-                _save(path, ENCODERS[flags.prediction_format or "labelids"](prediction.cpu().numpy()))
+                _save(path, encode(prediction.cpu().numpy()))
             bar.update()
 
         with out_of_memory_means(lambda: f" for --scales {max(flags.scales)}; use smaller ones, or --gpus cpu"):
@@ -83,7 +85,7 @@ def evaluate(flags: EvaluationFlags) -> None:
     print(score_table(found.scores, names, of))
     if flags.json:
         content = {
-            "weights": flags.weights, "net": str(shape), "data_set": data_set.name, "data_dir": flags.data_dir,
+            "weights": flags.weights, "net": str(shape), "data_set": data_set.name, "data_dir": root,
             "images": len(files), "scales": flags.scales, "flip": flags.flip, **report(found, names),
             "convention": CONVENTION, "confusion": found.confusion.tolist(),
         }  # fmt: skip
@@ -96,9 +98,19 @@ def _scored_classes(wanted: str, data_set: DataSet, num_classes: int) -> tuple[i
         raise UserError(f"--classes categories: {data_set.name} declares no categories; omit the flag")
     if wanted in ("19", "categories"):
         return tuple(range(num_classes))
-    if wanted and num_classes < 19:
+    if wanted and (num_classes < 19 or data_set.class_names != CLASS_NAMES):
         raise UserError(f"--classes {wanted}: a subset of the 19 classes; the net has {num_classes}")
     return tuple(c for c in SUBSETS.get(wanted, data_set.classes) if c < num_classes)
+
+
+def _encoder(wanted: str, data_set: DataSet) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes the pixels of a file from predicted trainIds, from `--prediction_format`."""
+    is_cityscapes = data_set.class_names == CLASS_NAMES
+    if wanted == "labelids" and not is_cityscapes:
+        raise UserError(f"--prediction_format labelids: {data_set.name} has other classes; use trainids or colour")
+    if wanted == "colour":
+        return partial(colourise, colours=data_set.colours)
+    return to_label_ids if is_cityscapes and wanted != "trainids" else np.asarray
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:

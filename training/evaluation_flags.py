@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from data_handlers.choices import LABELS
-from data_handlers.datasets import DATA_SETS
-from training.flags import check, check_not_negative, option
+from data_handlers.datasets import find_data_set
+from training.config import ROOT_HELP
+from training.flags import check, check_not_negative, data_set_option, option
 
 ENCODINGS = ("labelids", "trainids", "colour")
 
@@ -22,10 +23,8 @@ class EvaluationFlags:
         "CBST's) (required)", metavar="PATH",
         required=True,
     )  # fmt: skip
-    data_set: str = option(
-        "cityscapes", "what it is scored on", choices=sorted(name for name, d in DATA_SETS.items() if d.label_path)
-    )
-    data_dir: str = option("data/cityscapes", "its root folder", metavar="DIR")
+    data_set: str = data_set_option("cityscapes", "what it is scored on, which must have labels")
+    data_dir: str = option("", ROOT_HELP, metavar="DIR")
     labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
     gpus: tuple[str, ...] = option(
         (), "index of the CUDA device, or cpu (default: the first GPU, or the CPU where there is none)", type=str,
@@ -49,8 +48,9 @@ class EvaluationFlags:
     )  # fmt: skip
     save_predictions: str = option("", "write a PNG for every image into this new folder", metavar="DIR")
     prediction_format: str = option(
-        "", "Cityscapes label ids, trainIds or class colours (default: labelids)", choices=ENCODINGS
-    )
+        "", "Cityscapes label ids, trainIds or class colours (default: labelids; trainids of sets with other classes)",
+        choices=ENCODINGS,
+    )  # fmt: skip
     num_workers: int | None = option(
         None, "loader processes (default: 6, or as many as CPUs; half of them on a CPU)", type=int
     )
@@ -65,6 +65,8 @@ class EvaluationFlags:
             check(usable, f"--scales {scale}: every scale must be between 0.05 and 8")
         check(len(set(self.scales)) == len(self.scales), "--scales names a scale twice")
         check_not_negative(self, "val_count", "num_workers")
+        labelled = find_data_set(self.data_set, "--data_set").has_labels
+        check(labelled, f"--data_set {self.data_set} has no labels to score with; name a labelled set or a description")
         check(not (self.list and self.val_count), "--list and --val_count contradict each other; give one")
         check(
             not self.prediction_format or bool(self.save_predictions),
