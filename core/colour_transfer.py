@@ -90,10 +90,10 @@ class ColourTransfer:
         Raises:
             UserError: one of the two images cannot be read.
         """
-        source = np.asarray(read_image(self.files.root / name))
+        source = np.asarray(read_image(self.files.image_file(name)))
         for attempt in range(MOST_SKIPPED):
             try:
-                target = np.asarray(read_image(self.target.root / self.partner(name, attempt)))
+                target = np.asarray(read_image(self.target.image_file(self.partner(name, attempt))))
                 break
             except UserError:
                 if not self.skips or attempt == MOST_SKIPPED - 1:

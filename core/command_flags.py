@@ -5,9 +5,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from data_handlers.choices import ON_BAD_IMAGE
-from data_handlers.datasets import DATA_SETS
-from training.config import PRECISIONS
-from training.flags import Size, as_given, check, check_not_negative, check_positive, option, size_option
+from data_handlers.datasets import find_data_set
+from training.config import PRECISIONS, ROOT_HELP
+from training.flags import (
+    Size,
+    as_given,
+    check,
+    check_not_negative,
+    check_positive,
+    data_set_option,
+    option,
+    size_option,
+)
 
 MIN_TILE_PIXELS = 96 * 96
 TRANSLATORS = ("procst", "histogram", "fda")
@@ -31,13 +40,12 @@ class ExportFlags:
         (), "indices of CUDA devices, or cpu; several share the images, one process each (default: the first GPU, or "
         "the CPU where there is none)", type=str, nargs="+", metavar="GPU",
     )  # fmt: skip
-    source: str = option("", "data set to translate (default: the run's source, else gta5)", choices=sorted(DATA_SETS))
-    src_data_dir: str = option("", "its root folder (default: the run's, else data/gta)", metavar="DIR")
+    source: str = data_set_option("", "data set to translate (default: the run's source, else gta5)")
+    src_data_dir: str = option("", f"{ROOT_HELP[:-1]}; first of all the run's)", metavar="DIR")
+    src_split: str = option("", "a split it declares, as in train_procst.py (default: training images)")
     src_list: str = option("", "text file with one image a line, instead of all", metavar="FILE")
-    target: str = option(
-        "", "histogram, fda: data set whose images are drawn (default: cityscapes)", choices=sorted(DATA_SETS)
-    )
-    trg_data_dir: str = option("", "histogram, fda: its root folder (default: data/cityscapes)", metavar="DIR")
+    target: str = data_set_option("", "histogram, fda: data set whose images are drawn (default: cityscapes)")
+    trg_data_dir: str = option("", f"histogram, fda: {ROOT_HELP}", metavar="DIR")
     trg_list: str = option("", "histogram, fda: text file with one image a line, instead of all", metavar="FILE")
     seed: int | None = option(None, "histogram, fda: of the draw (default: 0)", type=int)
     variants: int | None = option(
@@ -82,6 +90,9 @@ class ExportFlags:
         check_positive(self, "batch_size", "encoders", "variants")
         check_not_negative(self, "num_workers", "seed")
         self._check_translator()
+        for named, flag in ((self.source, "--source"), (self.target, "--target")):
+            if named:
+                find_data_set(named, flag)
         check(self.beta is None or 0.0 <= self.beta <= 0.5, f"--beta is {self.beta}; it must be between 0 and 0.5")
         check(0 <= self.png_compression <= 9, f"--png_compression is {self.png_compression}; it must be 0 to 9")
         factor, pixels = self.scale_factor, self.max_pixels
@@ -114,10 +125,10 @@ class DistanceFlags:
         (), "index of the CUDA device, or cpu (default: the first GPU, or the CPU where there is none)", type=str,
         nargs="+", metavar="GPU",
     )  # fmt: skip
-    source: str = option("gta5", "source data set", choices=sorted(DATA_SETS))
-    target: str = option("cityscapes", "target data set", choices=sorted(DATA_SETS))
-    src_data_dir: str = option("data/gta", "root folder of the source", metavar="DIR")
-    trg_data_dir: str = option("data/cityscapes", "root folder of the target", metavar="DIR")
+    source: str = data_set_option("gta5", "source data set")
+    target: str = data_set_option("cityscapes", "target data set")
+    src_data_dir: str = option("", ROOT_HELP, metavar="DIR")
+    trg_data_dir: str = option("", ROOT_HELP, metavar="DIR")
     sit_data_dir: str = option("", "root folder of a SiT set of the source, which is measured, too", metavar="DIR")
     size: Size | None = size_option("size all images are resized to (default: the target's training size)")
     max_images: int = option(2000, "images of each set, evenly spaced")
@@ -127,6 +138,8 @@ class DistanceFlags:
 
     def __post_init__(self) -> None:
         check_positive(self, "max_images")
+        find_data_set(self.source, "--source")
+        find_data_set(self.target, "--target")
         check(
             self.size is None or min(self.size) >= 16,
             f"--size {as_given(self.size)}: both sides must be at least 16",

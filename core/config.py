@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from data_handlers.datasets import DATA_SETS
+from data_handlers.datasets import find_data_set
 from models.shapes import VGG16_POOLINGS
 from training.config import (
     LoaderConfig,
@@ -290,13 +290,14 @@ class ProCSTConfig(Config):
         elif not flags["batch_size_list"]:
             flags["batch_size_list"] = PUBLISHED_BATCHES
         weights = flags["semseg_weights"] or default_semseg_weights(flags["source"])
-        norm = flags["norm"]
+        norm, target = flags["norm"], find_data_set(flags["target"], "--target")
         if norm == ("auto",):
             gpus = flags.get("num_processes") or max(1, len(flags["gpus"]))
             norm = tuple(published_norm(batch // gpus) for batch in flags["batch_size_list"])
         return {
             **flags,
-            "trg_resize": flags["trg_resize"] or DATA_SETS[flags["target"]].resize,
+            "trg_resize": flags["trg_resize"] or target.resize,
+            "trg_data_dir": flags["trg_data_dir"] or target.default_root,
             "base_channels_list": _per_scale(flags["base_channels_list"] or (PUBLISHED_WIDTH,), scales),
             "steps_per_scale": _per_scale(flags["steps_per_scale"], scales),
             "norm": _per_scale(norm, scales),

@@ -47,7 +47,7 @@ def _sample_pyramids(domain: Domain, network: NetworkConfig, scale: int) -> list
     pyramids = []
     for name in evenly_spaced(domain.files.images, COLUMNS):
         try:
-            pixels = read_resized(domain.files.root / name, domain.resize, "exact")
+            pixels = read_resized(domain.files.image_file(name), domain.resize, "exact")
         except UserError as error:
             if not domain.skips:
                 raise

@@ -13,7 +13,7 @@ import torch
 from scipy import linalg
 
 from core.command_flags import DistanceFlags
-from data_handlers.datasets import DATA_SETS
+from data_handlers.datasets import find_data_set
 from data_handlers.images import PROCST_INPUT, read_resized
 from data_handlers.lists import list_images
 from models.vgg import VGGFeatures, build_vgg
@@ -90,19 +90,20 @@ def measure_distances(flags: DistanceFlags) -> None:
     """Print the distances of source and SiT to the target; write them (`--json`). Raises `UserError`."""
     if flags.json:
         check_output_file(Path(flags.json), "--json")
-    size = flags.size or DATA_SETS[flags.target].resize
+    source, target = find_data_set(flags.source, "--source"), find_data_set(flags.target, "--target")
+    size = flags.size or target.resize
     device = resolve_device(flags.gpus)
     set_convolution_precision("fp32")
     sets = {
-        "target": list_images(DATA_SETS[flags.target], flags.trg_data_dir, "--trg_data_dir"),
-        "source": list_images(DATA_SETS[flags.source], flags.src_data_dir, "--src_data_dir"),
+        "target": list_images(target, flags.trg_data_dir or target.default_root, "--trg_data_dir"),
+        "source": list_images(source, flags.src_data_dir or source.default_root, "--src_data_dir"),
     }
     if flags.sit_data_dir:
-        sets["SiT"] = list_images(DATA_SETS[flags.source], flags.sit_data_dir, "--sit_data_dir")
+        sets["SiT"] = list_images(source, flags.sit_data_dir, "--sit_data_dir")
     vgg = build_vgg(flags.vgg_weights, [flags.layer]).to(device)
     fits = {}
     for name, files in sets.items():
-        paths = [files.root / image for image in evenly_spaced(files.images, flags.max_images)]
+        paths = [files.image_file(image) for image in evenly_spaced(files.images, flags.max_images)]
         fits[name] = feature_gaussian(paths, size, vgg, flags.layer, device)
         if fits[name].count < 2:
             raise UserError(f"--size {size[0]} {size[1]}, --layer {flags.layer}: one vector is too few; raise the size")

@@ -22,7 +22,7 @@ from core.networks import Generator
 from core.sit_folder import FLAG, SitFolder, output_names
 from core.trained_generators import TrainedGenerators, load_trained_generators
 from core.translate import Translator
-from data_handlers.datasets import DATA_SETS
+from data_handlers.datasets import find_data_set, with_split
 from data_handlers.images import image_pyramid, read_pixels
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images
@@ -52,7 +52,7 @@ class SourcePyramids:
 
     def __call__(self, name: str) -> list[np.ndarray]:
         # Arrays, not tensors: a tensor from a worker process holds a file open until it is used.
-        pixels = read_pixels(self.files.root / name)
+        pixels = read_pixels(self.files.image_file(name))
         return image_pyramid(pixels, self.num_scales, self.scale_factor, self.num_scales)
 
 
@@ -194,8 +194,9 @@ def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
         if flags.translator == "procst":
             trained = load_trained_generators(Path(flags.trained_procst_path))
         flags = _resolved(flags, trained, devices, rank)
+        source = with_split(find_data_set(flags.source, "--source"), flags.src_split)
         files = list_images(
-            DATA_SETS[flags.source], flags.src_data_dir, "--src_data_dir", list_file=flags.src_list, training=False
+            source, flags.src_data_dir, "--src_data_dir", list_file=flags.src_list, training=False
         )
         if trained is not None:
             sets = [_translated_set(flags, trained, files, rank.device)]
@@ -244,8 +245,9 @@ def _translated_set(
 def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
     """The sets that a training-free translator makes, one for each of `--variants`."""
     target = list_images(
-        DATA_SETS[flags.target], flags.trg_data_dir, "--trg_data_dir", list_file=flags.trg_list, training=False
-    )
+        find_data_set(flags.target, "--target"), flags.trg_data_dir, "--trg_data_dir", list_file=flags.trg_list,
+        training=False,
+    )  # fmt: skip
     skips = flags.on_bad_image == "skip"
     check_samples(target, labels=False, skip=skips)
     made_with = {
@@ -273,9 +275,13 @@ def _resolved(
 ) -> ExportFlags:
     """The flags with every value decided: as given, else the run's, else the published or the machine's."""
     source, folder = flags.source, flags.src_data_dir
+    if source and (found := find_data_set(source, "--source")).name == "folder":
+        folder = folder or found.root  # '' of the known set, which is a folder that --src_data_dir names
     if trained is None:
+        target = flags.target or "cityscapes"
         decided = {
-            "target": flags.target or "cityscapes", "trg_data_dir": flags.trg_data_dir or "data/cityscapes",
+            "target": target,
+            "trg_data_dir": flags.trg_data_dir or find_data_set(target, "--target").default_root,
             "seed": flags.seed or 0, "beta": 0.01 if flags.translator == "fda" and flags.beta is None else flags.beta,
         }  # fmt: skip
     else:
@@ -297,7 +303,7 @@ def _resolved(
         flags,
         **decided,
         source=source or "gta5",
-        src_data_dir=folder or "data/gta",
+        src_data_dir=folder or find_data_set(source or "gta5", "--source").default_root,
         num_workers=workers_for(flags.num_workers, rank.device, len(devices)),
         encoders=min(16, cpus_per_device(devices)) if flags.encoders is None else flags.encoders,
     )
@@ -372,4 +378,4 @@ def _finish(folder: SitFolder, names: Sequence[str], skipped: Sequence[str], sec
     )
     if skipped:
         print(f"skipped, as they cannot be read: {len(skipped)} images; the data set is not complete:")
-        print("\n".join(f"  {folder.files.root / image}" for image in skipped))
+        print("\n".join(f"  {folder.files.image_file(image)}" for image in skipped))

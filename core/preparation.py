@@ -8,7 +8,7 @@ from torch import nn
 
 from core.config import ProCSTConfig
 from core.procst import ProCST
-from data_handlers.datasets import DATA_SETS, with_labels
+from data_handlers.datasets import DataSet, find_data_set, with_labels, with_split
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
@@ -36,7 +36,7 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
     fresh = continued is None or "seg_sit" not in continued.checkpoint.modules
     if not config.labels.no_semseg:
         require_classes(config.net.num_classes, source.data_set.name, source.data_set.value_map)
-        config, validator, line = _validation(config, target, rank)
+        config, validator, line = _validation(config, source.data_set, target, rank)
         seg_source = _load_seg_source(config)
         seg_sit = net_to_train(config.net, config.run.manual_seed, fresh)
         if recomputes_blocks(config.run.precision, rank.device):
@@ -65,13 +65,15 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
 
 
 def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:
-    source_set = with_labels(DATA_SETS[config.source.source], config.source.src_labels, "--src_labels")
-    target_set = with_labels(DATA_SETS[config.target.target], config.target.trg_labels, "--trg_labels")
+    source_set = with_split(find_data_set(config.source.source, "--source"), config.source.src_split)
+    source_set = with_labels(source_set, config.source.src_labels, "--src_labels")
+    target_set = with_labels(find_data_set(config.target.target, "--target"), config.target.trg_labels, "--trg_labels")
     source = list_images(source_set, config.source.src_data_dir, "--src_data_dir", list_file=config.source.src_list)
     target = list_images(target_set, config.target.trg_data_dir, "--trg_data_dir", list_file=config.target.trg_list)
-    require_labels(source, "--src_data_dir")
-    if not config.labels.no_semseg and not source_set.label_path:
-        raise UserError(f"--source {source_set.name} has no labels, which the label losses need: add --no_semseg")
+    if not config.labels.no_semseg:
+        if not source_set.has_labels:
+            raise UserError(f"--source {source_set.name} has no labels, which the label losses need: add --no_semseg")
+        require_labels(source, "--src_data_dir")
     return source, target
 
 
@@ -113,11 +115,13 @@ def _training_command(config: ProCSTConfig) -> str:
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
-def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[ProCSTConfig, Validator | None, str]:
+def _validation(
+    config: ProCSTConfig, source: DataSet, target: FileList, rank: Rank
+) -> tuple[ProCSTConfig, Validator | None, str]:
     """The configuration with `--select_by` decided, the validator of the last scale, and a line that describes it."""
     files, asked = val_split(target), config.validation.select_by
     missing = len(missing_labels(files)) if files else 0
-    has_labels = files is not None and missing < len(files)
+    has_labels = files is not None and target.data_set.has_labels and missing < len(files)
     select_by = ("miou" if has_labels else "none") if asked == "auto" else asked
     if select_by == "miou" and not has_labels:
         raise UserError(
@@ -139,15 +143,23 @@ def _validation(config: ProCSTConfig, target: FileList, rank: Rank) -> tuple[Pro
         reason = "as --select_by none says" if asked == "none" else "the target has no labelled val split"
         return config, None, f"no validation of the last scale: {reason}"
     labelled = has_labels and not missing
+    if labelled and target.data_set.class_names != source.class_names:
+        raise UserError(
+            f"--target {target.data_set.name} has other classes than --source {source.name}, so its labels score "
+            "nothing; use --select_by none or label_free, or describe it with the same class names"
+        )
     if files is None:
         files = replace(target, images=tuple(evenly_spaced(target.images, LABEL_FREE_IMAGES)))
     skip = config.loader.on_bad_image == "skip"
     check_samples(files, labels=labelled, flag="--trg_labels", skip=skip)
+    if not labelled:  # predictions are of the source's classes
+        kinds = {name: getattr(source, name) for name in ("class_names", "colours", "classes")}
+        files = replace(files, data_set=replace(files.data_set, id_map={}, **kinds))
     validator = Validator(
         files=files,
         with_labels=labelled,
         select_by=select_by,
-        classes=scored_classes(config.net.num_classes, target.data_set, DATA_SETS[config.source.source]),
+        classes=scored_classes(config.net.num_classes, files.data_set, source),
         num_classes=config.net.num_classes,
         num_workers=workers_for(config.loader.num_workers, rank.device, rank.count),
         rank=rank,

@@ -87,7 +87,7 @@ class ProCST(Method):
 
     def task(self) -> str:
         """End of the name of a new run folder."""
-        return f"{self.config.source.source}_to_{self.config.target.target}"
+        return "_to_".join(domain.files.data_set.name for domain in self.domains.values())
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of lists of images and of the nets that are not trained."""

@@ -81,7 +81,7 @@ class SitFolder:
                     f"{FLAG} {root} already holds images that this program did not write; choose another "
                     "folder, or keep the complete ones with --skip_created_files"
                 )
-            if not _may_be_translation(root / output, source / image):
+            if not _may_be_translation(root / output, self.files.image_file(image)):
                 raise UserError(
                     f"{root / output} is no translation of {image} but another file; choose another {FLAG}"
                 )
@@ -102,7 +102,7 @@ class SitFolder:
         return [image for image in images if not self._is_complete(image)]
 
     def _is_complete(self, image: str) -> bool:
-        path, source = self.root / self.outputs[image], self.files.root / image
+        path, source = self.root / self.outputs[image], self.files.image_file(image)
         if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:
             return False
         try:

@@ -49,12 +49,12 @@ class ResizedFiles:
 
     def image(self, index: int) -> np.ndarray:
         """The resized image, uint8 (H,W,3)."""
-        return read_resized(self.files.root / self.files.images[index], self.size, self.resample)
+        return read_resized(self.files.image_file(self.files.images[index]), self.size, self.resample)
 
     def label(self, index: int) -> np.ndarray:
         """The label resized by taking the nearest pixel, trainIds uint8 (H,W)."""
         files, name = self.files, self.files.images[index]
-        label = read_label(files.label_file(name), files.data_set, image_size(files.root / name))
+        label = read_label(files.label_file(name), files.data_set, image_size(files.image_file(name)))
         return np.array(Image.fromarray(label).resize(self.size, Image.Resampling.NEAREST))
 
 
@@ -116,7 +116,9 @@ class _Part:
             reading += [sorted(data_set.value_map.items()), ignored, data_set.storage]
         digest = hashlib.sha256(json.dumps(reading).encode())
         for image in files.images:
-            paths = [f"{root}/{image}"]  # text: for a million files, path objects take longer than the disk's answers
+            # Text: for a million files, path objects take longer than the disk's answers.
+            held = image if image.endswith(".png") else files.image_file(image).relative_to(files.root)
+            paths = [f"{root}/{held}"]
             if self.kind == "labels":  # a label is checked against its image's size, so it depends on both files
                 paths.append(f"{label_root}/{label_path(data_set, image)}")
             for path in paths:

@@ -20,11 +20,6 @@ SYNTHIA_IDS = {
     20: 16, 12: 17, 11: 18,
 }  # fmt: skip
 
-# Ids that occur in sound label files and belong to no class. License plate, -1, is 255 in 8 bits; GTA5 calls it 34.
-CITYSCAPES_VOID = frozenset({*range(34), 255} - set(CITYSCAPES_IDS))
-GTA5_VOID = CITYSCAPES_VOID | {34}
-SYNTHIA_VOID = frozenset(set(range(23)) - set(SYNTHIA_IDS))
-
 # Cityscapes colours of the classes; ignored pixels are drawn black.
 CLASS_COLOURS = (
     (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
@@ -39,6 +34,12 @@ SYNTHIA_13 = tuple(i for i in SYNTHIA_16 if CLASS_NAMES[i] not in ("wall", "fenc
 # Data set id -> trainId 0..15 of the classes of SYNTHIA_16, for nets of 16 classes.
 CITYSCAPES_16_IDS = {i: SYNTHIA_16.index(t) for i, t in CITYSCAPES_IDS.items() if t in SYNTHIA_16}
 SYNTHIA_16_IDS = {i: SYNTHIA_16.index(t) for i, t in SYNTHIA_IDS.items() if t in SYNTHIA_16}
+
+# What a description may refer to by name.
+ID_MAPS = {
+    "cityscapes": CITYSCAPES_IDS, "synthia": SYNTHIA_IDS, "cityscapes16": CITYSCAPES_16_IDS, "synthia16": SYNTHIA_16_IDS
+}  # fmt: skip
+SUBSETS = {"synthia16": SYNTHIA_16, "synthia13": SYNTHIA_13}
 
 # Cityscapes' categories of the classes.
 CATEGORIES = {

@@ -17,6 +17,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 
 from data_handlers.choices import Resample
 from data_handlers.datasets import DataSet
+from data_handlers.descriptions import packed
 from data_handlers.label_maps import to_train_ids
 from utils.errors import UserError
 from utils.png import GREY, PALETTE, RGB, RGBA, read_png_header
@@ -143,6 +144,8 @@ def check_label_header(path: Path, data_set: DataSet, size: tuple[int, int]) -> 
         fits = header.bit_depth == 16 and header.colour_type in (RGB, RGBA)
         wanted = "16-bit RGB PNGs with the class id in channel 0"
         hint = "; 8-bit trainIds are read with --src_labels trainids (--trg_labels, --labels)" if is_index else ""
+    elif data_set.storage == "colours":
+        fits, wanted = header.bit_depth == 8 and header.colour_type in (RGB, RGBA), "8-bit RGB PNGs of class colours"
     if not fits:
         raise UserError(
             f"label {path}: found {header}, but {data_set.name} labels{said} are {wanted}; use the original files, "
@@ -153,7 +156,7 @@ def check_label_header(path: Path, data_set: DataSet, size: tuple[int, int]) -> 
 
 
 def read_label_values(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarray:
-    """Decode a label to the values in its file, an unsigned integer array (H,W); palettes are read by index.
+    """Decode a label to the values in its file, an integer array (H,W); palettes are read by index, colours `packed`.
 
     Args:
         size: (W,H) of the image the label belongs to.
@@ -165,6 +168,8 @@ def read_label_values(path: Path, data_set: DataSet, size: tuple[int, int]) -> n
     with _opened(path) as image:
         if data_set.storage == "16-bit channel 0":
             return decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED)[0].numpy()
+        if data_set.storage == "colours":
+            return packed(np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1))
         return np.asarray(image)
 
 
@@ -182,6 +187,11 @@ def label_values_to_train_ids(values: np.ndarray, path: Path, data_set: DataSet)
             raise UserError(
                 f"label {path} holds the value {error}, which is no trainId (0 to {len(data_set.class_names) - 1}, or "
                 f"255 to ignore), but {said} says that labels hold trainIds; check the file and the flag"
+            ) from None
+        if data_set.storage == "colours":
+            colour = tuple(int(str(error)).to_bytes(3))
+            raise UserError(
+                f"label {path} holds the colour {colour}, which {data_set.name} does not know; add it to map or void"
             ) from None
         raise UserError(
             f"label {path} holds the id {error}, which {data_set.name} does not know; is this the file of label ids, "

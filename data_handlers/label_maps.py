@@ -1,6 +1,6 @@
 """Conversions between label ids, trainIds and colours."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ _UNKNOWN = 254  # marks ids in a table that are neither mapped nor known to be v
 
 
 def to_train_ids(label: np.ndarray, id_map: Mapping[int, int], void_ids: Collection[int] | None = None) -> np.ndarray:
-    """Map data set ids (any unsigned integer array) to trainIds, uint8 of the same shape.
+    """Map data set ids (any integer array, 0 to 2**24 - 1) to trainIds, uint8 of the same shape.
 
     Args:
         void_ids: ids that become 255; None means every id that `id_map` does not list.
@@ -18,7 +18,8 @@ def to_train_ids(label: np.ndarray, id_map: Mapping[int, int], void_ids: Collect
     Raises:
         ValueError: an id is in neither; the exception's argument is the first such id.
     """
-    table = np.full(65536, IGNORE if void_ids is None else _UNKNOWN, dtype=np.uint8)
+    values = 2**16 if label.dtype.itemsize <= 2 else 2**24  # only packed colours are that large
+    table = np.full(values, IGNORE if void_ids is None else _UNKNOWN, dtype=np.uint8)
     if void_ids is not None:
         table[list(void_ids)] = IGNORE
     for data_set_id, train_id in id_map.items():
@@ -48,8 +49,8 @@ def to_label_ids(train_ids: np.ndarray) -> np.ndarray:
     return to_data_set_ids(train_ids, CITYSCAPES_IDS)
 
 
-def colourise(train_ids: np.ndarray) -> np.ndarray:
-    """TrainIds (h,w) -> RGB uint8 (h,w,3) in the Cityscapes colours; ignored pixels and classes past 18 are black."""
+def colourise(train_ids: np.ndarray, colours: Sequence[Sequence[int]] = CLASS_COLOURS) -> np.ndarray:
+    """TrainIds (h,w) -> RGB uint8 (h,w,3) in the classes' colours; ignored pixels and further classes are black."""
     table = np.zeros((256, 3), dtype=np.uint8)
-    table[: len(CLASS_COLOURS)] = CLASS_COLOURS
+    table[: len(colours)] = colours
     return table[train_ids]

@@ -54,9 +54,9 @@ def check_samples(
         UserError: a file cannot be used, or the labels look like trainIds and are read as label ids.
     """
     images = _samples(files, CHECKED_IMAGES)
-    occurs = np.zeros(2**16, dtype=bool)  # by value
+    occurs = np.zeros(2**24, dtype=bool)  # by value
     for name in _samples(files, CHECKED_LABELS if labels else CHECKED_IMAGES):
-        path = files.root / name
+        path = files.image_file(name)
         try:
             size = read_image(path).size if name in images else image_size(path)
             if labels:
@@ -124,7 +124,7 @@ def open_labelled(
     """
 
     def load(name: str) -> tuple[str, np.ndarray, np.ndarray | None]:
-        image = read_image(files.root / name)
+        image = read_image(files.image_file(name))
         label = read_label(files.label_file(name), files.data_set, image.size) if with_labels else None
         return name, np.array(image), label
 

@@ -10,12 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_handlers.datasets import DataSet
+from data_handlers.descriptions import ListFile
 from utils.errors import UserError
+from utils.matlab_files import read_matlab_variable
+from utils.png import read_png_header
 
 
 @dataclass(frozen=True)
 class FileList:
     """The images of one split, as POSIX paths relative to `root`, in a fixed order.
+
+    The names are those of the data set, also where `root` is a SiT set, which holds an image as PNG (`image_file`).
 
     Attributes:
         excluded: relative paths of files that were found but are known to be unusable, and are not in `images`.
@@ -35,6 +40,11 @@ class FileList:
         """The same names with the images of another folder, such as a SiT set; the labels stay."""
         return replace(self, root=root, label_root=self.label_root or self.root)
 
+    def image_file(self, image: str) -> Path:
+        """Path of the image; a PNG of the same stem where the folder does not hold it under its own suffix."""
+        path = self.root / image
+        return path if image.endswith(".png") or path.exists() or not as_png(path).exists() else as_png(path)
+
     def label_file(self, image: str) -> Path:
         """Path of the image's label."""
         return (self.label_root or self.root) / label_path(self.data_set, image)
@@ -46,7 +56,12 @@ class FileList:
     def describe(self) -> str:
         """One line for the log, with the names of excluded images."""
         known = f" (excluded, known to be unusable: {', '.join(self.excluded)})" if self.excluded else ""
-        return f"{self.data_set.name}: {len(self.images)} images in {self.root}{known}"
+        return f"{self.data_set.name}: {len(self.images)} images in {self.root}{self.data_set.label_note}{known}"
+
+
+def as_png(path: Path) -> Path:
+    """The path that the image has in a SiT set."""
+    return path.with_suffix(".png")
 
 
 def label_path(data_set: DataSet, image: str) -> str:
@@ -56,7 +71,23 @@ def label_path(data_set: DataSet, image: str) -> str:
         if not found:
             raise UserError(f"image {image} does not contain '{old}', so {data_set.name} cannot name its label")
         image = head + new + tail
-    return image
+    return posixpath.splitext(image)[0] + data_set.label_suffix if data_set.label_suffix else image
+
+
+def located(files: FileList) -> FileList:
+    """The list with the first of several possible label folders that exists; its first label decides the encoding."""
+    root, data_set = files.label_root or files.root, files.data_set
+    paths = (data_set.label_path, *data_set.other_label_paths)
+    for rule in paths if len(paths) > 1 else ():
+        chosen = replace(data_set, label_path=rule)
+        label = root / label_path(chosen, files.images[0])
+        if not label.parent.is_dir():
+            continue
+        if rule != data_set.label_path and label.is_file() and read_png_header(label).bit_depth <= 8:
+            chosen = replace(chosen, label_encoding="8-bit index")
+        note = f" (labels in {label.parent}, {chosen.storage})"
+        return replace(files, data_set=replace(chosen, other_label_paths=(), label_note=note))
+    return files
 
 
 def list_images(
@@ -85,10 +116,7 @@ def list_images(
         raise UserError(f"{flag} {root}: no such folder; it must hold the {data_set.name} data set")
     if split not in data_set.images:
         raise UserError(f"{data_set.name} declares no '{split}' split (it has: {', '.join(data_set.images)})")
-    if list_file:
-        found = _read_list(data_set, root, split, Path(list_file))
-    else:
-        found = [path for pattern in data_set.images[split] for path in sorted(_matching(root, pattern))]
+    found = _read_list(data_set, root, split, Path(list_file)) if list_file else _of_split(data_set, root, split)
     for path in found:
         shown = path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
         if shown != path:
@@ -97,9 +125,55 @@ def list_images(
     excluded = tuple(path for path in found if unusable and path.rpartition("/")[2].rpartition(".")[0] in unusable)
     images = tuple(path for path in found if path not in excluded)
     if not images:
-        patterns = " or ".join(data_set.images[split])
+        patterns = " or ".join(patterns_of(data_set.images[split]))
         raise UserError(f"{flag} {root}: no images found; {data_set.name} expects {patterns} in it")
-    return FileList(data_set, root, images, excluded)
+    return located(FileList(data_set, root, images, excluded))
+
+
+def patterns_of(rule: tuple[str, ...] | ListFile) -> tuple[str, ...]:
+    """The glob patterns of a split, or those that its list file chooses from."""
+    return rule.within if isinstance(rule, ListFile) else rule
+
+
+def has_images(data_set: DataSet, root: Path, split: str) -> bool:
+    """Whether a split is declared and has images, or a file that lists them."""
+    rule = data_set.images.get(split, ())
+    return isinstance(rule, ListFile) or any(_matching(root, pattern) for pattern in rule)
+
+
+def _of_split(data_set: DataSet, root: Path, split: str) -> list[str]:
+    """The images of a split as its declaration says."""
+    rule = data_set.images[split]
+    if isinstance(rule, ListFile) and not rule.variable:
+        return _read_list(data_set, root, split, root / rule.path)
+    found = list(dict.fromkeys(path for pattern in patterns_of(rule) for path in _sorted(root, pattern)))
+    return _numbered(found, rule, root) if isinstance(rule, ListFile) else found
+
+
+def _sorted(root: Path, pattern: str) -> list[str]:
+    """The images that match a pattern; where there is none, those that are there as PNG, by the pattern's suffix."""
+    found, (stem, suffix) = sorted(_matching(root, pattern)), posixpath.splitext(pattern)
+    if found or suffix == ".png" or not suffix[1:].isalnum():
+        return found
+    return [posixpath.splitext(path)[0] + suffix for path in sorted(_matching(root, f"{stem}.png"))]
+
+
+def _numbered(images: list[str], rule: ListFile, root: Path) -> list[str]:
+    """The images whose numbers a MATLAB file of the data set lists, in the order of the images."""
+    path = root / rule.path
+    values = read_matlab_variable(path, rule.variable)
+    if values.dtype.kind not in "iuf":
+        raise UserError(f"{path}: {rule.variable} holds no numbers; it must list the numbers of the split's images")
+    wanted, stems = set(values.ravel().tolist()), (posixpath.splitext(posixpath.basename(name))[0] for name in images)
+    numbers = {name: int(stem) if stem.isdecimal() else -1 for name, stem in zip(images, stems, strict=True)}
+    missing = wanted - set(numbers.values())
+    if missing or not wanted:
+        first = f"the first is number {min(missing):g}" if missing else "its list is empty"
+        raise UserError(
+            f"{path}: {len(missing)} of the {len(wanted)} images of {rule.variable} are not in {root}; {first}: "
+            "complete the images, or name those to use with a list file"
+        )
+    return [image for image in images if numbers[image] in wanted]
 
 
 def require_labels(files: FileList, flag: str) -> None:
@@ -116,7 +190,7 @@ def require_labels(files: FileList, flag: str) -> None:
 def require_images(files: FileList, flag: str) -> None:
     """Raise `UserError` unless every image of the list is in its folder."""
     present = Listing(files.root)
-    missing = [image for image in files.images if image not in present]
+    missing = [image for image in files.images if image not in present and str(as_png(Path(image))) not in present]
     if missing:
         raise UserError(
             f"{flag} {files.root}: {len(missing)} of {len(files)} images are missing; the first is {missing[0]}: "
@@ -126,7 +200,7 @@ def require_images(files: FileList, flag: str) -> None:
 
 def missing_labels(files: FileList) -> list[tuple[str, str]]:
     """Relative paths (image, label) of every image whose label file is missing; none for a data set without labels."""
-    if not files.data_set.label_path:
+    if not files.data_set.has_labels:
         return []
     labels = Listing(files.label_root or files.root)
     pairs = ((image, label_path(files.data_set, image)) for image in files.images)
@@ -164,11 +238,17 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _matching(root: Path, pattern: str) -> list[str]:
-    """Relative paths of files that match, without hidden files, as temporary files have hidden names."""
+    """Relative paths of files that match, without hidden files, as temporary files have hidden names.
+
+    `**` matches any number of folders, also none, but no links to folders; `{png,jpg}` one of several.
+    """
     *folders, last = pattern.split("/")
     found = [""]
     for part in folders:
-        found = [f"{path}{entry.name}/" for path in found for entry in _visible(root / path, part)]
+        if part == "**":
+            found = [below for path in found for below in _folders_below(root, path)]
+        else:
+            found = [f"{path}{entry.name}/" for path in found for entry in _visible(root / path, part)]
     images = []
     for path in found:
         for entry in _visible(root / path, last):
@@ -178,8 +258,18 @@ def _matching(root: Path, pattern: str) -> list[str]:
     return images
 
 
+def _folders_below(root: Path, path: str) -> Iterator[str]:
+    yield path
+    for entry in _entries(root / path):
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            yield from _folders_below(root, f"{path}{entry.name}/")
+
+
 def _visible(folder: Path, pattern: str) -> Iterator[os.DirEntry[str]]:
-    return (e for e in _entries(folder) if fnmatch.fnmatchcase(e.name, pattern) and not e.name.startswith("."))
+    head, _, rest = pattern.partition("{")
+    choices, _, tail = rest.partition("}")
+    matches = re.compile("|".join(fnmatch.translate(head + choice + tail) for choice in choices.split(","))).match
+    return (entry for entry in _entries(folder) if matches(entry.name) and not entry.name.startswith("."))
 
 
 def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> list[str]:
@@ -187,9 +277,9 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
         lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list file {list_file}: {error}") from None
-    patterns = [pattern for name in (split, *data_set.images) for pattern in data_set.images[name]]
+    patterns = [pattern for name in (split, *data_set.images) for pattern in patterns_of(data_set.images[name])]
     # The image folders are the leading folders of a pattern that hold no wildcard.
-    folders = dict.fromkeys(["", *(re.match(r"([^*?[/]+/)*", pattern)[0] for pattern in patterns)])
+    folders = dict.fromkeys(["", *(re.match(r"([^*?[{/]+/)*", pattern)[0] for pattern in patterns)])
     present = Listing(root)
     images = []
     for number, line in enumerate(lines, start=1):
@@ -199,7 +289,8 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
         name = posixpath.normpath(name)
         if name.startswith(("/", "..")) or len(name) > 1000 or "\0" in name:
             raise UserError(f"{list_file} line {number}: give the image relative to {root}, without '..'")
-        image = next((folder + name for folder in folders if folder + name in present), None)
+        held = (name, *([] if name.endswith(".png") else [str(as_png(Path(name)))]))  # a SiT set holds PNGs
+        image = next((folder + name for folder in folders if any(folder + n in present for n in held)), None)
         if image is None:
             raise UserError(f"{list_file} line {number}: no image {name} in {root}")
         images.append(image)

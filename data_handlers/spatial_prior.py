@@ -3,28 +3,20 @@
 It is kept in a MATLAB file, `prior_array.mat`, as the published one is.
 """
 
-import struct
-import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
-from scipy.io import loadmat, savemat, whosmat
-from scipy.io.matlab import MatReadError
+from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
 
 from data_handlers.classes import IGNORE
 from data_handlers.resampling import Size
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.matlab_files import read_matlab_variable
 
 VARIABLE = "prior_array"
-# What scipy raises for files that are damaged or no MATLAB files.
-_UNREADABLE = (
-    MatReadError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, OSError, struct.error,
-    zlib.error,
-)  # fmt: skip
 
 
 def read_spatial_prior(path: Path, shape: tuple[int, int, int] | None = None) -> np.ndarray:
@@ -40,7 +32,7 @@ def read_spatial_prior(path: Path, shape: tuple[int, int, int] | None = None) ->
         UserError: missing, no MATLAB file, one of version 7.3, without the variable `prior_array`, of another shape, or
             with values that are no finite numbers of 0 and more.
     """
-    values = _read_variable(path)
+    values = read_matlab_variable(path, VARIABLE)
     if values.dtype.kind not in "fiub":
         raise UserError(f"{path}: {VARIABLE} does not hold real numbers but {values.dtype}; write it as an array")
     if values.ndim != 3 or (shape is not None and values.shape != shape):
@@ -50,31 +42,6 @@ def read_spatial_prior(path: Path, shape: tuple[int, int, int] | None = None) ->
     if not np.isfinite(prior).all() or prior.min(initial=0.0) < 0:
         raise UserError(f"{path}: {VARIABLE} holds negative, infinite or undefined values; make the prior anew")
     return prior
-
-
-def _read_variable(path: Path) -> np.ndarray:
-    """The variable of the file as it is stored."""
-    try:
-        with open(path, "rb") as file:
-            return _variable_of(file, path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except NotImplementedError:
-        raise UserError(
-            f"{path} is a MATLAB file of version 7.3, which cannot be read; save it with -v7 or with scipy.io.savemat"
-        ) from None
-    except _UNREADABLE as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is damaged or no MATLAB file ({reason}); replace it") from None
-
-
-def _variable_of(file: BinaryIO, path: Path) -> np.ndarray:
-    content = loadmat(file, variable_names=[VARIABLE])
-    if VARIABLE not in content:
-        file.seek(0)
-        names = ", ".join(name for name, _, _ in whosmat(file)) or "none"
-        raise UserError(f"{path} holds no variable {VARIABLE}; its variables: {names}")
-    return content[VARIABLE]
 
 
 def write_spatial_prior(path: Path, prior: np.ndarray) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_handlers.datasets import DataSet
-from data_handlers.lists import FileList, list_images, require_labels
+from data_handlers.lists import FileList, has_images, list_images, located, require_labels
 from utils.errors import UserError
 
 
@@ -36,7 +36,7 @@ def validation_images(
     if val_list or (has_split and not val_count):
         return list_images(data_set, root, flag, split="val" if has_split else "train", list_file=val_list)
     files = train or list_images(data_set, root, flag)
-    count = val_count or data_set.held_out
+    count = val_count or (data_set.held_out if data_set.held_out >= 1 else round(data_set.held_out * len(files)))
     if count < 1:
         raise UserError(f"{data_set.name} declares no val split: say which images to score with a list or --val_count")
     if count > len(files):
@@ -84,7 +84,7 @@ def train_and_validation(
             f"--val_count {len(val)}: of {len(val)} images in {root}, 1 to {len(val) - 1} can be kept for validation"
         )
     labels = Path(label_root) if label_root else None
-    train, val = replace(train, label_root=labels), replace(val, label_root=labels)
+    train, val = (located(replace(files, label_root=labels)) for files in (train, val))
     for files in (train, val):
         require_labels(files, "--src_label_dir" if labels else flag)
     return train, val
@@ -92,7 +92,6 @@ def train_and_validation(
 
 def val_split(target: FileList) -> FileList | None:
     """The val split of the target's data set, None where there is none. Raises `UserError` as `list_images`."""
-    patterns = target.data_set.images.get("val", ())
-    if not any(True for pattern in patterns for _ in target.root.glob(pattern)):
+    if not has_images(target.data_set, target.root, "val"):
         return None
     return list_images(target.data_set, target.root, "--trg_data_dir", split="val", training=False)

@@ -342,7 +342,8 @@ BLACK_16 = Image.fromarray(np.zeros((44, 60), np.uint16))
 FOLDERS = [
     Case("train_procst", "names", train(), ("--src_data_dir", "no images", "images/*.png"),
          renamed("gta/images", "image")),
-    Case("train_procst", "labels", train(), ("1 of 4", IMAGE[4:], LABEL[4:]), renamed(LABEL, "00002_label.png")),
+    Case("train_procst", "labels", train_with_labels(), ("1 of 4", IMAGE[4:], LABEL[4:]),
+         renamed(LABEL, "00002_label.png")),
     Case("train_procst", "folder-loop", train(), ("gta/images", "symbolic links"), folder_loop),
     Case("train_procst", "root-loop", train(src_data_dir="loop"), ("--src_data_dir", "loop"), link_to_itself("loop")),
     Case("train_procst", "file-name", train(), ("gta", "caf", "UTF-8"), spoiling(IMAGE, hostile.not_utf8)),

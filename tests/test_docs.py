@@ -5,32 +5,21 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 from core.config import ProCSTConfig
+from data_handlers.datasets import DATA_SETS
+from pages import OWN_DESCRIPTION, ROOT, commands_of
 from training.flags import build_parser, options_of, parse, section_from
 from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*(ROOT / name / "README.md" for name in ("", "data", "pretrained")), *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {
     "train_procst": ProCSTConfig, "train_semseg_on_source": SourceTrainingConfig, "train_uda": SelfTrainingConfig,
 }  # fmt: skip
-
-
-def commands_of(page):
-    """Commands in the fenced blocks and in backticks of a page, without comments, continued lines joined."""
-    text = page.read_text()
-    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`((?:python|make|torchrun) [^`\n]+)`", text)
-    return [line.strip() for line in lines if re.match(r"\s*(python|make|torchrun|srun) ", line)]
-
-
-ALL = [(page.relative_to(ROOT), command) for page in PAGES for command in commands_of(page)]
+ALL = [(page.relative_to(ROOT), command) for page in PAGES for command in commands_of(page.read_text())]
 
 
 def test_the_page_of_flags_is_that_of_the_parsers(monkeypatch):
@@ -39,7 +28,11 @@ def test_the_page_of_flags_is_that_of_the_parsers(monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "command"), ALL, ids=[f"{page}-{command[:60]}" for page, command in ALL])
-def test_a_command_of_the_docs_is_one_that_the_scripts_take(page, command):
+def test_a_command_of_the_docs_is_one_that_the_scripts_take(page, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("renders", "photos"):  # those that docs/own-data.md speaks of
+        (tmp_path / folder).mkdir()
+    (tmp_path / "frames.toml").write_text(OWN_DESCRIPTION)
     words = shlex.split(re.sub(r"\s#.*$", "", command))
     if words[0] == "srun":  # srun bash -c '... python SCRIPT ...'
         words = shlex.split(words[3])
@@ -54,6 +47,9 @@ def test_a_command_of_the_docs_is_one_that_the_scripts_take(page, command):
     if script.parent != ROOT:
         return  # scripts of benchmarks and docs
     module = importlib.import_module(script.stem)
+    if "--print_data" in words:
+        assert words[words.index("--print_data") + 1] in DATA_SETS
+        return
     given = parse(build_parser("", module.GROUPS), words[start + 1 :])
     if script.stem in CONFIGS:
         CONFIGS[script.stem].check_given(given)

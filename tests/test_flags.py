@@ -67,7 +67,7 @@ def test_help_begins_with_the_flags_that_matter_most(run_script, script, config)
     assert lines[: len(config.first)] == [flag_of(name) for name in config.first]
     options = options_of(*sections(config))
     shown = {name for name, field in options.items() if not field.metadata["hidden"]}
-    assert set(lines) == {flag_of(name) for name in shown}
+    assert set(lines) == {"--print_data"} | {flag_of(name) for name in shown}
     assert len(lines) == len(set(lines))
     text = " ".join(result.out.split())
     assert all(options[name].metadata["help"] in text for name in shown)

@@ -11,7 +11,7 @@ from PIL import Image
 import evaluate as evaluate_script
 import train_procst
 from commands import label_flags
-from data_handlers.classes import CITYSCAPES_IDS, CITYSCAPES_VOID
+from data_handlers.classes import CITYSCAPES_IDS
 from data_handlers.datasets import DATA_SETS, DataSet, with_labels
 from data_handlers.images import read_label
 from data_handlers.labelled import CHECKED_LABELS, check_samples
@@ -157,7 +157,8 @@ def test_an_id_in_one_of_the_sampled_labels_is_enough(tmp_path, capsys):
 
 def test_data_sets_with_other_ids_are_believed(tmp_path, capsys):
     files = write_labels(tmp_path / "gta", "gta5", (0, 1, 2, 255))
-    own_map = replace(files.data_set, id_map={1: 0, 2: 1}, void_ids=CITYSCAPES_VOID | set(CITYSCAPES_IDS))
+    known = DATA_SETS["cityscapes"].void_ids | set(CITYSCAPES_IDS)
+    own_map = replace(files.data_set, id_map={1: 0, 2: 1}, void_ids=known)
     check_samples(replace(files, data_set=own_map))
     write_synthia(tmp_path / "synthia", count=3, size=SIZE)  # holds the ids 1, 2, 3, 8, 22 and 0
     synthia = list_images(DATA_SETS["synthia"], tmp_path / "synthia", "--src_data_dir")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_handlers.choices import LABELS, ON_BAD_IMAGE, RESAMPLINGS
-from data_handlers.datasets import DATA_SETS
+from data_handlers.datasets import find_data_set
 from models.shapes import (
     MODEL_BACKBONES,
     SMALLEST_CROP,
@@ -21,12 +21,14 @@ from training.flags import (
     check,
     check_not_negative,
     check_positive,
+    data_set_option,
     option,
     path_option,
     size_option,
 )
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+ROOT_HELP = "its root folder (default: what the data set declares, data/gta for gta5, else data/NAME)"
 SELECT_BY = ("auto", "miou", "label_free", "none")
 
 
@@ -106,8 +108,9 @@ class LoaderConfig:
 class SourceFiles:
     """The source images and labels."""
 
-    source: str = option("gta5", "source data set", choices=sorted(DATA_SETS))
-    src_data_dir: str = path_option("data/gta", "its root folder", metavar="DIR", may_change=True)
+    source: str = data_set_option("gta5", "source data set")
+    src_data_dir: str = path_option("", ROOT_HELP, metavar="DIR", may_change=True)
+    src_split: str = option("", "a split it declares; of GTA5 train, val or test of split.mat (default: all of them)")
     src_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
     src_list: str = path_option("", "text file with one source image a line, instead of all", metavar="FILE")
 
@@ -128,8 +131,8 @@ class SourceConfig(SourceFiles):
 class TargetFiles:
     """The target images; their labels are used for validation only."""
 
-    target: str = option("cityscapes", "target data set", choices=sorted(DATA_SETS))
-    trg_data_dir: str = path_option("data/cityscapes", "its root folder", metavar="DIR", may_change=True)
+    target: str = data_set_option("cityscapes", "target data set")
+    trg_data_dir: str = path_option("", ROOT_HELP, metavar="DIR", may_change=True)
     trg_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
     trg_list: str = path_option("", "text file with one target image a line, instead of all", metavar="FILE")
 
@@ -157,7 +160,7 @@ class NetConfig:
         "of the package, such as mit_b2 (default: the published one; of smp: nets the package's, of Segformer mit_b2)",
         type=known_backbone,
     )  # fmt: skip
-    num_classes: int = option(19, "its classes")
+    num_classes: int | None = option(None, "its classes (default: those of the source, 19 of the known sets)", type=int)
     backbone_weights: str = path_option(
         "imagenet", "what the backbone starts from: torchvision's ImageNet weights (of smp: nets the package's "
         "own), or a state dict with its names; of ResNet38 the authors' ImageNet classifier (.params of MXNet)",
@@ -203,17 +206,19 @@ class ValidationConfig:
 
 def default_semseg_weights(source: str) -> str:
     """Default path of the segmentation net, for training on source, which writes it, and for ProCST."""
-    return f"pretrained/pretrained_semseg_on_{source}.pth"
+    return f"pretrained/pretrained_semseg_on_{find_data_set(source, '--source').name}.pth"
 
 
 def resolve_common(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags with the backbone, its weights (random without one) and the sizes of the source decided."""
-    backbone, source = flags["backbone"] or default_backbone(flags["model"]), DATA_SETS[flags["source"]]
+    """The flags with the backbone, its weights (random without one) and what the source's description says decided."""
+    backbone, source = flags["backbone"] or default_backbone(flags["model"]), find_data_set(flags["source"], "--source")
     at_random = flags["no_pretrained_backbone"] or (backbone == "none" and flags["backbone_weights"] == "imagenet")
     return {
         **flags,
         "src_resize": flags["src_resize"] or source.resize,
+        "src_data_dir": flags["src_data_dir"] or source.default_root,
         "crop_size": flags["crop_size"] or source.crop,
+        "num_classes": len(source.class_names) if flags["num_classes"] is None else flags["num_classes"],
         "backbone": backbone,
         "backbone_weights": "random" if at_random else flags["backbone_weights"],
         "no_pretrained_backbone": False,

@@ -68,7 +68,7 @@ def _check_every_file(files: FileList, with_labels: bool, skips: bool) -> None:
     wrong = []
     for name in files.images:
         try:
-            size = image_size(files.root / name)
+            size = image_size(files.image_file(name))
             if with_labels:
                 check_label_header(files.label_file(name), files.data_set, size)
         except UserError as error:

@@ -1,5 +1,6 @@
 """Scoring a trained segmentation net on a labelled data set, or predicting pictures: the command `evaluate.py`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -9,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_handlers.classes import IGNORE, SYNTHIA_13, SYNTHIA_16
-from data_handlers.datasets import DATA_SETS, DataSet, with_labels
+from data_handlers.classes import CLASS_NAMES, IGNORE, SYNTHIA_13, SYNTHIA_16
+from data_handlers.datasets import DataSet, find_data_set, with_labels
 from data_handlers.label_maps import colourise, to_label_ids
 from data_handlers.labelled import LabelledImage, check_samples
 from data_handlers.lists import FileList, list_images, require_labels
@@ -27,7 +28,6 @@ from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write, atomic_write_json, check_folder, check_output_file, make_folder
 
 SUBSETS = {"16": SYNTHIA_16, "13": SYNTHIA_13}
-ENCODERS = {"labelids": to_label_ids, "trainids": np.asarray, "colour": colourise}
 
 
 def evaluate(flags: EvaluationFlags) -> None:
@@ -40,9 +40,11 @@ def evaluate(flags: EvaluationFlags) -> None:
         if predictions.is_dir() and any(predictions.iterdir()):
             raise UserError(f"--save_predictions {predictions} is not empty; nothing is overwritten, name a new folder")
     device = resolve_device(flags.gpus)
-    data_set = with_labels(DATA_SETS[flags.data_set], flags.labels, "--labels")
-    labelled = bool(data_set.label_path)
-    files = _images(data_set, flags)
+    data_set = with_labels(find_data_set(flags.data_set, "--data_set"), flags.labels, "--labels")
+    encode = _encoder(flags.prediction_format, data_set)
+    labelled = data_set.has_labels
+    root = flags.data_dir or data_set.default_root
+    files = _images(data_set, root, flags)
     shape, net = load_segmentation_net(Path(flags.weights), "--weights")
     require_classes(shape.num_classes, data_set.name, data_set.value_map, f"--weights {flags.weights}")
     if shape.num_classes > len(data_set.class_names):
@@ -69,9 +71,9 @@ def evaluate(flags: EvaluationFlags) -> None:
         def on_prediction(image: LabelledImage, prediction: Tensor) -> None:
             if predictions:
                 path = predictions / PurePosixPath(image.name).with_suffix(".png")
-                _save(path, ENCODERS[flags.prediction_format or "labelids"](prediction.cpu().numpy()))
+                _save(path, encode(prediction.cpu().numpy()))
             if flags.error_maps:
-                _save(path.with_name(f"{path.stem}_errors.png"), _errors(image.label, prediction))
+                _save(path.with_name(f"{path.stem}_errors.png"), _errors(image.label, prediction, data_set))
             bar.update()
 
         with out_of_memory_means(lambda: "; use smaller --scales or --long_side, --window, or --gpus cpu"):
@@ -90,7 +92,7 @@ def evaluate(flags: EvaluationFlags) -> None:
         print(f"{data_set.name} has no labels, so there are no scores; {summary(found, names)}")
     if flags.json:
         content = {
-            "weights": flags.weights, "net": str(shape), "data_set": data_set.name, "data_dir": flags.data_dir,
+            "weights": flags.weights, "net": str(shape), "data_set": data_set.name, "data_dir": root,
             "images": len(files), "scales": flags.scales, "flip": flags.flip, "long_side": flags.long_side,
             "window": flags.window, **report(found, names),
             "convention": CONVENTION, "confusion": found.confusion.tolist(),
@@ -98,10 +100,9 @@ def evaluate(flags: EvaluationFlags) -> None:
         atomic_write_json(Path(flags.json), content)
 
 
-def _images(data_set: DataSet, flags: EvaluationFlags) -> FileList:
+def _images(data_set: DataSet, root: str, flags: EvaluationFlags) -> FileList:
     """The images to predict, with their labels where the data set has some."""
-    root = flags.data_dir
-    if flags.split == "val" and data_set.label_path:
+    if flags.split == "val" and data_set.has_labels:
         files = validation_images(data_set, root, "--data_dir", val_list=flags.list, val_count=flags.val_count)
     else:
         files = list_images(data_set, root, "--data_dir", list_file=flags.list)
@@ -111,9 +112,9 @@ def _images(data_set: DataSet, flags: EvaluationFlags) -> FileList:
     return files
 
 
-def _errors(label: Tensor, prediction: Tensor) -> np.ndarray:
+def _errors(label: Tensor, prediction: Tensor, data_set: DataSet) -> np.ndarray:
     """RGB uint8 (H,W,3): the predicted class's colour where the label is another class, else white."""
-    colours = colourise(prediction.cpu().numpy())
+    colours = colourise(prediction.cpu().numpy(), data_set.colours)
     colours[((label == prediction) | (label == IGNORE)).cpu().numpy()] = 255
     return colours
 
@@ -124,9 +125,19 @@ def _scored_classes(wanted: str, data_set: DataSet, num_classes: int) -> tuple[i
         raise UserError(f"--classes categories: {data_set.name} declares no categories; omit the flag")
     if wanted in ("19", "categories"):
         return tuple(range(num_classes))
-    if wanted and num_classes < 19:
+    if wanted and (num_classes < 19 or data_set.class_names != CLASS_NAMES):
         raise UserError(f"--classes {wanted}: a subset of the 19 classes; the net has {num_classes}")
     return tuple(c for c in SUBSETS.get(wanted, data_set.classes) if c < num_classes)
+
+
+def _encoder(wanted: str, data_set: DataSet) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes the pixels of a file from predicted trainIds, from `--prediction_format`."""
+    is_cityscapes = data_set.class_names == CLASS_NAMES
+    if wanted == "labelids" and not is_cityscapes:
+        raise UserError(f"--prediction_format labelids: {data_set.name} has other classes; use trainids or colour")
+    if wanted == "colour":
+        return partial(colourise, colours=data_set.colours)
+    return to_label_ids if is_cityscapes and wanted != "trainids" else np.asarray
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:

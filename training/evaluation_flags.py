@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from data_handlers.choices import LABELS
-from data_handlers.datasets import DATA_SETS
-from training.flags import Size, check, check_not_negative, check_positive, option, size_option
+from data_handlers.datasets import find_data_set
+from training.config import ROOT_HELP
+from training.flags import Size, check, check_not_negative, check_positive, data_set_option, option, size_option
 
 ENCODINGS = ("labelids", "trainids", "colour")
 
@@ -22,11 +23,10 @@ class EvaluationFlags:
         "CBST's) (required)", metavar="PATH",
         required=True,
     )  # fmt: skip
-    data_set: str = option(
-        "cityscapes", "what it is scored on; folder: any pictures, which are predicted without scores",
-        choices=sorted(DATA_SETS),
-    )  # fmt: skip
-    data_dir: str = option("data/cityscapes", "its root folder", metavar="DIR")
+    data_set: str = data_set_option(
+        "cityscapes", "what it is scored on; a folder of any pictures: they are predicted without scores"
+    )
+    data_dir: str = option("", ROOT_HELP, metavar="DIR")
     labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
     gpus: tuple[str, ...] = option(
         (), "index of the CUDA device, or cpu (default: the first GPU, or the CPU where there is none)", type=str,
@@ -59,8 +59,9 @@ class EvaluationFlags:
     )  # fmt: skip
     save_predictions: str = option("", "write a PNG for every image into this new folder", metavar="DIR")
     prediction_format: str = option(
-        "", "Cityscapes label ids, trainIds or class colours (default: labelids)", choices=ENCODINGS
-    )
+        "", "Cityscapes label ids, trainIds or class colours (default: labelids; trainids of sets with other classes)",
+        choices=ENCODINGS,
+    )  # fmt: skip
     error_maps: bool = option(False, "write NAME_errors.png, too: wrong pixels in the predicted class's colour")
     num_workers: int | None = option(
         None, "loader processes (default: 6, or as many as CPUs; half of them on a CPU)", type=int
@@ -85,6 +86,6 @@ class EvaluationFlags:
             "--prediction_format acts only with --save_predictions",
         )
         check(not self.error_maps or bool(self.save_predictions), "--error_maps acts only with --save_predictions")
-        labelled = bool(DATA_SETS[self.data_set].label_path)
+        labelled = find_data_set(self.data_set, "--data_set").has_labels
         for name in () if labelled else ("classes", "val_count", "error_maps"):
             check(not getattr(self, name), f"--{name}: {self.data_set} has no labels; omit the flag")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
+from data_handlers.datasets import DATA_SETS, printed_description
 from utils.errors import UserError
 
 Section = TypeVar("Section")
@@ -61,6 +62,20 @@ def size_option(help: str) -> Any:
     return option(None, help, type=int, nargs=2, metavar=("W", "H"))
 
 
+def data_set_option(default: str, help: str) -> Any:
+    """An `option` that names a data set (`find_data_set`)."""
+    kinds = f"{', '.join(DATA_SETS)}, a description (.toml), or a folder of pictures"
+    return path_option(default, f"{help}: {kinds}", keywords=tuple(DATA_SETS), metavar="NAME|FILE|DIR")
+
+
+class PrintData(argparse.Action):
+    """Prints the description of a data set and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
+        print(printed_description(arguments[1]), end="")
+        parser.exit()
+
+
 def flag_of(name: str) -> str:
     """The flag of a field."""
     return "--weight-decay" if name == "weight_decay" else f"--{name}"
@@ -98,6 +113,10 @@ def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], 
     """
     parser = Parser(description)
     options = options_of(*(section for sections in groups.values() for section in sections))
+    if options.keys() & {"source", "data_set"}:
+        parser.add_argument(
+            "--print_data", action=PrintData, metavar="NAME", help="print the description of a data set, and end"
+        )
     shown = {"the flags that matter most": list(first)} if first else {}
     for title, sections in groups.items():
         shown[title] = [name for name in options_of(*sections) if name not in first]

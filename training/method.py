@@ -160,7 +160,9 @@ class Method:
         lists = {f"list of {name} images": domain.files.fingerprint() for name, domain in self.domains.items()}
         drawn = {name: domain.image_roots for name, domain in self.domains.items() if domain.image_roots}
         folders = {f"number of folders of {name} images": str(len(roots)) for name, roots in drawn.items()}
-        return {**lists, **folders}
+        described = {name: domain.files.data_set.fingerprint for name, domain in self.domains.items()}
+        descriptions = {f"description of the {name} data set": value for name, value in described.items() if value}
+        return {**lists, **folders, **descriptions}
 
     def images(self) -> Mapping[str, Tensor]:
         """Images of the last step for TensorBoard, (B,3,h,w) in [-1,1], shown side by side in this order."""

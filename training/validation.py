@@ -177,7 +177,7 @@ class Validator:
                     matrix += confusion_matrix(prediction, image.label, self.num_classes)
                 prediction = prediction.to(torch.uint8)
                 if len(pictures) < PICTURES:
-                    pictures.append(_picture(image, prediction))
+                    pictures.append(_picture(image, prediction, self.files.data_set.colours))
                 on_prediction(image, prediction)
         if not bool(finite):
             raise UserError(
@@ -225,10 +225,10 @@ def in_eval_mode(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _picture(sample: LabelledImage, prediction: Tensor) -> np.ndarray:
+def _picture(sample: LabelledImage, prediction: Tensor, colours: Sequence[Sequence[int]]) -> np.ndarray:
     pixels = sample.pixels.cpu().numpy()
     labels = [prediction] if sample.label is None else [sample.label, prediction]
-    columns = [pixels, *(colourise(label.cpu().numpy()) for label in labels)]
+    columns = [pixels, *(colourise(label.cpu().numpy(), colours) for label in labels)]
     width = min(PICTURE_WIDTH, pixels.shape[1])
     size = (width, max(1, round(pixels.shape[0] * width / pixels.shape[1])))
     return np.concatenate([np.asarray(Image.fromarray(column).resize(size)) for column in columns], axis=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data_handlers.classes import IGNORE
-from data_handlers.datasets import DATA_SETS, for_net_of, with_labels
+from data_handlers.datasets import find_data_set, for_net_of, with_labels, with_split
 from data_handlers.domain import Domain, DomainBatch, Samples
 from data_handlers.images import read_label, read_pixels
 from data_handlers.labelled import check_samples
@@ -252,11 +252,11 @@ def prepare_self_training(config: SelfTrainingConfig, rank: Rank, continued: Con
     workers = workers_for(config.loader.num_workers, rank.device, rank.count)
     shape, net = _net(config, continued)
     source, image_roots = _source_files(config, shape)
-    known = for_net_of(DATA_SETS[config.target.target], shape.num_classes)
+    known = for_net_of(find_data_set(config.target.target, "--target"), shape.num_classes)
     target_set = with_labels(known, config.target.trg_labels, "--trg_labels")
     adaptation = config.adaptation
     target = list_images(
-        target_set, config.target.trg_data_dir, "--trg_data_dir", split=adaptation.split_tgt,
+        target_set, config.target.trg_data_dir or target_set.default_root, "--trg_data_dir", split=adaptation.split_tgt,
         list_file=config.target.trg_list,
     )  # fmt: skip
     for files in (source.with_images_of(root) for root in image_roots or (source.root,)):
@@ -303,13 +303,13 @@ def _net(config: SelfTrainingConfig, continued: Continued | None) -> tuple[Segme
 def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[FileList, tuple[Path, ...]]:
     """The labelled source images, and the folders with images in place of theirs."""
     data, images = config.source, config.images
-    known = for_net_of(DATA_SETS[data.source], shape.num_classes)
+    known = for_net_of(with_split(find_data_set(data.source, "--source"), data.src_split), shape.num_classes)
     data_set = with_labels(known, data.src_labels, "--src_labels")
-    if not data_set.label_path:
+    if not data_set.has_labels:
         raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
     origin = f"--weights {config.adaptation.weights}"
     require_classes(shape.num_classes, data_set.name, data_set.value_map, origin)
-    files = list_images(data_set, data.src_data_dir, "--src_data_dir", list_file=data.src_list)
+    files = list_images(data_set, data.src_data_dir or data_set.default_root, "--src_data_dir", list_file=data.src_list)
     if images.src_label_dir:
         files = replace(files, label_root=Path(images.src_label_dir))
     require_labels(files, "--src_label_dir" if images.src_label_dir else "--src_data_dir")
@@ -348,7 +348,7 @@ def _validator(
 ) -> tuple[Validator | None, str]:
     """What validates the net after each round on the target's val split, and a line that says so."""
     select_by, files = config.adaptation.select_by, val_split(target)
-    labelled = bool(files and files.data_set.label_path and not missing_labels(files))
+    labelled = bool(files and files.data_set.has_labels and not missing_labels(files))
     if select_by != "none" and not (labelled if select_by == "miou" else files):
         wanted = "a labelled val split" if select_by == "miou" else "a val split"
         raise UserError(f"--select_by {select_by} needs {wanted} in --trg_data_dir {target.root}; use none")

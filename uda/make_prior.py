@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_handlers.datasets import DATA_SETS, with_labels
+from data_handlers.datasets import find_data_set, with_labels, with_split
 from data_handlers.images import image_size, read_label
 from data_handlers.lists import list_images, require_labels
 from data_handlers.spatial_prior import SpatialPriorBuilder, write_spatial_prior
@@ -23,11 +23,13 @@ PUBLISHED_SIGMA, PUBLISHED_WIDTH = 35.0, 2048
 def make_prior(flags: PriorFlags) -> None:
     """Write the prior and a picture for each class. Raises `UserError`: bad input, or a file that is there already."""
     output, (width, height) = Path(flags.output), flags.prior_size
-    data_set = with_labels(DATA_SETS[flags.source], flags.src_labels, "--src_labels")
-    if not data_set.label_path:
+    data_set = with_split(find_data_set(flags.source, "--source"), flags.src_split)
+    data_set = with_labels(data_set, flags.src_labels, "--src_labels")
+    if not data_set.has_labels:
         raise UserError(f"--source {flags.source} has no labels; choose a labelled data set")
     require_classes(flags.num_classes, data_set.name, data_set.value_map)
-    files = list_images(data_set, flags.src_data_dir, "--src_data_dir", list_file=flags.src_list)
+    root = flags.src_data_dir or data_set.default_root
+    files = list_images(data_set, root, "--src_data_dir", list_file=flags.src_list)
     require_labels(files, "--src_data_dir")
     check_output_file(output, "--output")
     if output.exists():

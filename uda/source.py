@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from data_handlers.datasets import DATA_SETS, with_labels
+from data_handlers.datasets import find_data_set, with_labels, with_split
 from data_handlers.domain import Domain, DomainBatch, Samples
 from data_handlers.labelled import check_samples
 from data_handlers.lists import require_images
@@ -57,7 +57,7 @@ class SourceTraining(Method):
 
     def task(self) -> str:
         """End of the name of a new run folder."""
-        return f"semseg_on_{self.config.source.source}"
+        return f"semseg_on_{self.domains['source'].files.data_set.name}"
 
     def stages(self) -> list[Stage]:
         """One stage of `--num_steps` steps."""
@@ -147,8 +147,9 @@ class SourceTraining(Method):
 def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continued | None) -> SourceTraining:
     """Check the input of a training on source and build its net. Raises `UserError`, which names file or flag."""
     data, held_out, net_config = config.source, config.held_out, config.net
-    data_set = with_labels(DATA_SETS[data.source], data.src_labels, "--src_labels")
-    if not data_set.label_path:
+    data_set = with_split(find_data_set(data.source, "--source"), data.src_split)
+    data_set = with_labels(data_set, data.src_labels, "--src_labels")
+    if not data_set.has_labels:
         raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
     require_classes(net_config.num_classes, data_set.name, data_set.value_map)
     train, val = train_and_validation(
