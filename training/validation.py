@@ -180,9 +180,7 @@ class Validator:
                     pictures.append(_picture(image, prediction, self.files.data_set.colours))
                 on_prediction(image, prediction)
         if not bool(finite):
-            raise UserError(
-                "the segmentation net's predictions are not finite: its training diverged, lower --lr_semseg"
-            )
+            raise UserError("the segmentation net's predictions are not finite: its training diverged, lower its rate")
         rank.all_reduce([matrix])
         statistics.all_reduce(rank.all_reduce)
         if not statistics.pixels:
