@@ -553,7 +553,7 @@ def test_the_default_device_is_named(run_script, world, monkeypatch):
         ({"labels": "colours"}, ("--labels", "colours")),
         ({"data_dir": "WORLD/trainids"}, ("trainids hold", "look like trainIds", "--labels trainids")),
         ({"weights": ""}, ("--weights is required",)),
-        ({"data_set": "folder"}, ("--data_dir", "no images", "folder")),
+        ({"data_set": "folder", "data_dir": "WORLD/empty"}, ("--data_dir", "no images", "folder")),
         ({"long_side": 0}, ("--long_side is 0",)),
         ({"long_side": 64, "scales": (0.5, 1)}, ("--long_side", "--scales")),
         ({"window": (32, 0)}, ("--window is 32 0",)),

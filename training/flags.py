@@ -113,10 +113,6 @@ def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], 
     """
     parser = Parser(description)
     options = options_of(*(section for sections in groups.values() for section in sections))
-    if options.keys() & {"source", "data_set"}:
-        parser.add_argument(
-            "--print_data", action=PrintData, metavar="NAME", help="print the description of a data set, and end"
-        )
     shown = {"the flags that matter most": list(first)} if first else {}
     for title, sections in groups.items():
         shown[title] = [name for name in options_of(*sections) if name not in first]
@@ -125,6 +121,10 @@ def build_parser(description: str | None, groups: Mapping[str, Sequence[type]], 
         for name in names:
             added = _add(group.add_argument, options[name])
             parser.spellings |= {_underscored(flag): flag for flag in added.option_strings}
+    if options.keys() & {"source", "data_set"}:
+        parser.add_argument_group("data sets").add_argument(
+            "--print_data", action=PrintData, metavar="NAME", help="print the description of a data set, and end"
+        )
     return parser
 
 
