@@ -45,7 +45,7 @@ TRAINING = f"""
     --no_semseg --src_resize 108 54 --trg_resize 96 48 --crop_size 96 48 --base_channels_list 16
     --batch_size_list 16 8 4 --lr_g 1e-3 --lr_d 1e-3 --steps_per_scale 300 300 400
     --vgg_weights {shlex.quote(str(FEATURES))} --content_layers 8 15 --style_layers 3 8 --lambda_cyclic 0.5
-    --content_weight 0.1 --num_workers 0 --print_rate 25 --precision fp32
+    --content_weight 0.1 --tv_weight 0 --num_workers 0 --print_rate 25 --precision fp32
 """
 # The segmentation net that is trained on each set, from the same seeds. Its last state counts, so that no label of the
 # target chooses anything.

@@ -204,7 +204,7 @@ def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
             sets = _transferred_sets(flags, files)
         folders = [_folder(sit_set, files, flags) for sit_set in sets]
         if rank.is_main:
-            for folder in folders[1:]:  # the first is checked next; no set is written before all can be
+            for folder in folders[1:]:  # the first is checked next
                 folder.check(keep_complete=flags.skip_created_files)
         for sit_set, folder in zip(sets, folders, strict=True):
             _export(sit_set, folder, flags, rank, stop, stack)
@@ -326,7 +326,6 @@ def _export(
     sit_set: SitSet, folder: SitFolder, flags: ExportFlags, rank: Rank, stop: StopRequests, stack: ExitStack
 ) -> None:
     rank.require_equal(folder.manifest)
-    stop.at_once = rank.count == 1
     names = rank.broadcast(_prepare(folder, flags, sit_set.note, stack) if rank.is_main else None)
     stop.at_once = False
     started = time.perf_counter()

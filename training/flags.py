@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 from data_handlers.datasets import DATA_SETS, printed_description
 from utils.errors import UserError
@@ -227,7 +227,8 @@ class Config:
 
     @classmethod
     def _sections(cls) -> dict[str, type]:
-        return {field.name: field.type for field in dataclasses.fields(cls)}
+        types = get_type_hints(cls)
+        return {field.name: types[field.name] for field in dataclasses.fields(cls)}
 
     def flags(self) -> dict[str, Any]:
         """The values of all fields by name."""

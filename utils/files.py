@@ -104,5 +104,8 @@ def check_output_file(path: Path, flag: str) -> None:
 def make_folder(path: Path, flag: str) -> Path:
     """Create the folder `path` with its parents. Raises `UserError` as `check_folder`."""
     check_folder(path, flag)
-    Path(path).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: the folder cannot be made ({error.strerror})") from None
     return Path(path)
