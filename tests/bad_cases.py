@@ -64,6 +64,15 @@ def export(**changes):
     return export_flags(Path("run"), Path("sit"), **changes)
 
 
+def adapt(**changes):
+    flags = {"gpus": "cpu", "method": "cbst", "weights": "net.pth", "src_data_dir": "gta", "trg_data_dir": "cityscapes"}
+    return command({**flags, "checkpoints_dir": "out", "tb_logs_dir": "out"}, changes)
+
+
+def prior(**changes):
+    return command({"src_data_dir": "gta", "prior_size": (32, 16), "output": "prior.mat"}, changes)
+
+
 def score(**changes):
     return command({"gpus": "cpu", "weights": "net.pth", "data_dir": "cityscapes", "num_workers": 0}, changes)
 
@@ -340,6 +349,12 @@ FLAGS = [
 
 BLACK_16 = Image.fromarray(np.zeros((44, 60), np.uint16))
 FOLDERS = [
+    Case("train_uda", "net", adapt(weights="missing.pth"), ("--weights", "missing.pth", "no such file"),
+         own_process=True),
+    Case("train_uda", "target", adapt(trg_data_dir="nowhere"), ("--trg_data_dir", "nowhere", "no such folder")),
+    Case("make_spatial_prior", "source", prior(src_data_dir="nowhere"), ("--src_data_dir", "nowhere"),
+         own_process=True),
+    Case("make_spatial_prior", "palette", prior(), (LABEL, "id 200"), spoiling(LABEL, hostile.unknown_id)),
     Case("train_procst", "names", train(), ("--src_data_dir", "no images", "images/*.png"),
          renamed("gta/images", "image")),
     Case("train_procst", "labels", train_with_labels(), ("1 of 4", IMAGE[4:], LABEL[4:]),
