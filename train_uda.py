@@ -1,6 +1,6 @@
 """Adapt a segmentation net to an unlabelled target, from labelled source images: one of the methods of --method.
 
-    python train_uda.py --method cbst --weights pretrained/pretrained_semseg_on_gta5.pth --run_dir TrainedModels/CBST
+    python train_uda.py --method cbst --init pretrained/pretrained_semseg_on_gta5.pth --run_dir TrainedModels/CBST
 
 The net is the one that train_semseg_on_source.py trains, which is `--method source` here.
 """

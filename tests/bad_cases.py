@@ -65,7 +65,7 @@ def export(**changes):
 
 
 def adapt(**changes):
-    flags = {"gpus": "cpu", "method": "cbst", "weights": "net.pth", "src_data_dir": "gta", "trg_data_dir": "cityscapes"}
+    flags = {"gpus": "cpu", "method": "cbst", "init": "net.pth", "src_data_dir": "gta", "trg_data_dir": "cityscapes"}
     return command({**flags, "checkpoints_dir": "out", "tb_logs_dir": "out"}, changes)
 
 
@@ -349,7 +349,7 @@ FLAGS = [
 
 BLACK_16 = Image.fromarray(np.zeros((44, 60), np.uint16))
 FOLDERS = [
-    Case("train_uda", "net", adapt(weights="missing.pth"), ("--weights", "missing.pth", "no such file"),
+    Case("train_uda", "net", adapt(init="missing.pth"), ("--init", "missing.pth", "no such file"),
          own_process=True),
     Case("train_uda", "target", adapt(trg_data_dir="nowhere"), ("--trg_data_dir", "nowhere", "no such folder")),
     Case("make_spatial_prior", "source", prior(src_data_dir="nowhere"), ("--src_data_dir", "nowhere"),

@@ -177,7 +177,7 @@ def source(stops: tuple[tuple[int, int], ...] = ((0, 1), (0, 4)), **more: Any) -
 
 
 SELF_TRAINING = {
-    "trg_data_dir": "{world}/cityscapes", "weights": f"{{world}}/{SOURCE_NET}", "num_round": 2, "batch_size": 3,
+    "trg_data_dir": "{world}/cityscapes", "init": f"{{world}}/{SOURCE_NET}", "num_round": 2, "batch_size": 3,
     "base_lr": 1e-2, "crop_size": 24, "init_src_port": 0.3, "step_src_port": 0.2, "max_src_port": 1.0,
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 def flags_for(world, net, run, **changes):
     """CBST of two rounds of 4 steps on the 4 target images and 2 of the 6 source images."""
     flags = {
-        "method": "cbst", "weights": net, "gpus": "cpu", "src_data_dir": world / "gta",
+        "method": "cbst", "init": net, "gpus": "cpu", "src_data_dir": world / "gta",
         "trg_data_dir": world / "cityscapes", "num_round": 2, "epoch_per_round": 2, "batch_size": 3, "crop_size": 32,
         "init_src_port": 0.34, "max_src_port": 0.34, "base_lr": 1e-2, "num_workers": 0, "precision": "fp32",
         "test_scales": 48, "run_dir": run, "tb_logs_dir": run.parent / "runs",
@@ -215,9 +215,9 @@ def test_selection_is_asked_for(world, source_net, tmp_path, run_script):
 
 
 REFUSED = {
-    "no net": ({"weights": None}, "--weights is required", "train one first with train_semseg_on_source.py"),
-    "a missing net": ({"weights": "/nowhere.pth"}, "--weights /nowhere.pth: no such file"),
-    "no net in it": ({"weights": "/proc/version"}, "/proc/version: cannot be read as a trained model"),
+    "no net": ({"init": None}, "--init is required", "train one first with train_semseg_on_source.py"),
+    "a missing net": ({"init": "/nowhere.pth"}, "--init /nowhere.pth: no such file"),
+    "no net in it": ({"init": "/proc/version"}, "/proc/version: cannot be read as a trained model"),
     "the cache": ({"cache_dir": "cache"}, "--cache_dir: self-training reads images at their own size"),
     "resampling": ({"resample": "exact"}, "--resample: self-training reads images at their own size"),
     "no prior": ({"method": "cbst-sp"}, "--method cbst-sp needs --spatial_prior"),

@@ -22,7 +22,7 @@ from data_handlers.label_maps import IGNORE
 from models.losses import cross_entropy
 from models.vgg import build_vgg
 from steps import RandomStep, build, check_same
-from training.distributed import Rank, backward_and_step
+from training.distributed import Rank, all_reduce_and_step, zero_gradients
 from utils.sizes import level_size
 from worlds import noise_image
 
@@ -272,7 +272,9 @@ def test_gradients_are_summed_before_the_optimisers_step():
             for tensor in tensors:
                 tensor *= 2
 
-    backward_and_step((used + 3 * other).sum(), Doubled(count=2), *optimizers)
+    zero_gradients(*optimizers)
+    (used + 3 * other).sum().backward()
+    all_reduce_and_step(Doubled(count=2), *optimizers)
     assert [weight.tolist() for weight in weights] == [[-1.0] * 2, [-5.0] * 2, [1.0] * 2]
 
 

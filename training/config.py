@@ -177,6 +177,29 @@ class NetConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """The net that a training starts from."""
+
+    init: str = path_option(
+        "", "the net to start from: a run folder, a checkpoint, or a file of the ProCST or CBST authors; a training on "
+        "source gets its --model, --backbone and --num_classes (default: its --backbone_weights)", metavar="FILE",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PassesConfig:
+    """In how many passes a step is computed."""
+
+    micro_batch: int = option(
+        0, "most images in a pass of a process, to save memory; the gradients of a step's passes add up to those of "
+        "its batch, but batch norms that learn statistics see a pass alone (default: the whole batch)",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "micro_batch")
+
+
+@dataclass(frozen=True)
 class SGDConfig:
     """SGD of a segmentation net; its head learns ten times as fast as its backbone."""
 

@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,12 +65,25 @@ class Rank:
         Returns:
             Labelled pixels of `label` over those of the global batch, a float64 scalar; 1.0 for a single process.
         """
-        if self.count == 1:
-            return 1.0
-        here = (label != IGNORE).sum().double()
-        everywhere = here.clone()
+        return self.labelled_fractions([label])[0]
+
+    def labelled_fractions(self, labels: Sequence[Tensor]) -> Sequence[Tensor | float]:
+        """`labelled_fraction` of each part of the local samples."""
+        if self.count == 1 and len(labels) == 1:
+            return [1.0]
+        here = torch.stack([(label != IGNORE).sum() for label in labels]).double()
+        everywhere = here.sum()
         self.all_reduce([everywhere])
-        return here / everywhere.clamp(min=1)
+        return (here / everywhere.clamp(min=1)).unbind()
+
+    def passes(self, batch: int, micro_batch: int) -> int:
+        """Number of passes in which every process computes its part of a batch.
+
+        A pass has at most `micro_batch` samples, 0 for all; where processes have different numbers of them, one more,
+        if it would have none otherwise.
+        """
+        smallest, largest = batch // self.count, -(-batch // self.count)
+        return max(1, min(smallest, -(-largest // micro_batch))) if micro_batch else 1
 
     @torch.no_grad()
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
@@ -153,8 +166,23 @@ def all_reduce_and_step(rank: Rank, *optimizers: Optimizer) -> None:
         optimizer.step()
 
 
-def backward_and_step(loss: Tensor, rank: Rank, *optimizers: Optimizer) -> None:
-    """Step every optimiser on the gradients of `loss` alone, summed over the processes."""
-    zero_gradients(*optimizers)
-    loss.backward()
-    all_reduce_and_step(rank, *optimizers)
+def backward_in_passes(
+    mean_loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, label: Tensor, *, passes: int, rank: Rank
+) -> Tensor:
+    """Add the gradients of a mean over the labelled pixels of the global batch to those that are there.
+
+    Args:
+        mean_loss: of images and label of one pass, a mean over its labelled pixels.
+        images: (B,3,h,w), the local samples.
+        label: trainIds (B,h,w), 255 = ignore.
+        passes: see `Rank.passes`; the local samples are divided into so many parts, whose sizes differ by at most one.
+
+    Returns:
+        The local samples' share of the loss, a scalar without gradient.
+    """
+    labels, found = label.tensor_split(passes), []
+    for part, of_part, share in zip(images.tensor_split(passes), labels, rank.labelled_fractions(labels), strict=True):
+        loss = share * mean_loss(part, of_part)
+        loss.backward()
+        found.append(loss.detach())
+    return torch.stack(found).sum()

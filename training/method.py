@@ -87,6 +87,11 @@ class Method:
         self.validator: Validator | None = None
         self.validation_line = ""
 
+    @classmethod
+    def completed(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The flags given for a new run with those that files named by them decide. Raises `UserError`."""
+        return given
+
     @property
     def device(self) -> torch.device:
         """Where this process computes."""

@@ -91,7 +91,7 @@ def _start(
 def _config(method: type[Method], given: Mapping[str, Any], rank: Rank, continued: Continued | None) -> Any:
     if continued is None:
         processes = {"num_processes": rank.count} if rank.count > 1 else {}
-        return method.config_class.from_flags({**given, **processes})
+        return method.config_class.from_flags({**method.completed(given), **processes})
     stored = method.config_class.from_json(continued.checkpoint.config, continued.origin)
     starting = StartFlags.__dataclass_fields__
     return stored.continued({name: value for name, value in given.items() if name not in starting})

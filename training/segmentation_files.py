@@ -20,13 +20,29 @@ from utils.seeds import NET_WEIGHTS, seed_for
 from utils.tensor_files import is_finite, load_network, read_tensor_file
 
 
-def net_to_train(config: NetConfig, seed: int, fresh: bool) -> nn.Module:
-    """A net on the CPU, with its starting weights (`UserError` if they cannot be loaded) if it starts `fresh`."""
+def net_to_train(config: NetConfig, seed: int, fresh: bool, init: str = "") -> nn.Module:
+    """A net on the CPU, with its starting weights (`UserError` if they cannot be loaded) if it starts `fresh`.
+
+    Args:
+        init: file of the whole net, of the configuration's shape, instead of its backbone's weights (`--init`).
+    """
     torch.manual_seed(seed_for(seed, NET_WEIGHTS))
+    if fresh and init:
+        net = trainable_net(Path(init))[1]
+        net.start = f"it starts from {init}"
+        return net
     net = build_segmentation_net(config.shape())
     if fresh and config.backbone_weights != "random":
         net.start = load_backbone(net, config.backbone, config.backbone_weights)
     return net
+
+
+def trainable_net(path: Path) -> tuple[SegmentationShape, nn.Module]:
+    """The net of `--init` and its shape, with what it learns trainable. Raises as `load_segmentation_net`."""
+    shape, trained = load_segmentation_net(path, "--init")
+    net = build_segmentation_net(shape)
+    net.load_state_dict(trained.state_dict())
+    return shape, net
 
 
 def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:

@@ -26,11 +26,11 @@ from data_handlers.splits import val_split
 from models.resnet38 import OUTPUT_STRIDE, ResNet38
 from models.segmentation import build_segmentation_net, require_classes
 from models.shapes import SegmentationShape
-from training.distributed import Rank, backward_and_step
+from training.distributed import Rank, all_reduce_and_step, backward_in_passes, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
 from training.run_folder import Continued
-from training.segmentation_files import load_segmentation_net
+from training.segmentation_files import trainable_net
 from training.validation import Validator, scored_classes
 from uda.cbst_config import TRAIN_FIRST, CropsConfig, SelfTrainingConfig
 from uda.cbst_optimisation import freeze_statistics, mean_cross_entropy, self_training_optimizer
@@ -202,11 +202,16 @@ class SelfTraining(Method):
 
     def step(self, batch: DomainBatch, stage: int, step: int) -> Mapping[str, Tensor]:
         """Cross-entropy over the labelled cells."""
+        rounds, logits, optimizer = self.config.rounds, logits_of(self.net), self.optimizers[NET]
         images = self.net.network_input(to_device(batch.levels[0], self.device), self.dtype)
         label = to_device(batch.label, self.device)
-        loss = self.rank.labelled_fraction(label) * mean_cross_entropy(self.run(logits_of(self.net), images), label)
-        backward_and_step(loss, self.rank, self.optimizers[NET])
-        return {"Semseg/SelfTrainingLoss": loss.detach()}
+        zero_gradients(optimizer)
+        loss = backward_in_passes(
+            lambda images, label: mean_cross_entropy(self.run(logits, images), label), images, label, rank=self.rank,
+            passes=self.rank.passes(rounds.batch_size, rounds.micro_batch),
+        )  # fmt: skip
+        all_reduce_and_step(self.rank, optimizer)
+        return {"Semseg/SelfTrainingLoss": loss}
 
     def describe(self) -> list[str]:
         """What is adapted on what."""
@@ -288,16 +293,12 @@ def _net(config: SelfTrainingConfig, continued: Continued | None) -> tuple[Segme
     if continued is not None:
         shape = SegmentationShape(**continued.checkpoint.segmentation["shape"])
         return shape, build_segmentation_net(shape)
-    given = config.adaptation.weights
+    given = config.adaptation.init
     if not given:
-        raise UserError(f"--weights is required, the net to adapt; {TRAIN_FIRST}")
-    path = Path(given)
-    if not path.exists():
-        raise UserError(f"--weights {path}: no such file; it is the net to adapt; {TRAIN_FIRST}")
-    shape, trained = load_segmentation_net(path, "--weights")
-    net = build_segmentation_net(shape)
-    net.load_state_dict(trained.state_dict())
-    return shape, net
+        raise UserError(f"--init is required, the net to adapt; {TRAIN_FIRST}")
+    if not Path(given).exists():
+        raise UserError(f"--init {given}: no such file; it is the net to adapt; {TRAIN_FIRST}")
+    return trainable_net(Path(given))
 
 
 def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[FileList, tuple[Path, ...]]:
@@ -307,7 +308,7 @@ def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple
     data_set = with_labels(known, data.src_labels, "--src_labels")
     if not data_set.has_labels:
         raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
-    origin = f"--weights {config.adaptation.weights}"
+    origin = f"--init {config.adaptation.init}"
     require_classes(shape.num_classes, data_set.name, data_set.value_map, origin)
     files = list_images(data_set, data.src_data_dir or data_set.default_root, "--src_data_dir", list_file=data.src_list)
     if images.src_label_dir:

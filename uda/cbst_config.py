@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from models.shapes import SMALLEST_CROP
-from training.config import LoaderConfig, RunConfig, SourceFiles, StartFlags, TargetFiles, check_common
+from training.config import (
+    InitConfig,
+    LoaderConfig,
+    PassesConfig,
+    RunConfig,
+    SourceFiles,
+    StartFlags,
+    TargetFiles,
+    check_common,
+)
 from training.flags import (
     Config,
     Size,
@@ -35,13 +44,9 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
-class AdaptationConfig:
+class AdaptationConfig(InitConfig):
     """The net that is adapted, and how it labels the target."""
 
-    weights: str = path_option(
-        "", "the net to adapt, trained on the source: a run folder, a checkpoint, or a file of the ProCST or CBST "
-        "authors", metavar="FILE",
-    )  # fmt: skip
     mode: str = option(
         "clean", "reference computes as the published code does; docs/uda.md lists the differences",
         choices=("clean", "reference"),
@@ -64,7 +69,7 @@ class AdaptationConfig:
 
 
 @dataclass(frozen=True)
-class RoundsConfig:
+class RoundsConfig(PassesConfig):
     """Number and length of the rounds, and what grows from one to the next."""
 
     num_round: int = option(6, "rounds")
@@ -86,6 +91,7 @@ class RoundsConfig:
     seed_int: int = option(0, "seed of the choice of source images")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "num_round", "epoch_per_round", "batch_size", "base_lr")
         check_not_negative(self, "weight_decay", "seed_int")
         check(self.seed_int < 2**32, f"--seed_int is {self.seed_int}; it must be below 2^32")
@@ -172,7 +178,7 @@ class SelfTrainingConfig(Config):
         "method": (MethodConfig, AdaptationConfig, RoundsConfig, CropsConfig),
     }
     first: ClassVar[Sequence[str]] = (
-        "method", "weights", "gpus", "source", "src_data_dir", "target", "trg_data_dir", "num_round", "batch_size",
+        "method", "init", "gpus", "source", "src_data_dir", "target", "trg_data_dir", "num_round", "batch_size",
         "crop_size", "run_dir", "dry_run",
     )  # fmt: skip
 

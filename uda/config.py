@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from training.config import (
+    InitConfig,
     LoaderConfig,
     NetConfig,
+    PassesConfig,
     RunConfig,
     SGDConfig,
     SourceConfig,
@@ -54,7 +56,7 @@ class HeldOutConfig(SourceImages):
 
 
 @dataclass(frozen=True)
-class PolyConfig:
+class PolyConfig(PassesConfig):
     """Length of the training and its poly schedule: rate * (1 - step / num_steps) ** power."""
 
     num_steps: int = option(250_000, "steps of the poly schedule")
@@ -62,6 +64,7 @@ class PolyConfig:
     power: float = option(0.9, "power of the poly schedule")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "num_steps", "batch_size")
         check(0.0 <= self.power < 100.0, f"--power is {self.power}; it must be between 0 and 100")
 
@@ -74,6 +77,7 @@ class SourceTrainingConfig(Config):
     loader: LoaderConfig
     source: SourceConfig
     held_out: HeldOutConfig
+    start: InitConfig
     net: NetConfig
     sgd: SGDConfig
     poly: PolyConfig
@@ -82,7 +86,7 @@ class SourceTrainingConfig(Config):
     groups: ClassVar[Mapping[str, Sequence[type]]] = {
         "run": (StartFlags, RunConfig),
         "data": (SourceConfig, HeldOutConfig, LoaderConfig),
-        "net and training": (NetConfig, SGDConfig, PolyConfig, ValidationConfig),
+        "net and training": (InitConfig, NetConfig, SGDConfig, PolyConfig, ValidationConfig),
     }
     first: ClassVar[Sequence[str]] = (
         "gpus", "source", "src_data_dir", "model", "num_steps", "batch_size", "crop_size", "output", "run_dir",
@@ -98,6 +102,8 @@ class SourceTrainingConfig(Config):
         check_common(given)
         both = given.get("val_list") and given.get("val_count")
         check(not both, "--val_list and --val_count contradict each other; give one")
+        for name in ("backbone_weights", "no_pretrained_backbone"):
+            check(not (given.get("init") and given.get(name)), f"--init and --{name} contradict each other; give one")
 
     @classmethod
     def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from data_handlers.splits import train_and_validation
 from models.losses import cross_entropy
 from models.segmentation import HEAD_RATE, require_classes, segmentation_optimizer
 from training.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS, load_checkpoint
-from training.distributed import Rank, backward_and_step
+from training.distributed import Rank, all_reduce_and_step, backward_in_passes, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
 from training.run_folder import Continued
-from training.segmentation_files import is_of_run, net_to_train
+from training.segmentation_files import is_of_run, load_segmentation_net, net_to_train
 from training.synchronised_norm import synchronise_batch_norms
 from training.validation import Validator, scored_classes
 from uda.config import SourceTrainingConfig
@@ -54,6 +54,17 @@ class SourceTraining(Method):
         self.run = Runner(config.run.precision)
         self.steps_per_epoch = len(source) // config.poly.batch_size
         self.published = False
+
+    @classmethod
+    def completed(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Method.completed`: the net of `--init` decides the flags of its shape."""
+        if not (init := given.get("init")):
+            return given
+        shape = load_segmentation_net(Path(init), "--init")[0]
+        for name, value in vars(shape).items():
+            if given.get(name, value) != value:
+                raise UserError(f"--{name} {given[name]}: the net of --init {init} is {shape}; omit the flag")
+        return {**given, **vars(shape)}
 
     def task(self) -> str:
         """End of the name of a new run folder."""
@@ -96,9 +107,13 @@ class SourceTraining(Method):
             group["lr"] = rate * multiple
         image = self.net.network_input(to_device(batch.levels[0], self.device), self.dtype)
         label = to_device(batch.label, self.device)
-        loss = self.rank.labelled_fraction(label) * cross_entropy(self.run(self.net, image), label)
-        backward_and_step(loss, self.rank, optimizer)
-        return {"Semseg/SemsegLoss": loss.detach()}
+        zero_gradients(optimizer)
+        loss = backward_in_passes(
+            lambda image, label: cross_entropy(self.run(self.net, image), label), image, label, rank=self.rank,
+            passes=self.rank.passes(poly.batch_size, poly.micro_batch),
+        )  # fmt: skip
+        all_reduce_and_step(self.rank, optimizer)
+        return {"Semseg/SemsegLoss": loss}
 
     # --- the net for use ---------------------------------------------------------------------------------------------
 
@@ -130,7 +145,7 @@ class SourceTraining(Method):
             lines.append(self.net.start)
         if self.rank.count > 1:
             lines.append(f"{self.rank.count} processes share every batch")
-        if config.net.backbone_weights == "random" and config.net.backbone != "none":
+        if config.net.backbone_weights == "random" and not config.start.init and config.net.backbone != "none":
             lines.append("WARNING: the backbone starts from random weights; the published nets start from ImageNet")
         return [*lines, f"precision {config.run.precision}"]
 
@@ -168,7 +183,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
     for files in (*(train.with_images_of(root) for root in image_roots or (train.root,)), val):
         check_samples(files, labels=True, flag="--src_labels", skip=skip)
     _check_output(held_out.output, continued)
-    net = net_to_train(net_config, config.run.manual_seed, fresh=continued is None)
+    net = net_to_train(net_config, config.run.manual_seed, fresh=continued is None, init=config.start.init)
     workers = workers_for(config.loader.num_workers, rank.device, rank.count)
     validation = config.validation
     select_by = "miou" if validation.select_by == "auto" else validation.select_by

@@ -1,0 +1,101 @@
+"""What all methods of train_uda.py share: the net they start from, passes of a step, presets, --print_config."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import train_semseg_on_source
+import train_uda
+from commands import source_flags
+from methods import CASES, steps_of, write_world
+from nets import save_net
+from refusals import check_refusal
+from training.checkpoint import load_checkpoint
+from training.distributed import Rank
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("methods"))
+
+
+# --- the net to start from -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [train_semseg_on_source, train_uda])
+def test_a_training_on_source_starts_from_a_net(world, tmp_path, run_script, script):
+    """Its shape need not be given, and is what the run records; a continued run does not need the file."""
+    start = save_net(tmp_path / "start.pth", num_classes=20)
+    words = ("--method", "source") if script is train_uda else ()
+    flags = (*words, *source_flags(world, tmp_path, model=None, init=start, num_steps=1, lr_semseg=1e-30))
+    result = run_script(script, *flags)
+    assert result.code == 0, result.err
+    assert "UNet with 20 classes" in result.out
+    assert f"it starts from {start}" in result.out
+    (run,) = (tmp_path / "models").iterdir()
+    trained = load_checkpoint(run / "latest.pth")
+    assert (trained.config["net"]["model"], trained.config["net"]["num_classes"]) == ("UNet", 20)
+    assert_same_weights(trained, start)
+    start.unlink()
+    assert run_script(script, *words, "--continue_train_from_path", run).code == 0
+
+
+def assert_same_weights(checkpoint, path):
+    for name, value in load_checkpoint(path).modules["net"].items():
+        torch.testing.assert_close(checkpoint.modules["net"][name], value, rtol=0, atol=1e-12)
+
+
+def test_what_contradicts_the_net_to_start_from_is_refused(world, tmp_path, run_script):
+    start = save_net(tmp_path / "start.pth")
+    for changes, *parts in (
+        ({"model": "VGG"}, "--model VGG: the net of --init", "start.pth is UNet with 19 classes"),
+        ({"num_classes": 20}, "--num_classes 20: the net of --init"),
+        ({"backbone_weights": "random"}, "--init and --backbone_weights contradict each other"),
+        ({"init": tmp_path / "missing.pth"}, "--init", "missing.pth: no such file"),
+    ):
+        flags = source_flags(world, tmp_path, **{"init": start, **changes})
+        check_refusal(run_script(train_semseg_on_source, *flags), *parts)
+
+
+# --- passes of a step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+@pytest.mark.parametrize("name", ["source-unet", "cbst"])
+def test_passes_add_up_to_the_step_of_the_whole_batch(small_world, tmp_path, name, micro_batch):
+    """In float64, without batch norm, with labels that are spread unevenly over the images, one without any."""
+    batch_size = 4
+    found = {}
+    for size in (0, micro_batch):
+        method = CASES[name].prepared(small_world, batch_size=batch_size, micro_batch=size)
+        method.dtype = torch.float64
+        seen = []
+        method.net.register_forward_pre_hook(lambda net, inputs, seen=seen: seen.append(len(inputs[0])))
+        losses = []
+        for step, batch in steps_of(method, 0, 2, tmp_path / f"{size}"):
+            batch.label[0], batch.label[1, : 7 + step], batch.label[2, 2:] = 255, 255, 255
+            del seen[:]
+            losses += [float(value) for value in method.step(batch, 0, step).values()]
+            passes = -(-batch_size // size) if size else 1
+            assert (len(seen), sum(seen)) == (passes, batch_size)
+            assert max(seen) <= (size or batch_size)
+        found[size] = losses, [p.grad.clone() for p in method.net.parameters()], method.net.state_dict()
+    (losses, grads, state), (ours, our_grads, our_state) = found.values()
+    assert ours == pytest.approx(losses, rel=0, abs=1e-12)
+    for one, other in zip(grads, our_grads, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
+    for key, value in state.items():
+        torch.testing.assert_close(our_state[key], value, rtol=0, atol=1e-12)
+
+
+def test_all_processes_take_as_many_passes_and_none_is_empty():
+    for count in (1, 2, 3):
+        for batch in range(count, 9):
+            for micro_batch in range(5):
+                ranks = [Rank(index=k, count=count) for k in range(count)]
+                (passes,) = {rank.passes(batch, micro_batch) for rank in ranks}
+                sizes = [len(p) for r in ranks for p in torch.empty(len(r.part(batch))).tensor_split(passes)]
+                assert min(sizes) >= 1
+                assert not micro_batch or max(sizes) <= micro_batch + (micro_batch == 1 and batch % count > 0)
+                assert micro_batch or passes == 1
