@@ -21,9 +21,11 @@ from training.config import StartFlags
 from training.flags import build_parser, flag_of, options_of, parse
 from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.presets import PresetFlags
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
+STARTING = (StartFlags, PresetFlags)  # no part of a configuration
 CONFIGS = (ProCSTConfig, SourceTrainingConfig, SelfTrainingConfig)
 SCRIPTS = (train_procst, train_semseg_on_source, train_uda)
 REFUSED = {SelfTrainingConfig: ("cache_dir", "resample")}  # flags of all trainings that cannot act in one
@@ -138,7 +140,7 @@ def other_value(field):
 
 
 def flags_of(config):
-    options = options_of(*(section for section in sections(config) if section is not StartFlags))
+    options = options_of(*(section for section in sections(config) if section not in STARTING))
     refused = REFUSED.get(config, ())
     shown = (name for name, field in options.items() if not field.metadata["hidden"] and name not in refused)
     return [pytest.param(config, name, id=f"{config.__name__}-{name}") for name in shown]
@@ -167,7 +169,7 @@ def test_every_flag_is_stored_and_kept_by_a_continued_run_unless_it_may_change(c
 @pytest.mark.parametrize("config", CONFIGS)
 def test_what_may_change(config):
     """Where things are, how they are reported, and how they are computed; never what is computed."""
-    options = options_of(*(section for section in sections(config) if section is not StartFlags))
+    options = options_of(*(section for section in sections(config) if section not in STARTING))
     shared = {
         "gpus", "tb_logs_dir", "print_rate", "save_checkpoint_rate", "save_checkpoint_minutes", "pics_per_epoch",
         "precision", "deterministic", "num_workers", "cache_dir", "on_bad_image", "src_data_dir", "backbone_weights",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 import torch
 
+import train_procst
 import train_semseg_on_source
 import train_uda
 from commands import source_flags
 from methods import CASES, steps_of, write_world
 from nets import save_net
-from refusals import check_refusal
+from refusals import check_refusal, tree
 from training.checkpoint import load_checkpoint
 from training.distributed import Rank
+from training.flags import build_parser, parse
+from uda.cbst_config import SelfTrainingConfig
+from uda.presets import NAMES, listing
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +106,74 @@ def test_all_processes_take_as_many_passes_and_none_is_empty():
                 assert min(sizes) >= 1
                 assert not micro_batch or max(sizes) <= micro_batch + (micro_batch == 1 and batch % count > 0)
                 assert micro_batch or passes == 1
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+# The published command lines by the names of the authors' flags; what theirs leave out is their default.
+PUBLISHED = {
+    "num_round": 6, "epoch_per_round": 2, "test_scales": 1850, "batch_size": 2, "crop_size": 500, "base_lr": 1e-4,
+    "weight_decay": 5e-4, "momentum": 0.9, "scale_rate_range": (0.7, 1.3), "max_tgt_port": 0.5, "step_tgt_port": 0.05,
+    "max_src_port": 0.06, "step_src_port": 0.0025, "mine_port": 0.8, "mine_id_number": 3, "mine_thresh": 0.001,
+    "seed_int": 0, "source_sample_policy": "cumulative", "split_tgt": "train", "target": "cityscapes",
+}  # fmt: skip
+GTA5 = {**PUBLISHED, "source": "gta5", "init_tgt_port": 0.15, "init_src_port": 0.03}
+SYNTHIA = {**PUBLISHED, "source": "synthia", "init_tgt_port": 0.2, "init_src_port": 0.02}
+PRIOR = os.path.abspath("pretrained/prior_gta5.mat")
+EXPECTED = {
+    "gta5-cityscapes-cbst-sp": {**GTA5, "method": "cbst-sp", "spatial_prior": PRIOR},
+    "gta5-cityscapes-cbst": {**GTA5, "method": "cbst", "spatial_prior": ""},
+    "gta5-cityscapes-st": {**GTA5, "method": "st", "spatial_prior": ""},
+    "synthia-cityscapes-cbst": {**SYNTHIA, "method": "cbst", "spatial_prior": ""},
+    "synthia-cityscapes-st": {**SYNTHIA, "method": "st", "spatial_prior": ""},
+}
+# Longer sides at the factor 1: None is that of each data set's images, which is the published one.
+EVERYWHERE = {"origin_size": None, "origin_size_tgt": None, "mode": "clean", "micro_batch": 0, "select_by": "none"}
+
+
+def parsed(*words):
+    return parse(build_parser("", SelfTrainingConfig.groups), [str(word) for word in words])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_the_published_command_line(name):
+    given = parsed("--preset", name)
+    flags = SelfTrainingConfig.from_flags(given).flags()
+    assert {key: flags[key] for key in (*EXPECTED[name], *EVERYWHERE)} == {**EXPECTED[name], **EVERYWHERE}
+    assert given.keys() <= flags.keys()
+    (command,) = (line for line in listing().splitlines() if line.split("--method ")[-1].split()[0] == given["method"]
+                  and f"--source {given['source']} " in line)  # fmt: skip
+    assert parsed(*command.split()[2:]) == given
+
+
+def test_a_preset_is_overridden_and_recorded_as_what_it_comes_to(tmp_path, run_script, monkeypatch):
+    assert tuple(EXPECTED) == NAMES
+    monkeypatch.chdir(tmp_path)
+    words = ("--preset", "synthia-cityscapes-cbst", "--num-round", 3)
+    for order in (words, (*words[2:], *words[:2])):
+        result = run_script(train_uda, *order, "--print_config")
+        assert result.code == 0, result.err
+        config = SelfTrainingConfig.from_json(json.loads(result.out), "printed")
+        expected = SelfTrainingConfig.from_flags({**EXPECTED["synthia-cityscapes-cbst"], "num_round": 3})
+        assert config == expected
+    check_refusal(run_script(train_uda, "--preset", "gta-cbst"), "--preset gta-cbst: no such preset", *NAMES)
+    result = run_script(train_uda, "--list_presets")
+    assert (result.code, result.out) == (0, listing() + "\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", [train_procst, train_semseg_on_source, train_uda])
+def test_the_configuration_is_printed_without_data_and_nothing_is_written(tmp_path, run_script, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    result = run_script(script, "--print_config", "--run_dir", "run", "--manual_seed", 3)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["run"]["manual_seed"] == 3
+    assert not list(tmp_path.iterdir())
+    check_refusal(run_script(script, "--print_config", "--print_rate", 0), "--print_rate is 0")
+
+
+def test_the_configuration_of_a_run_is_printed(finished_run, run_script):
+    before = tree(finished_run)
+    result = run_script(train_procst, "--continue_train_from_path", finished_run, "--print_config")
+    assert json.loads(result.out) == json.loads((finished_run / "config.json").read_text())["config"]
+    assert tree(finished_run) == before

@@ -48,6 +48,7 @@ class StartFlags:
     dry_run: bool = option(
         False, "check everything, train a few steps of every stage in memory, print time and memory, and write nothing"
     )
+    print_config: bool = option(False, "print the configuration that the flags come to as JSON, and end")
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,8 @@ def shown_default(field: dataclasses.Field) -> str:
 def parse(parser: Parser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The flags on the command line by field name, several values as a tuple; flags that are not given are missing.
 
-    `-` and `_` within the name of a flag are the same.
+    `-` and `_` within the name of a flag are the same. The value of `--preset` is a mapping of flags to values, which
+    count as given, unless others are.
 
     Raises:
         UserError: an unknown flag, a value of the wrong kind, or one that is not UTF-8.
@@ -171,7 +172,8 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> dict[str, A
             shown = argument.encode("utf-8", "backslashreplace").decode()
             raise UserError(f"{flag} {shown}: not UTF-8; rename the file or folder")
     values = vars(parser.parse_args([_spelled(argument, parser.spellings) for argument in arguments]))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {**given.pop("preset", {}), **given}
 
 
 def _spelled(argument: str, spellings: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 """A run from its flags to its end: configuration, devices, folder, loop. The same for every method."""
 
+import json
 import re
 import secrets
 import sys
@@ -60,6 +61,10 @@ def _start(
     stop = StopRequests(quiet=is_launched() or not rank.is_main)
     continued = run_to_continue(flags.continue_train_from_path, run_dir, method.name)
     config = _config(method, given, rank, continued)
+    if flags.print_config:
+        if rank.is_main:
+            print(json.dumps(config.to_json(), indent=2))
+        return
     devices = resolve_devices(config.run.gpus)
     if rank.count == 1 and len(devices) > 1:
         launch(Path(script), devices)

@@ -27,6 +27,7 @@ from training.flags import (
     path_option,
 )
 from uda.config import SourceImages
+from uda.presets import PresetFlags
 
 METHODS = ("st", "cbst", "cbst-sp")
 TRAIN_FIRST = "train one first with train_semseg_on_source.py"
@@ -173,7 +174,7 @@ class SelfTrainingConfig(Config):
     crops: CropsConfig
 
     groups: ClassVar[Mapping[str, Sequence[type]]] = {
-        "run": (StartFlags, RunConfig),
+        "run": (PresetFlags, StartFlags, RunConfig),
         "data": (SourceFiles, SourceImages, TargetFiles, LoaderConfig),
         "method": (MethodConfig, AdaptationConfig, RoundsConfig, CropsConfig),
     }
