@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import create_sit_dataset
 import evaluate
+import generate_pseudo_labels
 import make_demo
 import make_spatial_prior
 import make_toy_data
@@ -21,8 +22,8 @@ import train_uda
 from training.flags import flag_of, options_of, shown_default
 
 SCRIPTS = (
-    train_procst, create_sit_dataset, train_semseg_on_source, train_uda, make_spatial_prior, evaluate,
-    measure_domain_distance, make_toy_data, make_demo,
+    train_procst, create_sit_dataset, train_semseg_on_source, train_uda, make_spatial_prior,
+    generate_pseudo_labels, evaluate, measure_domain_distance, make_toy_data, make_demo,
 )  # fmt: skip
 HEAD = """# All flags
 

@@ -69,6 +69,10 @@ def adapt(**changes):
     return command({**flags, "checkpoints_dir": "out", "tb_logs_dir": "out"}, changes)
 
 
+def pseudo_labels(**changes):
+    return command({"gpus": "cpu", "weights": "net.pth", "trg_data_dir": "cityscapes", "output": "labels"}, changes)
+
+
 def prior(**changes):
     return command({"src_data_dir": "gta", "prior_size": (32, 16), "output": "prior.mat"}, changes)
 
@@ -352,6 +356,13 @@ FOLDERS = [
     Case("train_uda", "net", adapt(init="missing.pth"), ("--init", "missing.pth", "no such file"),
          own_process=True),
     Case("train_uda", "target", adapt(trg_data_dir="nowhere"), ("--trg_data_dir", "nowhere", "no such folder")),
+    Case("generate_pseudo_labels", "net", pseudo_labels(weights="missing.pth"), ("--weights", "missing.pth"),
+         own_process=True),
+    Case("generate_pseudo_labels", "target", pseudo_labels(trg_data_dir="nowhere"), ("--trg_data_dir", "nowhere")),
+    Case("generate_pseudo_labels", "foreign", pseudo_labels(), ("--output", "labels", "another folder"),
+         foreign("labels")),
+    Case("generate_pseudo_labels", "prior", pseudo_labels(spatial_prior="net.pth"), ("net.pth", "no MATLAB file")),
+    Case("generate_pseudo_labels", "portion", pseudo_labels(portion=2), ("--portion is 2",)),
     Case("make_spatial_prior", "source", prior(src_data_dir="nowhere"), ("--src_data_dir", "nowhere"),
          own_process=True),
     Case("make_spatial_prior", "palette", prior(), (LABEL, "id 200"), spoiling(LABEL, hostile.unknown_id)),

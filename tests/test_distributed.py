@@ -279,11 +279,11 @@ def test_a_launched_training_is_that_of_one_process(world, undisturbed, tmp_path
 
 @pytest.mark.slow
 def test_a_launched_training_on_source_is_that_of_one_process(world, tmp_path, run_script):
-    def flags(name, gpus):
-        changes = {"batch_size": 3, "num_steps": 6, "validation_rate": 3, "checkpoints_dir": None, "output": ""}
+    def flags(name, gpus, **more):
+        changes = {**more, "batch_size": 3, "num_steps": 6, "validation_rate": 3, "checkpoints_dir": None, "output": ""}
         return source_flags(world, tmp_path, gpus=gpus, run_dir=tmp_path / name, **changes)
 
-    result = run_apart(train_semseg_on_source, flags("two", TWO))
+    result = run_apart(train_semseg_on_source, flags("two", TWO, micro_batch=1))
     assert result.code == 0, result.err
     assert run_script(train_semseg_on_source, *flags("one", "cpu")).code == 0
     alone, together = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")

@@ -129,13 +129,19 @@ class SourceConfig(SourceFiles):
 
 
 @dataclass(frozen=True)
-class TargetFiles:
-    """The target images; their labels are used for validation only."""
+class TargetImages:
+    """The target images."""
 
     target: str = data_set_option("cityscapes", "target data set")
     trg_data_dir: str = path_option("", ROOT_HELP, metavar="DIR", may_change=True)
-    trg_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
     trg_list: str = path_option("", "text file with one target image a line, instead of all", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class TargetFiles(TargetImages):
+    """The target images; their labels are used for validation only."""
+
+    trg_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
 
 
 @dataclass(frozen=True)

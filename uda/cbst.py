@@ -5,7 +5,6 @@ trained on them and on some source images.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,17 +25,19 @@ from data_handlers.splits import val_split
 from models.resnet38 import OUTPUT_STRIDE, ResNet38
 from models.segmentation import build_segmentation_net, require_classes
 from models.shapes import SegmentationShape
+from training.config import TargetImages
 from training.distributed import Rank, all_reduce_and_step, backward_in_passes, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
 from training.run_folder import Continued
 from training.segmentation_files import trainable_net
 from training.validation import Validator, scored_classes
-from uda.cbst_config import TRAIN_FIRST, CropsConfig, SelfTrainingConfig
+from uda.cbst_config import TRAIN_FIRST, CropsConfig, LabellingConfig, SelfTrainingConfig
 from uda.cbst_optimisation import freeze_statistics, mean_cross_entropy, self_training_optimizer
 from uda.cbst_schedule import Portion, rate_of_round, source_count, source_seed, source_subset
-from uda.labelling import Labelling, PseudoLabels
+from uda.labelling import Labelling, Probabilities, PseudoLabels
 from uda.mining import NOMINAL_SIZE, Cropping, MinedClasses, draw, make_sample, mined_classes
+from uda.thresholds import Policy
 from utils.devices import to_device, workers_for
 from utils.errors import UserError
 
@@ -145,19 +146,15 @@ class SelfTraining(Method):
     def prepare_stage(self, stage: int, folder: Path | None, check: Callable[[], None]) -> str:
         """The labelling pass; of a round in training the labels that were made."""
         if folder is None:
-            return self.labelling.measure(self._probabilities, self.net)
+            return self.labelling.measure(probabilities_of(self.net, self.dtype), self.net)
         labels = folder / LABELS / f"round_{stage}"
         if len(self.thresholds):
             self.labels = self.labelling.read(labels, self.thresholds)
             return ""
-        self.labels = self.labelling.run(self.net, self._probabilities, labels, self.portions[stage], check)
+        probabilities = probabilities_of(self.net, self.dtype)
+        self.labels = self.labelling.run(self.net, probabilities, labels, self.portions[stage], check)
         self.thresholds = self.labels.thresholds
-        names = self.labels.files.data_set.class_names
-        reached = [f"{names[c]} {t:.3f}" for c, t in enumerate(self.thresholds.tolist()) if math.isfinite(t)]
-        return f"round {stage}: {100 * self.labels.share:.1f}% of the target's pixels labelled; {', '.join(reached)}"
-
-    def _probabilities(self, images: Tensor) -> Tensor:
-        return logits_of(self.net)(images.to(self.dtype)).softmax(dim=1)
+        return f"round {stage}: {self.labels.describe()}"
 
     def eval_net(self) -> nn.Module | None:
         """The net in training."""
@@ -235,6 +232,11 @@ def logits_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return net.coarse_logits if isinstance(net, ResNet38) else net
 
 
+def probabilities_of(net: nn.Module, dtype: torch.dtype = torch.float32) -> Probabilities:
+    """What labels images: these logits' softmax."""
+    return lambda images: logits_of(net)(images.to(dtype)).softmax(dim=1)
+
+
 def stride_of(net: nn.Module) -> int:
     """Stride of these logits: those of the published net are not upsampled."""
     return OUTPUT_STRIDE if isinstance(net, ResNet38) else 1
@@ -257,22 +259,15 @@ def prepare_self_training(config: SelfTrainingConfig, rank: Rank, continued: Con
     workers = workers_for(config.loader.num_workers, rank.device, rank.count)
     shape, net = _net(config, continued)
     source, image_roots = _source_files(config, shape)
-    known = for_net_of(find_data_set(config.target.target, "--target"), shape.num_classes)
-    target_set = with_labels(known, config.target.trg_labels, "--trg_labels")
     adaptation = config.adaptation
-    target = list_images(
-        target_set, config.target.trg_data_dir or target_set.default_root, "--trg_data_dir", split=adaptation.split_tgt,
-        list_file=config.target.trg_list,
-    )  # fmt: skip
+    target = target_images(config.target, shape, adaptation.split_tgt)
+    target = replace(target, data_set=with_labels(target.data_set, config.target.trg_labels, "--trg_labels"))
     for files in (source.with_images_of(root) for root in image_roots or (source.root,)):
         check_samples(files, labels=True, flag="--src_labels", skip=skip)
     check_samples(target, labels=False, skip=skip)
-    prior, prior_name = _prior(config, shape)
-    labelling = Labelling(
-        files=target, classes=shape.num_classes, stride=stride_of(net), normalise=net.network_input,
-        longer_side=adaptation.test_scales, policy="global" if config.method.method == "st" else "cb",
-        reference=adaptation.mode == "reference", prior=prior if prior is None else prior.to(rank.device),
-        prior_name=prior_name, rank=rank, num_workers=workers, skips=skip,
+    labelling = labelling_of(
+        adaptation, target, net, shape, policy="global" if config.method.method == "st" else "cb", rank=rank,
+        num_workers=workers, skips=skip,
     )  # fmt: skip
     side = (config.crops.crop_size, config.crops.crop_size)
     shared = {
@@ -320,15 +315,31 @@ def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple
     return files, roots
 
 
-def _prior(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[Tensor | None, str]:
-    """The spatial prior and a name that tells it from others."""
-    if not config.adaptation.spatial_prior:
-        return None, ""
-    path = Path(config.adaptation.spatial_prior)
-    prior = read_spatial_prior(path)
-    if len(prior) != shape.num_classes:
-        raise UserError(f"--spatial_prior {path} has {len(prior)} classes, the net has {shape.num_classes}")
-    return torch.from_numpy(prior), hashlib.sha256(prior.tobytes()).hexdigest()
+def target_images(target: TargetImages, shape: SegmentationShape, split: str) -> FileList:
+    """The images to label, with the classes that a net of this shape knows."""
+    data_set = for_net_of(find_data_set(target.target, "--target"), shape.num_classes)
+    root = target.trg_data_dir or data_set.default_root
+    return list_images(data_set, root, "--trg_data_dir", split=split, list_file=target.trg_list)
+
+
+def labelling_of(
+    config: LabellingConfig, files: FileList, net: nn.Module, shape: SegmentationShape, *, policy: Policy, rank: Rank,
+    num_workers: int, skips: bool,
+) -> Labelling:  # fmt: skip
+    """How a net labels images. Raises `UserError` for a spatial prior that is none of its classes."""
+    prior, name = None, ""
+    if config.spatial_prior:
+        found = read_spatial_prior(Path(config.spatial_prior))
+        if len(found) != shape.num_classes:
+            raise UserError(
+                f"--spatial_prior {config.spatial_prior} has {len(found)} classes, the net has {shape.num_classes}"
+            )
+        prior, name = torch.from_numpy(found).to(rank.device), hashlib.sha256(found.tobytes()).hexdigest()
+    return Labelling(
+        files=files, classes=shape.num_classes, stride=stride_of(net), normalise=net.network_input,
+        longer_side=config.test_scales, policy=policy, reference=config.mode == "reference", prior=prior,
+        prior_name=name, rank=rank, num_workers=num_workers, skips=skips,
+    )  # fmt: skip
 
 
 def _require_images(method: SelfTraining) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from data_handlers.choices import ON_BAD_IMAGE
 from models.shapes import SMALLEST_CROP
 from training.config import (
     InitConfig,
@@ -13,6 +14,7 @@ from training.config import (
     SourceFiles,
     StartFlags,
     TargetFiles,
+    TargetImages,
     check_common,
 )
 from training.flags import (
@@ -45,8 +47,8 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
-class AdaptationConfig(InitConfig):
-    """The net that is adapted, and how it labels the target."""
+class LabellingConfig:
+    """How a net labels the target."""
 
     mode: str = option(
         "clean", "reference computes as the published code does; docs/uda.md lists the differences",
@@ -59,14 +61,20 @@ class AdaptationConfig(InitConfig):
     test_scales: int | None = option(
         None, "longer side of the images that the net labels, published 1850 (default: each one's own)", type=int
     )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "test_scales")
+
+
+@dataclass(frozen=True)
+class AdaptationConfig(LabellingConfig, InitConfig):
+    """The net that is adapted, and how it labels the target."""
+
     select_by: str = option(
         "none", "keep a best round besides the last one: none, by mIoU on the target's val split, which then is no "
         "test any more, or by the mutual information of the predictions, which needs no labels",
         choices=("none", "miou", "label_free"),
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_positive(self, "test_scales")
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,42 @@ class CropsConfig:
         check_shares(self, "mine_port", "mine_thresh")
         smallest, largest = self.scale_rate_range
         check(smallest <= largest, f"--scale_rate_range {smallest} {largest}: the smallest factor comes first")
+
+
+@dataclass(frozen=True)
+class LabellingFlags(LabellingConfig, TargetImages):
+    """What generate_pseudo_labels.py reads and writes."""
+
+    weights: str = path_option(
+        "", "the net that labels: a run folder, a checkpoint, or a file of the ProCST or CBST authors (required)",
+        metavar="FILE", required=True,
+    )  # fmt: skip
+    output: str = path_option(
+        "", "folder of the labels, PNGs of trainIds with 255 = no label, and of manifest.json; the same command "
+        "continues what was interrupted (required)", metavar="DIR", required=True,
+    )  # fmt: skip
+    portion: float = option(0.2, "portion of the target's pixels that is labelled, --init_tgt_port of train_uda.py")
+    kc_policy: str = option(
+        "cb", "cb: a threshold for each class; global: one for all classes", choices=("cb", "global")
+    )
+    colours: bool = option(False, "write NAME_colour.png beside each label, too")
+    gpus: tuple[str, ...] = option(
+        (), "indices of CUDA devices, or cpu; several share the images, one process each (default: the first GPU, or "
+        "the CPU where there is none)", type=str, nargs="+", metavar="GPU",
+    )  # fmt: skip
+    num_workers: int | None = option(
+        None, "loader processes (default: 6, or as many as CPUs; half of them on a CPU)", type=int
+    )
+    on_bad_image: str = option(
+        "stop", "an image that cannot be used ends the program, or gets no label", choices=ON_BAD_IMAGE
+    )
+
+    first: ClassVar[Sequence[str]] = ("weights", "target", "trg_data_dir", "output", "portion", "kc_policy", "gpus")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(self, "portion")
+        check_not_negative(self, "num_workers")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,13 @@ class PseudoLabels:
     share: float
     skipped: tuple[str, ...]
 
+    def describe(self) -> str:
+        """The labelled share, and the classes that have a threshold."""
+        names = dict(enumerate(self.files.data_set.class_names))
+        reached = [(c, value) for c, value in enumerate(self.thresholds.tolist()) if math.isfinite(value)]
+        listed = ", ".join(f"{names.get(c, f'class {c}')} {value:.3f}" for c, value in reached)
+        return f"{100 * self.share:.1f}% of the target's pixels labelled; {listed}"
+
     def read(self, name: str, size: tuple[int, int]) -> np.ndarray:
         """The label of an image of (W,H), uint8 (H,W). Raises `UserError` as `read_label`."""
         return read_label(label_path(self.folder, name), replace(self.files.data_set, labels="trainids"), size)
@@ -113,8 +120,8 @@ class Labelling:
         Raises:
             UserError: an image cannot be used, none can, or the net has diverged.
         """
-        made_from = self._made_from(net, portion)
-        manifest = self.rank.broadcast(_read_manifest(folder))
+        made_from = self.made_from(net, portion)
+        manifest = self.rank.broadcast(read_manifest(folder))
         with exact_convolutions(), in_eval_mode(net):
             if manifest.get("made_from") != made_from:
                 manifest = {"made_from": made_from, **self._thresholds(probabilities, portion, check)}
@@ -136,7 +143,7 @@ class Labelling:
 
     def read(self, folder: Path, thresholds: Tensor) -> PseudoLabels:
         """The labels of a finished pass. Raises `UserError` where they are not those with these thresholds."""
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         labels = manifest.get("labels", {})
         sound = set(labels) == set(self.files.images) and torch.equal(_thresholds_of(manifest), thresholds)
         sums = {name: labels[name]["sha256"] for name in labels if sound and "sha256" in labels[name]}
@@ -156,7 +163,8 @@ class Labelling:
         minutes = 3 * (time.perf_counter() - started) * len(self.files) / self.rank.count / 60
         return f"labelling {len(self.files)} images: {minutes:.1f} min"
 
-    def _made_from(self, net: nn.Module, portion: float) -> dict[str, Any]:
+    def made_from(self, net: nn.Module, portion: float) -> dict[str, Any]:
+        """What labels follow from, as the manifest says it."""
         return {
             "weights": weights_fingerprint(net), "images": self.files.fingerprint(), "portion": portion,
             "policy": self.policy, "reference": self.reference, "longer_side": self.longer_side,
@@ -251,7 +259,7 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; empty where it is missing or damaged."""
     try:
         return dict(read_json(folder / MANIFEST))
