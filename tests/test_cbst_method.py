@@ -17,6 +17,7 @@ from commands import assert_same_tensors, command, source_flags, stop_at
 from data_handlers.classes import CITYSCAPES_16_IDS, SYNTHIA_16_IDS
 from data_handlers.datasets import DATA_SETS, for_net_of
 from data_handlers.spatial_prior import read_spatial_prior
+from nets import save_net
 from refusals import check_refusal, tree
 from training.checkpoint import load_checkpoint
 from uda import labelling
@@ -150,13 +151,56 @@ def test_a_stop_in_a_labelling_pass_and_one_in_a_step(world, source_net, adapted
     with monkeypatch.context() as patch:
         stop_at(patch, SelfTraining, 1, 1)
         assert run_script(train_uda, *flags).code == 75
-    label = next((tmp_path / "run/pseudo_labels/round_1").rglob("*.png"))
-    pixels = label.read_bytes()
-    label.write_bytes(pixels[:-20] + bytes(20))
-    check_refusal(run_script(train_uda, *flags), "round_1: the pseudo-labels of this round are missing or were changed")
-    label.write_bytes(pixels)
     assert run_script(train_uda, *flags).code == 0
     assert_same_run(tmp_path / "run", adapted)
+
+
+def change_a_label(folder):
+    label = next(folder.rglob("*.png"))
+    label.write_bytes(label.read_bytes()[:-20] + bytes(20))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(("lose", "lost"), [
+    (change_a_label, 1), (lambda folder: next(folder.rglob("*.png")).unlink(), 1),
+    (lambda folder: (folder / MANIFEST).unlink(), 4), (shutil.rmtree, 4),
+], ids=["a changed label", "a missing label", "no manifest", "nothing"])  # fmt: skip
+def test_lost_labels_of_a_round_in_training_are_made_again(
+    world, source_net, adapted, tmp_path, run_script, monkeypatch, stage, lose, lost
+):
+    """By the net that the round began with, in a single pass; the run ends with the same bits."""
+    run, calls, real = tmp_path / "run", [], labelling.confidence_map
+    flags = flags_for(world, source_net, run)
+    with monkeypatch.context() as patch:
+        stop_at(patch, SelfTraining, stage, 1)
+        assert run_script(train_uda, *flags).code == 75
+    lose(run / f"pseudo_labels/round_{stage}")
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling, "confidence_map", lambda *a, **k: calls.append(1) or real(*a, **k))
+        result = run_script(train_uda, *flags)
+    assert result.code == 0, result.err
+    assert len(calls) == lost + (0 if stage else 12)  # and the pass of the next round
+    assert_same_run(run, adapted)
+
+
+def test_lost_labels_that_cannot_be_made_again_are_refused(world, source_net, tmp_path, run_script, monkeypatch):
+    run, net = tmp_path / "run", shutil.copy(source_net, tmp_path / "net.pth")
+    flags = flags_for(world, net, run)
+    with monkeypatch.context() as patch:
+        stop_at(patch, SelfTraining, 0, 1)
+        assert run_script(train_uda, *flags).code == 75
+    change_a_label(run / "pseudo_labels/round_0")
+    lost = "round_0: the pseudo-labels of this round are missing or were changed"
+    save_net(net)
+    check_refusal(run_script(train_uda, *flags), lost, "by another net; restore them, or start again")
+    net.unlink()
+    check_refusal(run_script(train_uda, *flags), lost, f"the net that made them, {net}: no such file")
+    shutil.copy(source_net, net)
+    manifest = json.loads((run / "pseudo_labels/round_0" / MANIFEST).read_text())
+    for entry in manifest["labels"].values():
+        entry["sha256"] = "0" * 64
+    (run / "pseudo_labels/round_0" / MANIFEST).write_text(json.dumps(manifest))
+    check_refusal(run_script(train_uda, *flags), lost, "and come out differently")
 
 
 def test_a_dry_run_writes_nothing(world, source_net, tmp_path, run_script, monkeypatch):

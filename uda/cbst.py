@@ -30,12 +30,12 @@ from training.distributed import Rank, all_reduce_and_step, backward_in_passes, 
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
 from training.run_folder import Continued
-from training.segmentation_files import trainable_net
+from training.segmentation_files import load_segmentation_net, trainable_net
 from training.validation import Validator, scored_classes
 from uda.cbst_config import TRAIN_FIRST, CropsConfig, LabellingConfig, SelfTrainingConfig
 from uda.cbst_optimisation import freeze_statistics, mean_cross_entropy, self_training_optimizer
 from uda.cbst_schedule import Portion, rate_of_round, source_count, source_seed, source_subset
-from uda.labelling import Labelling, Probabilities, PseudoLabels
+from uda.labelling import LOST, RESTORE, Labelling, Probabilities, PseudoLabels
 from uda.mining import NOMINAL_SIZE, Cropping, MinedClasses, draw, make_sample, mined_classes
 from uda.thresholds import Policy
 from utils.devices import to_device, workers_for
@@ -91,7 +91,7 @@ class SelfTraining(Method):
 
     Attributes:
         labels: of the round in training; None before its labelling pass.
-        thresholds: of this pass, float64 (C,); empty before it.
+        made: what this pass has made (`PseudoLabels.made`); empty before it.
     """
 
     name: ClassVar[str] = "cbst"
@@ -106,7 +106,7 @@ class SelfTraining(Method):
         self.net, self.shape, self.labelling = net, shape, labelling
         self.run = Runner(config.run.precision)
         self.labels: PseudoLabels | None = None
-        self.thresholds = torch.empty(0, dtype=torch.float64)
+        self.made: dict[str, Any] = {}
         rounds, reference = config.rounds, config.adaptation.mode == "reference"
         target_port = Portion(rounds.init_tgt_port, rounds.step_tgt_port, rounds.max_tgt_port)
         source_port = Portion(rounds.init_src_port, rounds.step_src_port, rounds.max_src_port)
@@ -141,32 +141,45 @@ class SelfTraining(Method):
             self.net, rate=rate, weight_decay=rounds.weight_decay, momentum=rounds.momentum
         )
         self.modules, self.optimizers = {NET: self.net}, {NET: optimizer}
-        self.labels, self.thresholds = None, torch.empty(0, dtype=torch.float64)
+        self.labels, self.made = None, {}
 
     def prepare_stage(self, stage: int, folder: Path | None, check: Callable[[], None]) -> str:
-        """The labelling pass; of a round in training the labels that were made."""
+        """The labelling pass; of a round in training the labels that were made, again where they are lost."""
         if folder is None:
             return self.labelling.measure(probabilities_of(self.net, self.dtype), self.net)
-        labels = folder / LABELS / f"round_{stage}"
-        if len(self.thresholds):
-            self.labels = self.labelling.read(labels, self.thresholds)
+        labels, net = folder / LABELS / f"round_{stage}", self.net
+        if self.made and (found := self.labelling.read(labels, self.made)):
+            self.labels = found
             return ""
-        probabilities = probabilities_of(self.net, self.dtype)
-        self.labels = self.labelling.run(self.net, probabilities, labels, self.portions[stage], check)
-        self.thresholds = self.labels.thresholds
+        if self.made:
+            net = self._start_of(stage, folder, labels)
+        self.labels = self.labelling.run(
+            net, probabilities_of(net, self.dtype), labels, self.portions[stage], check, self.made or None
+        )
+        self.made = self.labels.made
         return f"round {stage}: {self.labels.describe()}"
+
+    def _start_of(self, stage: int, folder: Path, labels: Path) -> nn.Module:
+        """The net that a round began with, which made its labels."""
+        path = folder / self.stages()[stage - 1].keep_as if stage else Path(self.config.adaptation.init)
+        try:
+            net = load_segmentation_net(path, "the net that made them,")[1]
+        except UserError as error:
+            raise UserError(f"{labels}: {LOST}; {error}; {RESTORE}") from None
+        channels_last(net.to(self.device, self.dtype))
+        return net
 
     def eval_net(self) -> nn.Module | None:
         """The net in training."""
         return self.modules.get(NET)
 
     def state_dict(self) -> dict[str, Any]:
-        """The thresholds of the round in training, which tell its labels from others."""
-        return {"thresholds": self.thresholds}
+        """What the labels of the round in training were made from, their thresholds, and the classes' sizes."""
+        return {"made": self.made}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.thresholds = state["thresholds"]
+        self.made = state["made"]
 
     def inputs(self) -> dict[str, str]:
         """As of every method, and the prior."""
@@ -182,7 +195,7 @@ class SelfTraining(Method):
         labels, mined = self.labels, MinedClasses((), ())
         target = labels.files if labels else self.domains["target"].files
         if labels:
-            mined = mined_classes(labels.sizes, number=crops.mine_id_number, share=crops.mine_thresh)
+            mined = mined_classes(np.array(labels.made["sizes"]), number=crops.mine_id_number, share=crops.mine_thresh)
         return RoundSamples(
             domain=source, stage=stage, per_epoch=self.stages()[stage].steps_per_epoch * rounds.batch_size,
             epoch_length=len(chosen) + len(target), chosen=chosen, target=target, labels_of_target=labels,

@@ -36,6 +36,8 @@ from utils.files import atomic_write, atomic_write_json, read_json, remove_lefto
 from utils.tensor_files import weights_fingerprint
 
 MANIFEST = "manifest.json"
+LOST = "the pseudo-labels of this round are missing or were changed"
+RESTORE = "restore them, or start again"
 Check = Callable[[], None]
 Probabilities = Callable[[Tensor], Tensor]
 
@@ -47,23 +49,22 @@ class PseudoLabels:
     Attributes:
         files: the images that have one.
         folder: of the PNGs, trainIds with 255 = not labelled.
-        thresholds: float64 (C,), infinity for a class without one.
-        sizes: int64 (C,), of the classes among the predictions.
+        made: plain values: what they were made from, the thresholds (None for a class without one), and the sizes of
+            the classes among the predictions.
         share: of the pixels that are labelled.
         skipped: what was wrong with images that have none.
     """
 
     files: FileList
     folder: Path
-    thresholds: Tensor
-    sizes: np.ndarray
+    made: dict[str, Any]
     share: float
     skipped: tuple[str, ...]
 
     def describe(self) -> str:
         """The labelled share, and the classes that have a threshold."""
         names = dict(enumerate(self.files.data_set.class_names))
-        reached = [(c, value) for c, value in enumerate(self.thresholds.tolist()) if math.isfinite(value)]
+        reached = [(c, value) for c, value in enumerate(self.made["thresholds"]) if value is not None]
         listed = ", ".join(f"{names.get(c, f'class {c}')} {value:.3f}" for c, value in reached)
         return f"{100 * self.share:.1f}% of the target's pixels labelled; {listed}"
 
@@ -108,23 +109,29 @@ class Labelling:
     skips: bool
 
     def run(
-        self, net: nn.Module, probabilities: Probabilities, folder: Path, portion: float, check: Check
-    ) -> PseudoLabels:
+        self, net: nn.Module, probabilities: Probabilities, folder: Path, portion: float, check: Check,
+        made: Mapping[str, Any] | None = None,
+    ) -> PseudoLabels:  # fmt: skip
         """Label all images. What an interrupted pass of the same net has left in `folder` is kept.
 
         Args:
             probabilities: of the net, for `confidence_map`.
             portion: of the pixels to label.
             check: called for every image; may raise.
+            made: of a finished pass of this net, whose labels are made again where they are missing or changed.
 
         Raises:
-            UserError: an image cannot be used, none can, or the net has diverged.
+            UserError: an image cannot be used, none can, or the net has diverged; the labels are not those of `made`.
         """
         made_from = self.made_from(net, portion)
+        wanted = {"made_from": made_from} if made is None else made
         manifest = self.rank.broadcast(read_manifest(folder))
+        recorded = manifest.get("labels", {})
         with exact_convolutions(), in_eval_mode(net):
-            if manifest.get("made_from") != made_from:
-                manifest = {"made_from": made_from, **self._thresholds(probabilities, portion, check)}
+            if wanted["made_from"] != made_from:
+                raise UserError(f"{folder}: {LOST} by another net; {RESTORE}")
+            if not wanted.items() <= manifest.items():
+                recorded, manifest = {}, {**wanted, **({} if made else self._thresholds(probabilities, portion, check))}
                 if self.rank.is_main:
                     shutil.rmtree(folder, ignore_errors=True)
                     folder.mkdir(parents=True)
@@ -135,24 +142,23 @@ class Labelling:
             self.rank.barrier()
             parts = self.rank.gather(self._write(probabilities, folder, manifest, check))
         labels = {name: found for part in parts for name, found in part.items()}
+        if made and any(recorded.get(name, entry) != entry for name, entry in labels.items()):
+            raise UserError(f"{folder}: {LOST}, and come out differently; {RESTORE}")
         manifest |= {"labels": {name: labels[name] for name in self.files.images}}
         if self.rank.is_main:
             atomic_write_json(folder / MANIFEST, manifest)
         self.rank.barrier()
         return self._found(folder, manifest)
 
-    def read(self, folder: Path, thresholds: Tensor) -> PseudoLabels:
-        """The labels of a finished pass. Raises `UserError` where they are not those with these thresholds."""
+    def read(self, folder: Path, made: Mapping[str, Any]) -> PseudoLabels | None:
+        """The labels of a finished pass, None where some are not those that `made` tells of."""
         manifest = read_manifest(folder)
         labels = manifest.get("labels", {})
-        sound = set(labels) == set(self.files.images) and torch.equal(_thresholds_of(manifest), thresholds)
+        sound = set(labels) == set(self.files.images) and made.items() <= manifest.items()
         sums = {name: labels[name]["sha256"] for name in labels if sound and "sha256" in labels[name]}
         own = [name for name in sums if name in set(self.files.images[self.rank.index :: self.rank.count])]
-        if not sound or any(checksum(label_path(folder, name)) != sums[name] for name in own):
-            raise UserError(
-                f"{folder}: the pseudo-labels of this round are missing or were changed; restore them, or start again"
-            )
-        return self._found(folder, manifest)
+        sound = sound and all(checksum(label_path(folder, name)) == sums[name] for name in own)
+        return None if self.rank.all_reduce_max(int(not sound)) else self._found(folder, manifest)
 
     def measure(self, probabilities: Probabilities, net: nn.Module) -> str:
         """A line about the time that a pass takes, from one image; nothing is written."""
@@ -248,8 +254,8 @@ class Labelling:
         images = tuple(name for name in self.files.images if "sha256" in labels[name])
         labelled, pixels = (sum(labels[name][key] for name in images) for key in ("labelled", "pixels"))
         return PseudoLabels(
-            files=replace(self.files, images=images), folder=folder, thresholds=_thresholds_of(manifest),
-            sizes=np.array(manifest["sizes"]), share=labelled / max(pixels, 1),
+            files=replace(self.files, images=images), folder=folder, share=labelled / max(pixels, 1),
+            made={name: value for name, value in manifest.items() if name != "labels"},
             skipped=tuple(entry["skipped"] for entry in labels.values() if "skipped" in entry),
         )  # fmt: skip
 
