@@ -55,10 +55,10 @@ COLOURS = {7: (90, 90, 100), 11: (60, 120, 70), 26: (150, 60, 60)}
 
 
 def write_learnable_world(root: Path, seed: int) -> Path:
-    """Labelled source images of three classes with a colour each, and target images in a strong orange light."""
+    """Labelled source images of three classes with a colour each, target images in an orange light, of which the
+    training images without labels have it in full, and images of any strength of it in a labelled second target."""
     rng = np.random.default_rng(seed)
-    source = root / "gta"
-    target = root / "cityscapes" / "leftImg8bit" / "train" / "town"
+    source, target = root / "gta", root / "cityscapes" / "leftImg8bit" / "train" / "town"
     for folder in (source / "images", source / "labels", target):
         folder.mkdir(parents=True)
     for k in range(14):
@@ -66,9 +66,22 @@ def write_learnable_world(root: Path, seed: int) -> Path:
         Image.fromarray(pixels).save(source / "images" / f"{k:05d}.png")
         Image.fromarray(ids).save(source / "labels" / f"{k:05d}.png")
     for k in range(8):
-        light = 255 - (255 - _scene(rng)[0]) * np.array([0.3, 0.6, 0.9])
-        Image.fromarray(light.astype(np.uint8)).save(target / f"town_{k:06d}_000019_leftImg8bit.png")
+        _in_light(_scene(rng)[0], 1.0).save(target / f"town_{k:06d}_000019_leftImg8bit.png")
+    for split, count in (("train", 16), ("val", 6)):
+        folders = [root / "evening" / kind / split / "town" for kind in ("leftImg8bit", "gtFine")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        for k in range(count):
+            pixels, ids = _scene(rng)
+            _in_light(pixels, rng.uniform()).save(folders[0] / f"town_{k:06d}_000019_leftImg8bit.png")
+            Image.fromarray(ids).save(folders[1] / f"town_{k:06d}_000019_gtFine_labelIds.png")
     return root
+
+
+def _in_light(pixels: np.ndarray, strength: float) -> Image.Image:
+    """The picture in an orange light of a strength in [0,1]."""
+    light = 255 - (255 - pixels) * (1 - strength * (1 - np.array([0.3, 0.6, 0.9])))
+    return Image.fromarray(light.astype(np.uint8))
 
 
 def _scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +106,7 @@ class Case:
         has_dropout: several processes do not draw what one process draws.
         learning: flags with which it learns in the world of `write_learnable_world` in a few steps; empty if that is
             not tested in this setting.
+        adapts: a source net of a few steps is trained before, which the method starts from.
         stops: (stage, step) after which a run is stopped: within a stage, at the end of one, before a validation.
     """
 
@@ -103,6 +117,7 @@ class Case:
     change: Callable[[Any], None] = lambda method: None
     has_dropout: bool = False
     learning: Mapping[str, Any] = field(default_factory=dict)
+    adapts: bool = False
 
     def prepared(self, world: Path, rank: Rank | None = None, **changes: Any) -> Any:
         """The method, with its validator."""
@@ -186,10 +201,18 @@ def self_training(method: str, flags: Mapping[str, Any] | None = None, **more: A
     """Self-training of two rounds with 4 and 4 steps."""
     flags = {**SELF_TRAINING, "method": method, **(flags or {})}
     stops = ((0, 1), (0, 4), (1, 2))
-    return Case(config=SelfTrainingConfig, prepare=prepare_self_training, flags=flags, stops=stops, **more)
+    return Case(
+        config=SelfTrainingConfig, prepare=prepare_self_training, flags=flags, stops=stops, adapts=True, **more
+    )  # fmt: skip
 
 
+SHORT = {"batch_size": 4, "val_count": 4, "validation_rate": 15, "lr_semseg": 2e-2}
 LEARNABLE = {"src_resize": (48, 32), "crop_size": (48, 32)}
+ADAPTABLE = {
+    "trg_data_dir": "{world}/evening", "num_round": 4, "batch_size": 4, "base_lr": 2e-2, "crop_size": 32,
+    "epoch_per_round": 3, "init_tgt_port": 0.3, "step_tgt_port": 0.2, "max_tgt_port": 0.9, "init_src_port": 1.0,
+    "mine_port": 0.5, "select_by": "none",
+}  # fmt: skip
 CASES = {
     "procst-group": procst(no_semseg=True, norm=("group",), learning={
         **LEARNABLE, "crop_size": (32, 24), "trg_resize": (48, 32), "num_scales": 0, "batch_size_list": (2,),
@@ -198,12 +221,12 @@ CASES = {
     "procst-batch": procst(no_semseg=True, norm=("batch",)),
     "procst-labels": procst(norm=("group",), **LABELS),
     "source-unet": source(learning={
-        **LEARNABLE, "num_steps": 15, "batch_size": 4, "val_count": 4, "validation_rate": 15, "lr_semseg": 2e-2,
+        **LEARNABLE, "num_steps": 15, **SHORT,
     }),
     "source-dropout": source(change=_with_dropout, has_dropout=True, stops=((0, 3), (0, 6))),
     "source-batchnorm": source(change=_with_batch_norm),
-    "st": self_training("st"),
-    "cbst": self_training("cbst", {"select_by": "miou"}),
+    "st": self_training("st", learning=ADAPTABLE),
+    "cbst": self_training("cbst", {"select_by": "miou"}, learning=ADAPTABLE),
     "cbst-dropout": self_training("cbst", change=_with_dropout, has_dropout=True),
     "cbst-sp-reference": self_training(
         "cbst-sp", {"spatial_prior": "{world}/prior.mat", "mode": "reference"}, change=_with_batch_norm

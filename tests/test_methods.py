@@ -13,7 +13,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.domain_distance import GaussianFit, frechet_distance
-from methods import CASES, run_quietly, steps_of, write_learnable_world, write_world
+from methods import (
+    CASES,
+    LEARNABLE,
+    SHORT,
+    SOURCE_NET,
+    run_quietly,
+    steps_of,
+    write_learnable_world,
+    write_world,
+)
 from processes import in_processes
 from training.checkpoint import LATEST, load_checkpoint, read_newest
 from training.loop import Loop
@@ -153,6 +162,8 @@ def test_every_trainable_tensor_is_in_one_group_and_moves(world, tmp_path, case)
 def test_learning(tmp_path, case, seed):
     """A segmentation net comes to predict held-out labels, and a translator comes closer to the target."""
     world = write_learnable_world(tmp_path, seed)
+    if CASES[case].adapts:
+        train_short_source_net(world, seed)
     method = CASES[case].prepared(world, manual_seed=seed, **CASES[case].learning)
     validator = method.validator
     loop = Loop(method=method, folder=tmp_path)
@@ -165,6 +176,14 @@ def test_learning(tmp_path, case, seed):
         images = {name: colours(image) for name, image in method.images().items()}
         untranslated, translated = (frechet_distance(images[name], images["target"]) for name in ("source", "SiT"))
         assert translated < 0.5 * untranslated
+
+
+def train_short_source_net(world, seed):
+    """Eight steps on the source, in which a net learns that there are three classes, and hardly more."""
+    flags = {**LEARNABLE, **SHORT, "num_steps": 8, "validation_rate": 8}
+    loop = Loop(method=CASES["source-unet"].prepared(world, manual_seed=seed, **flags), folder=world)
+    run_quietly(loop)
+    (world / LATEST).rename(world / SOURCE_NET)
 
 
 def colours(images):
