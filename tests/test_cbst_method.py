@@ -14,8 +14,8 @@ import evaluate
 import make_spatial_prior
 import train_uda
 from commands import assert_same_tensors, command, source_flags, stop_at
-from data_handlers.classes import CITYSCAPES_16_IDS, SYNTHIA_16_IDS
-from data_handlers.datasets import DATA_SETS, for_net_of
+from data_handlers.classes import CITYSCAPES_16_IDS, SYNTHIA_16, SYNTHIA_16_IDS
+from data_handlers.datasets import DATA_SETS, for_net_of, with_labels
 from data_handlers.spatial_prior import read_spatial_prior
 from refusals import check_refusal, tree
 from training.checkpoint import load_checkpoint
@@ -248,6 +248,10 @@ def test_a_net_of_16_classes_sees_those_of_synthia():
         assert found.id_map == ids
         assert found.void_ids | ids.keys() == whole.void_ids | whole.id_map.keys()
         assert for_net_of(whole, 19) is whole
+        assert (found.class_names[9], found.colours[9], found.categories["nature"]) == ("sky", (70, 130, 180), (8,))
+    told = for_net_of(with_labels(DATA_SETS["synthia"], "trainids", "--src_labels"), 16)
+    assert told.value_map == {c: k for k, c in enumerate(SYNTHIA_16)}
+    assert (told.storage, told.ignored_values) == ("8-bit index", {9, 14, 16, 255})
 
 
 def test_no_labels_of_the_target_are_needed_but_to_select_by_them(world, source_net, tmp_path, run_script):

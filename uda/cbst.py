@@ -252,8 +252,8 @@ def prepare_self_training(config: SelfTrainingConfig, rank: Rank, continued: Con
     workers = workers_for(config.loader.num_workers, rank.device, rank.count)
     shape, net = _net(config, continued)
     source, image_roots = _source_files(config, shape)
-    known = for_net_of(find_data_set(config.target.target, "--target"), shape.num_classes)
-    target_set = with_labels(known, config.target.trg_labels, "--trg_labels")
+    target_set = with_labels(find_data_set(config.target.target, "--target"), config.target.trg_labels, "--trg_labels")
+    target_set = for_net_of(target_set, shape.num_classes)
     adaptation = config.adaptation
     target = list_images(
         target_set, config.target.trg_data_dir or target_set.default_root, "--trg_data_dir", split=adaptation.split_tgt,
@@ -303,8 +303,8 @@ def _net(config: SelfTrainingConfig, continued: Continued | None) -> tuple[Segme
 def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[FileList, tuple[Path, ...]]:
     """The labelled source images, and the folders with images in place of theirs."""
     data, images = config.source, config.images
-    known = for_net_of(with_split(find_data_set(data.source, "--source"), data.src_split), shape.num_classes)
-    data_set = with_labels(known, data.src_labels, "--src_labels")
+    data_set = with_split(find_data_set(data.source, "--source"), data.src_split)
+    data_set = for_net_of(with_labels(data_set, data.src_labels, "--src_labels"), shape.num_classes)
     if not data_set.has_labels:
         raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
     origin = f"--weights {config.adaptation.weights}"
