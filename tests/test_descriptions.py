@@ -378,15 +378,19 @@ def test_nothing_asks_for_labels_without_label_losses(world, tmp_path, run_scrip
 
 
 @pytest.mark.slow
-def test_a_sit_set_of_jpeg_images_is_read_by_the_same_description(frames, run_script, tmp_path):
+@pytest.mark.parametrize("pattern", ["**/rgb/*.jpg", "**/rgb/*.{jpg,jpeg}", "**/rgb/*.[jJ][pP]*[gG]"])
+def test_a_sit_set_of_jpeg_images_is_read_by_the_same_description(frames, run_script, tmp_path, pattern):
+    described(tmp_path, OWN_DESCRIPTION.replace("**/rgb/*.jpg", pattern), "frames.toml")
+    if "{" in pattern:
+        (frames / "frames/b/c/rgb/0003.jpg").rename(frames / "frames/b/c/rgb/0003.jpeg")
     own = find_data_set("frames.toml", "--source")
     source = list_images(own, "frames", "--src_data_dir")
-    for name in source.images:
-        path = (frames / "sit" / name).with_suffix(".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise_image(SIZE, 9).save(path)
+    translators = {"gpus": "cpu", "translator": "histogram", "source": "frames.toml", "target": "photos",
+                   "num_workers": 0, "sit_output_path": "sit"}  # fmt: skip
+    result = run_script(create_sit_dataset, *command(translators))
+    assert result.code == 0, result.err
     files = list_images(own, "sit", "--src_data_dir")
-    assert files.images == source.images
+    assert [name.rpartition(".")[0] for name in files.images] == [name.rpartition(".")[0] for name in source.images]
     assert files.image_file(files.images[0]).suffix == ".png"
     for changes in ({"source_images": "sit", "cache_dir": "cache"}, {"src_data_dir": "sit", "src_label_dir": "frames"}):
         flags = {"source": "frames.toml", "src_data_dir": None, "val_count": None, "src_resize": SIZE,
@@ -402,6 +406,9 @@ def test_a_sit_set_of_jpeg_images_is_read_by_the_same_description(frames, run_sc
     listed = frames / "list.txt"
     listed.write_text(source.images[3])
     assert list_images(own, "sit", "--src_data_dir", list_file=str(listed)).images == source.images[3:4]
+    listed.write_text("\n".join(source.images[-2:]))
+    split = train_and_validation(own, "sit", "--src_data_dir", val_list=str(listed), label_root="frames")
+    assert list(map(len, split)) == [8, 2]
 
 
 def test_ids_of_the_toolkit_are_known_by_name(tmp_path):

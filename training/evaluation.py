@@ -151,7 +151,7 @@ def _encoder(wanted: str, data_set: DataSet, num_classes: int) -> Callable[[np.n
     """What makes the pixels of a file from predicted trainIds, from `--prediction_format`."""
     ids = LABEL_IDS.get(data_set.class_names) if num_classes == len(data_set.class_names) else None
     if wanted == "labelids" and not ids:
-        raise UserError("--prediction_format labelids: these are not Cityscapes' classes; use trainids or colour")
+        raise UserError(f"--prediction_format labelids: {data_set.name} has other classes; use trainids or colour")
     if wanted == "colour":
         return partial(colourise, colours=data_set.colours)
     return partial(to_data_set_ids, id_map=ids) if ids and wanted != "trainids" else np.asarray
