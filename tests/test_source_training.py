@@ -30,6 +30,7 @@ from training.segmentation_files import load_segmentation_net
 from training.validation import Validator
 from uda.source import SourceTraining, poly_rate
 from utils.errors import UserError
+from worlds import write_own_description
 
 pytestmark = pytest.mark.slow
 
@@ -184,11 +185,7 @@ def test_a_damaged_best_net_does_not_end_the_training(world, tmp_path, run_scrip
     [("gta5", 16, " --num_classes 16"), ("own.toml", None, ""), ("own.toml", 19, " --num_classes 19")],
 )
 def test_the_line_that_uses_the_net_fits_it(world, tmp_path, run_script, source, num_classes, said):
-    (tmp_path / "own.toml").write_text(
-        'classes = ["a", "b", "c", "d"]\n[images]\ntrain = ["images/*.png"]\n[labels]\n'
-        'replace = [["images/", "labels/"]]\nmap = { 7 = 0, 8 = 1, 11 = 2, 21 = 3 }\n'
-    )
-    source = source if source == "gta5" else tmp_path / source
+    source = source if source == "gta5" else write_own_description(tmp_path / source)
     flags = source_flags(world, tmp_path, source=source, num_classes=num_classes, num_steps=1)
     result = run_script(train_semseg_on_source, *flags)
     assert result.code == 0, result.err

@@ -58,6 +58,15 @@ def write_synthia(root, count=4, size=(48, 32), seed=0):
     return root
 
 
+def write_own_description(path):
+    """Four classes of labels in GTA5's layout."""
+    path.write_text(
+        'classes = ["a", "b", "c", "d"]\n[images]\ntrain = ["images/*.png"]\n[labels]\n'
+        'replace = [["images/", "labels/"]]\nmap = { 7 = 0, 8 = 1, 11 = 2, 21 = 3 }\n'
+    )
+    return path
+
+
 def write_cityscapes(root, count=5, size=(48, 32), seed=100, split="train", city="town", labels=True):
     images, targets = (root / kind / split / city for kind in ("leftImg8bit", "gtFine"))
     images.mkdir(parents=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data_handlers.classes import IGNORE
-from data_handlers.datasets import find_data_set, for_net_of, with_labels, with_split
+from data_handlers.datasets import DataSet, find_data_set, for_net_of, with_labels, with_split
 from data_handlers.domain import Domain, DomainBatch, Samples
 from data_handlers.images import read_label, read_pixels
 from data_handlers.labelled import check_samples
@@ -70,7 +70,7 @@ class RoundSamples(Samples):
         is_target = index >= len(self.chosen)
         files = self.target if is_target else self.drawn(self.domain.lists, position)
         name = files.images[index - len(self.chosen) if is_target else self.chosen[index]]
-        pixels = read_pixels(files.root / name)
+        pixels = read_pixels(files.image_file(name))
         size = pixels.shape[1::-1]
         if not is_target:
             label = read_label(files.label_file(name), files.data_set, size)
@@ -253,7 +253,7 @@ def prepare_self_training(config: SelfTrainingConfig, rank: Rank, continued: Con
     shape, net = _net(config, continued)
     source, image_roots = _source_files(config, shape)
     target_set = with_labels(find_data_set(config.target.target, "--target"), config.target.trg_labels, "--trg_labels")
-    target_set = for_net_of(target_set, shape.num_classes)
+    target_set = _of_source(for_net_of(target_set, shape.num_classes), source.data_set, shape.num_classes)
     adaptation = config.adaptation
     target = list_images(
         target_set, config.target.trg_data_dir or target_set.default_root, "--trg_data_dir", split=adaptation.split_tgt,
@@ -317,6 +317,17 @@ def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple
     for root in roots:
         require_images(files.with_images_of(root), "--source_images")
     return files, roots
+
+
+def _of_source(target: DataSet, source: DataSet, num_classes: int) -> DataSet:
+    """The target's declaration with the source's classes, which the net predicts; labels of others are not read."""
+    if target.class_names != source.class_names:
+        target = replace(
+            target, label_path=(), other_label_paths=(), label_suffix="", id_map={}, classes=source.classes,
+            colours=source.colours,
+        )  # fmt: skip
+    more = (f"class {k}" for k in range(len(source.class_names), num_classes))
+    return replace(target, class_names=(*source.class_names, *more))
 
 
 def _prior(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[Tensor | None, str]:
