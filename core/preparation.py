@@ -8,7 +8,7 @@ from torch import nn
 
 from core.config import ProCSTConfig
 from core.procst import ProCST
-from data_handlers.datasets import DataSet, find_data_set, with_labels, with_split
+from data_handlers.datasets import DataSet, find_data_set, for_net_of, with_labels, with_split
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_labels
@@ -68,6 +68,7 @@ def _file_lists(config: ProCSTConfig) -> tuple[FileList, FileList]:
     source_set = with_split(find_data_set(config.source.source, "--source"), config.source.src_split)
     source_set = with_labels(source_set, config.source.src_labels, "--src_labels")
     target_set = with_labels(find_data_set(config.target.target, "--target"), config.target.trg_labels, "--trg_labels")
+    source_set, target_set = (for_net_of(one, config.net.num_classes) for one in (source_set, target_set))
     source = list_images(source_set, config.source.src_data_dir, "--src_data_dir", list_file=config.source.src_list)
     target = list_images(target_set, config.target.trg_data_dir, "--trg_data_dir", list_file=config.target.trg_list)
     if not config.labels.no_semseg:
@@ -106,7 +107,7 @@ def _load_seg_source(config: ProCSTConfig) -> nn.Module:
 def _training_command(config: ProCSTConfig) -> str:
     """The command that trains P for a run."""
     source, weights = config.source, config.labels.semseg_weights
-    words = ["--source", source.source, "--src_data_dir", source.src_data_dir, *config.net.shape().flags()]
+    words = ["--source", source.source, "--src_data_dir", source.src_data_dir, *config.net.shape().flags(source.source)]
     if Path(weights) != Path(default_semseg_weights(source.source)).absolute():
         words += ["--output", weights]
     return shlex.join(["python", "train_semseg_on_source.py", *words])

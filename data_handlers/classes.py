@@ -30,6 +30,7 @@ CLASS_COLOURS = (
 ALL_19 = tuple(range(19))
 SYNTHIA_16 = tuple(i for i in ALL_19 if CLASS_NAMES[i] not in ("terrain", "truck", "train"))
 SYNTHIA_13 = tuple(i for i in SYNTHIA_16 if CLASS_NAMES[i] not in ("wall", "fence", "pole"))
+CLASS_NAMES_16 = tuple(CLASS_NAMES[c] for c in SYNTHIA_16)
 
 # Data set id -> trainId 0..15 of the classes of SYNTHIA_16, for nets of 16 classes.
 CITYSCAPES_16_IDS = {i: SYNTHIA_16.index(t) for i, t in CITYSCAPES_IDS.items() if t in SYNTHIA_16}

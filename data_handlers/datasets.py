@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_handlers.choices import LABELS, Labels
-from data_handlers.classes import ALL_19, CLASS_COLOURS, CLASS_NAMES, IGNORE, SYNTHIA_16
+from data_handlers.classes import ALL_19, CLASS_COLOURS, CLASS_NAMES, CLASS_NAMES_16, IGNORE, SYNTHIA_16
 from data_handlers.descriptions import FOLDER as DESCRIPTIONS
 from data_handlers.descriptions import ListFile, read_description
 from utils.errors import UserError
@@ -133,15 +133,22 @@ def with_labels(data_set: DataSet, labels: str, flag: str) -> DataSet:
 
 
 def for_net_of(data_set: DataSet, num_classes: int) -> DataSet:
-    """The data set as a net of `num_classes` sees it: one of 16 has SYNTHIA's 16 of the 19 classes as 0..15."""
+    """The data set as a net of `num_classes` sees it: one of 16 has SYNTHIA's 16 of the 19 classes as 0..15.
+
+    Label files that hold trainIds hold those of the 19 classes, so they are mapped as ids.
+    """
     if num_classes != len(SYNTHIA_16) or data_set.class_names != CLASS_NAMES:
         return data_set
-    ids = {i: SYNTHIA_16.index(train_id) for i, train_id in data_set.id_map.items() if train_id in SYNTHIA_16}
-    void = None if data_set.void_ids is None else data_set.void_ids | (data_set.id_map.keys() - ids.keys())
-    names = tuple(CLASS_NAMES[c] for c in SYNTHIA_16)
+    own = {train_id: k for k, train_id in enumerate(SYNTHIA_16)}
+    values, ignored = data_set.value_map, data_set.ignored_values
+    ids = {value: own[train_id] for value, train_id in values.items() if train_id in own}
+    groups = {name: tuple(own[c] for c in group if c in own) for name, group in data_set.categories.items()}
     return replace(
-        data_set, id_map=ids, void_ids=void, classes=tuple(range(len(names))), class_names=names, categories={}
-    )
+        data_set, labels="ids", label_encoding=data_set.storage, id_map=ids,
+        void_ids=None if ignored is None else ignored | (values.keys() - ids.keys()),
+        classes=tuple(own[c] for c in data_set.classes if c in own), class_names=CLASS_NAMES_16,
+        colours=tuple(data_set.colours[c] for c in SYNTHIA_16), categories=groups,
+    )  # fmt: skip
 
 
 def with_split(data_set: DataSet, split: str) -> DataSet:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from data_handlers.classes import CITYSCAPES_IDS, CLASS_COLOURS, IGNORE
+from data_handlers.classes import CLASS_COLOURS, IGNORE
 
 _UNKNOWN = 254  # marks ids in a table that are neither mapped nor known to be void
 
@@ -42,11 +42,6 @@ def to_data_set_ids(train_ids: np.ndarray, id_map: Mapping[int, int]) -> np.ndar
     ids = ids_of_train_ids(id_map)
     table[: len(ids)] = ids
     return table[train_ids]
-
-
-def to_label_ids(train_ids: np.ndarray) -> np.ndarray:
-    """TrainIds 0..18 -> Cityscapes label ids, uint8, as the benchmark's server expects them; others become 0."""
-    return to_data_set_ids(train_ids, CITYSCAPES_IDS)
 
 
 def colourise(train_ids: np.ndarray, colours: Sequence[Sequence[int]] = CLASS_COLOURS) -> np.ndarray:

@@ -5,8 +5,9 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from data_handlers.datasets import DataSet
@@ -146,16 +147,23 @@ def _of_split(data_set: DataSet, root: Path, split: str) -> list[str]:
     rule = data_set.images[split]
     if isinstance(rule, ListFile) and not rule.variable:
         return _read_list(data_set, root, split, root / rule.path)
-    found = list(dict.fromkeys(path for pattern in patterns_of(rule) for path in _sorted(root, pattern)))
+    found = _of_patterns(root, patterns_of(rule))
     return _numbered(found, rule, root) if isinstance(rule, ListFile) else found
 
 
-def _sorted(root: Path, pattern: str) -> list[str]:
-    """The images that match a pattern; where there is none, those that are there as PNG, by the pattern's suffix."""
-    found, (stem, suffix) = sorted(_matching(root, pattern)), posixpath.splitext(pattern)
-    if found or suffix == ".png" or not suffix[1:].isalnum():
-        return found
-    return [posixpath.splitext(path)[0] + suffix for path in sorted(_matching(root, f"{stem}.png"))]
+def _of_patterns(root: Path, patterns: Sequence[str]) -> list[str]:
+    """The images that match; of a pattern without any those that are there as PNG, by its first suffix, each once."""
+    matched = [sorted(_matching(root, pattern)) for pattern in patterns]
+    taken, found = set(chain(*matched)), []
+    for pattern, paths in zip(patterns, matched, strict=True):
+        if not paths:
+            stem, suffix = posixpath.splitext(pattern)
+            held = [path for path in sorted(_matching(root, f"{stem}.png")) if path not in taken]
+            taken.update(held)
+            first = suffix.strip(".{}").partition(",")[0]
+            paths = [f"{posixpath.splitext(path)[0]}.{first if first.isalnum() else 'png'}" for path in held]
+        found += paths
+    return list(dict.fromkeys(found))
 
 
 def _numbered(images: list[str], rule: ListFile, root: Path) -> list[str]:

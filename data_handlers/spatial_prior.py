@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from data_handlers.classes import IGNORE
 from data_handlers.resampling import Size
@@ -85,8 +85,8 @@ class SpatialPriorBuilder:
     def prior(self, sigma: float) -> np.ndarray:
         """Frequency of each class at each pixel, smoothed: float32 (C,H,W), at least 0, with a sum of 1 at each pixel.
 
-        A pixel that is labelled in no map gets the frequencies of the classes over all pixels before the smoothing. At
-        the border the nearest pixels are repeated.
+        A pixel that is labelled in no map gets the frequencies at the nearest one that is, before the smoothing. At the
+        border the nearest pixels are repeated.
 
         Args:
             sigma: standard deviation of the Gaussian, in pixels of the prior; 0 does not smooth.
@@ -95,12 +95,11 @@ class SpatialPriorBuilder:
             ValueError: no pixel of any map is labelled.
         """
         total = self.counts.sum(axis=0)
-        labelled = total > 0
-        if not labelled.any():
+        if not total.any():
             raise ValueError("no pixel of the label maps is labelled")
-        overall = self.counts.sum(axis=(1, 2)) / total.sum()
+        nearest = tuple(distance_transform_edt(total == 0, return_distances=False, return_indices=True))
         prior = np.empty(self.counts.shape, dtype=np.float32)
-        for smoothed, counts, frequency in zip(prior, self.counts, overall, strict=True):
-            share = np.where(labelled, counts / np.maximum(total, 1), frequency)
+        for smoothed, counts in zip(prior, self.counts, strict=True):
+            share = (counts / np.maximum(total, 1))[nearest]
             smoothed[:] = gaussian_filter(share, sigma, mode="nearest") if sigma else share
         return prior / prior.sum(axis=0)

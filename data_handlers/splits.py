@@ -1,5 +1,6 @@
 """The one rule by which labelled images are split into those trained on and those validated on."""
 
+import posixpath
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def train_and_validation(
         raise UserError(f"--src_label_dir {label_root}: no such folder")
     train = list_images(data_set, root, flag, list_file=list_file)
     val = validation_images(data_set, root, flag, val_list=val_list, val_count=val_count, train=train)
-    shared = set(train.images) & set(val.images)
+    # Compared without suffixes: a SiT set, which holds PNGs, may list an image under another than a text file does.
+    validated = {posixpath.splitext(image)[0] for image in val.images}
+    shared = {image for image in train.images if posixpath.splitext(image)[0] in validated}
     is_held_out = not val_list and (val_count or "val" not in data_set.images)
     if list_file and shared and not is_held_out:
         origin = f"--val_list {val_list}" if val_list else f"the val split of {data_set.name}"

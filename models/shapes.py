@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from data_handlers.datasets import find_data_set
 from utils.errors import UserError
 
 SMALLEST_CROP = 16  # pixels; below this nothing is left to train on at output stride 8
@@ -61,12 +62,13 @@ class SegmentationShape:
         if not isinstance(self.num_classes, int) or not 2 <= self.num_classes <= 255:
             raise UserError(f"--num_classes is {self.num_classes}; it must be 2 to 255")
 
-    def flags(self) -> list[str]:
-        """The command line flags that ask for this shape; those at their defaults are omitted."""
+    def flags(self, source: str) -> list[str]:
+        """The command line flags that ask for this shape beside `--source`; those at their defaults are omitted."""
         words = ["--model", self.model]
         if self.backbone != default_backbone(self.model):
             words += ["--backbone", self.backbone]
-        return words if self.num_classes == 19 else [*words, "--num_classes", str(self.num_classes)]
+        default = len(find_data_set(source, "--source").class_names)
+        return words if self.num_classes == default else [*words, "--num_classes", str(self.num_classes)]
 
     def __str__(self) -> str:
         backbone = "" if self.backbone == "none" else f" on {self.backbone}"

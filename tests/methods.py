@@ -20,7 +20,7 @@ from core.preparation import prepare as prepare_procst
 from data_handlers.spatial_prior import write_spatial_prior
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
-from training.checkpoint import Checkpoint
+from nets import checkpoint_of
 from training.distributed import Rank
 from training.loop import Loop
 from training.progress import Progress
@@ -41,11 +41,7 @@ def write_world(root: Path) -> Path:
     write_cityscapes(root / "cityscapes", count=2, size=(40, 32), seed=300, split="val")
     shape = SegmentationShape("UNet", "none")
     torch.manual_seed(5)
-    Checkpoint(
-        method="source", config={}, stage=0, step=1, stage_finished=True,
-        modules={"net": build_segmentation_net(shape).state_dict()},
-        segmentation={"module": "net", "shape": vars(shape)},
-    ).save(root / SOURCE_NET)  # fmt: skip
+    checkpoint_of(shape, build_segmentation_net(shape).state_dict()).save(root / SOURCE_NET)
     write_spatial_prior(root / "prior.mat", np.random.default_rng(3).random((19, 16, 20)))
     return root
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 
@@ -14,8 +15,8 @@ import evaluate
 import make_spatial_prior
 import train_uda
 from commands import assert_same_tensors, command, source_flags, stop_at
-from data_handlers.classes import CITYSCAPES_16_IDS, SYNTHIA_16_IDS
-from data_handlers.datasets import DATA_SETS, for_net_of
+from data_handlers.classes import CITYSCAPES_16_IDS, SYNTHIA_16, SYNTHIA_16_IDS
+from data_handlers.datasets import DATA_SETS, for_net_of, with_labels
 from data_handlers.spatial_prior import read_spatial_prior
 from nets import save_net
 from refusals import check_refusal, tree
@@ -24,6 +25,7 @@ from uda import labelling
 from uda.cbst import SelfTraining
 from uda.labelling import MANIFEST, Labelling
 from utils.errors import UserError
+from worlds import write_own_description
 
 pytestmark = pytest.mark.slow
 
@@ -292,6 +294,20 @@ def test_a_net_of_16_classes_sees_those_of_synthia():
         assert found.id_map == ids
         assert found.void_ids | ids.keys() == whole.void_ids | whole.id_map.keys()
         assert for_net_of(whole, 19) is whole
+        assert (found.class_names[9], found.colours[9], found.categories["nature"]) == ("sky", (70, 130, 180), (8,))
+    told = for_net_of(with_labels(DATA_SETS["synthia"], "trainids", "--src_labels"), 16)
+    assert told.value_map == {c: k for k, c in enumerate(SYNTHIA_16)}
+    assert (told.storage, told.ignored_values) == ("8-bit index", {9, 14, 16, 255})
+
+
+def test_labels_of_other_classes_than_the_sources_score_nothing(world, tmp_path, run_script):
+    own, net = write_own_description(tmp_path / "own.toml"), save_net(tmp_path / "net.pth", num_classes=4)
+    flags = flags_for(world, net, tmp_path / "run", source=own, num_round=1)
+    check_refusal(run_script(train_uda, *flags, "--select_by", "miou"), "--select_by miou needs a labelled val split")
+    result = run_script(train_uda, *flags)
+    assert result.code == 0, result.err
+    assert "mIoU" not in result.out
+    assert re.search(r"labelled; [abcd] 0\.", result.out)
 
 
 def test_no_labels_of_the_target_are_needed_but_to_select_by_them(world, source_net, tmp_path, run_script):

@@ -19,6 +19,7 @@ import evaluate
 import measure_domain_distance
 import train_procst
 import train_semseg_on_source
+import train_uda
 from commands import command, only_run, procst_flags, source_flags, stop_at
 from core.procst import ProCST
 from data_handlers.classes import ALL_19, CITYSCAPES_IDS, CLASS_NAMES
@@ -378,22 +379,35 @@ def test_nothing_asks_for_labels_without_label_losses(world, tmp_path, run_scrip
 
 
 @pytest.mark.slow
-def test_a_sit_set_of_jpeg_images_is_read_by_the_same_description(frames, run_script, tmp_path):
+@pytest.mark.parametrize("pattern", ["**/rgb/*.jpg", "**/rgb/*.{jpg,jpeg}", "**/rgb/*.[jJ][pP]*[gG]"])
+def test_a_sit_set_of_jpeg_images_is_read_by_the_same_description(frames, run_script, tmp_path, pattern):
+    described(tmp_path, OWN_DESCRIPTION.replace("**/rgb/*.jpg", pattern), "frames.toml")
+    if "{" in pattern:
+        (frames / "frames/b/c/rgb/0003.jpg").rename(frames / "frames/b/c/rgb/0003.jpeg")
     own = find_data_set("frames.toml", "--source")
     source = list_images(own, "frames", "--src_data_dir")
-    for name in source.images:
-        path = (frames / "sit" / name).with_suffix(".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise_image(SIZE, 9).save(path)
+    translators = {"gpus": "cpu", "translator": "histogram", "source": "frames.toml", "target": "photos",
+                   "num_workers": 0, "sit_output_path": "sit"}  # fmt: skip
+    result = run_script(create_sit_dataset, *command(translators))
+    assert result.code == 0, result.err
     files = list_images(own, "sit", "--src_data_dir")
-    assert files.images == source.images
+    assert [name.rpartition(".")[0] for name in files.images] == [name.rpartition(".")[0] for name in source.images]
     assert files.image_file(files.images[0]).suffix == ".png"
     for changes in ({"source_images": "sit", "cache_dir": "cache"}, {"src_data_dir": "sit", "src_label_dir": "frames"}):
         flags = {"source": "frames.toml", "src_data_dir": None, "val_count": None, "src_resize": SIZE,
-                 "crop_size": (32, 32), "num_steps": 2, "output": ""}  # fmt: skip
-        result = run_script(train_semseg_on_source, *source_flags(frames, frames / "out", **{**flags, **changes}))
+                 "crop_size": (32, 32), "num_steps": 2, "run_dir": "net", "checkpoints_dir": None}  # fmt: skip
+        flags = {**flags, **changes, "num_classes": 6, "output": ""}
+        shutil.rmtree("net", ignore_errors=True)
+        result = run_script(train_semseg_on_source, *source_flags(frames, frames / "out", **flags))
         assert result.code == 0, result.err
         assert f"8 images in {frames / 'sit'}" in result.out
+        adapted = {"gpus": "cpu", "weights": "net", "source": "frames.toml", "target": "photos", "crop_size": 32,
+                   "batch_size": 2, "num_round": 1, "init_src_port": 1, "max_src_port": 1, "num_workers": 0,
+                   "run_dir": f"uda_{'src_label_dir' in changes}"}  # fmt: skip
+        changes.pop("cache_dir", None)
+        result = run_script(train_uda, *command(adapted, changes))
+        assert result.code == 0, result.err
+        assert re.search(r"round 0: .*(water|land|road|building|class 4|class 5) 0\.", result.out)
     distances = {"gpus": "cpu", "source": "frames.toml", "target": "photos", "sit_data_dir": "sit", "size": (32, 32),
                  "vgg_weights": "random"}  # fmt: skip
     result = run_script(measure_domain_distance, *command(distances))
@@ -402,6 +416,9 @@ def test_a_sit_set_of_jpeg_images_is_read_by_the_same_description(frames, run_sc
     listed = frames / "list.txt"
     listed.write_text(source.images[3])
     assert list_images(own, "sit", "--src_data_dir", list_file=str(listed)).images == source.images[3:4]
+    listed.write_text("\n".join(source.images[-2:]))
+    split = train_and_validation(own, "sit", "--src_data_dir", val_list=str(listed), label_root="frames")
+    assert list(map(len, split)) == [8, 2]
 
 
 def test_ids_of_the_toolkit_are_known_by_name(tmp_path):

@@ -1,286 +1,28 @@
-"""Scoring segmentation nets: confusion matrix, prediction, statistics, and evaluate.py on tiny worlds."""
+"""evaluate.py on tiny worlds: its scores, its predictions, what it refuses."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 import evaluate as script
 from commands import command
 from data_handlers.datasets import DATA_SETS
-from data_handlers.images import IMAGENET_INPUT, NetworkInput, read_image
-from data_handlers.lists import list_images
-from models.resnet38 import ResNet38
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
+from nets import checkpoint_of
 from refusals import check_refusal, tree
+from scoring import COLOURS, LABEL_IDS, NAMES, SUBSETS, slow_scores
 from training.confidence_maps import confidence_map
-from training.distributed import Rank
-from training.metrics import PredictionStatistics, confusion_matrix, scores_of
 from training.segmentation_files import load_segmentation_net
-from training.validation import Validator, in_windows, predict
-from worlds import index_label, noise_image, save_net, write_cityscapes, write_gta5, write_synthia
-
-NAMES = (
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
-    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
-)  # fmt: skip
-LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-COLOURS = [
-    "804080", "f423e8", "464646", "66669c", "be9999", "999999", "faaa1e", "dcdc00", "6b8e23", "98fb98", "4682b4",
-    "dc143c", "ff0000", "00008e", "000046", "003c64", "005064", "0000e6", "770b20",
-]  # fmt: skip
-ALL = set(range(19))
-SUBSETS = {19: ALL, 16: ALL - {9, 14, 16}, 13: ALL - {9, 14, 16, 3, 4, 5}}
-
-
-def slow_scores(predictions, labels, classes):
-    """Pixel by pixel: IoU by class (of the labelled classes only), their mean, pixel accuracy, and all counts."""
-    counts = Counter()
-    for prediction, label in zip(predictions, labels, strict=True):
-        counts.update(zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True))
-    counted = {(t, p): n for (t, p), n in counts.items() if t in classes}
-    iou = {}
-    for c in sorted({t for t, _ in counted}):
-        either = sum(n for (t, p), n in counted.items() if c in (t, p))
-        iou[c] = counted.get((c, c), 0) / either
-    right = sum(n for (t, p), n in counted.items() if t == p)
-    return iou, sum(iou.values()) / len(iou), right / sum(counted.values()), counts
-
-
-@pytest.mark.parametrize(
-    ("label", "prediction", "matrix", "iou", "accuracy"),
-    [
-        ((0, 0, 1, 1, 2, 255), (0, 1, 1, 1, 0, 0), [[1, 1, 0], [0, 2, 0], [1, 0, 0]], (1 / 3, 2 / 3, 0), 3 / 5),
-        (
-            ((0, 0, 1, 255), (1, 2, 2, 2)), ((0, 1, 1, 2), (1, 2, 0, 2)), [[1, 1, 0], [0, 2, 0], [1, 0, 2]],
-            (1 / 3, 2 / 3, 2 / 3), 5 / 7,
-        ),
-    ],
-)  # fmt: skip
-def test_hand_cases(label, prediction, matrix, iou, accuracy):
-    for kind in (torch.uint8, torch.int64):
-        found = confusion_matrix(torch.tensor(prediction), torch.tensor(label, dtype=kind), 3)
-        assert found.tolist() == matrix
-        assert found.dtype == torch.int64
-    scores = scores_of(found, range(3))
-    assert scores.iou == pytest.approx(iou)
-    assert scores.mean_iou == pytest.approx(sum(iou) / 3)
-    assert scores.pixel_accuracy == pytest.approx(accuracy)
-    assert scores.absent == ()
-
-
-def test_subsets_ignored_pixels_and_absent_classes_against_a_slow_loop():
-    rng = np.random.default_rng(0)
-    predictions = [rng.integers(0, 19, (9, 13)) for _ in range(3)]
-    labels = [rng.choice([0, 1, 3, 9, 10, 13, 16, 255], (9, 13)) for _ in range(3)]  # 2, 4, ... are predicted, absent
-    matrix = torch.zeros(19, 19, dtype=torch.int64)
-    for prediction, label in zip(predictions, labels, strict=True):
-        right = (rng.random(label.shape) < 0.4) & (label != 255)
-        prediction[right] = label[right]
-        matrix += confusion_matrix(torch.tensor(prediction), torch.tensor(label), 19)
-    for subset in (range(19), sorted(SUBSETS[16]), sorted(SUBSETS[13]), (13, 2, 0)):
-        iou, mean, accuracy, counts = slow_scores(predictions, labels, set(subset))
-        assert all(matrix[t, p] == n for (t, p), n in counts.items() if t != 255)
-        assert matrix.sum() == sum(n for (t, _), n in counts.items() if t != 255)
-        scores = scores_of(matrix, subset)
-        assert scores.classes == tuple(subset)
-        assert scores.absent == tuple(c for c in subset if c not in iou)
-        assert {c: v for c, v in zip(subset, scores.iou, strict=True) if v is not None} == pytest.approx(iou)
-        assert (scores.mean_iou, scores.pixel_accuracy) == pytest.approx((mean, accuracy))
-
-
-def test_predictions_outside_the_subset_are_errors_of_the_labelled_class():
-    label, prediction = torch.tensor([0, 0, 0, 2, 2, 1]), torch.tensor([0, 2, 1, 0, 2, 2])
-    scores = scores_of(confusion_matrix(prediction, label, 3), (0, 1))
-    # Class 0: one right, two called 2 and 1. Class 1: one pixel, called 2. Pixels labelled 2 do not count for 0.
-    assert scores.iou == (pytest.approx(1 / 3), 0.0)
-    assert scores.pixel_accuracy == pytest.approx(1 / 4)
-
-
-def test_absent_classes_that_were_predicted_count_as_0_in_the_second_mean():
-    # Class 1 is absent and predicted, class 3 is absent and never predicted.
-    scores = scores_of(confusion_matrix(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 2, 2]), 4), range(4))
-    assert scores.iou == (0.5, None, 1.0, None)
-    assert (scores.mean_iou, scores.mean_iou_with_absent) == (0.75, 0.5)
-
-
-def test_no_labelled_pixel_gives_no_score():
-    matrix = confusion_matrix(torch.tensor([0, 2]), torch.tensor([255, 3]), 3)
-    scores = scores_of(matrix, (0, 1))
-    assert (scores.iou, scores.mean_iou, scores.pixel_accuracy, scores.absent) == ((None, None), None, None, (0, 1))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("window", [(9, 7), (5, 40), (100, 100), (23, 17)])
-def test_windows_are_averaged_as_logits(window):
-    net, image, seen = conv_net(3), torch.randn(2, 3, 17, 23), []
-    net.register_forward_hook(lambda _net, inputs, _output: seen.append(inputs[0]))
-    found = in_windows(net, image, window)
-    width, height = min(window[0], 23), min(window[1], 17)
-    assert {tuple(part.shape[2:]) for part in seen} == {(height, width)}
-    total, count = torch.zeros(2, 4, 17, 23), torch.zeros(17, 23)
-    step_x, step_y = round(width * 2 / 3), round(height * 2 / 3)
-    tops = sorted({min(y, 17 - height) for y in range(0, 17, step_y)})
-    lefts = sorted({min(x, 23 - width) for x in range(0, 23, step_x)})
-    assert len(seen) == len(tops) * len(lefts)
-    for y in tops:
-        for x in lefts:
-            total[..., y : y + height, x : x + width] += net(image[..., y : y + height, x : x + width])
-            count[y : y + height, x : x + width] += 1
-    torch.testing.assert_close(found, total / count)
-    if (height, width) == (17, 23):
-        assert torch.equal(found, net(image))
-
-
-def conv_net(kernel, classes=4):
-    torch.manual_seed(kernel)
-    return nn.Conv2d(3, classes, kernel, padding=kernel // 2).eval()
-
-
-@torch.no_grad()
-def test_plain_and_flipped_predictions():
-    image = torch.randn(1, 3, 17, 23)
-    pointwise, sided = conv_net(1), conv_net(3)
-    torch.testing.assert_close(predict(pointwise, image, flip=True), predict(pointwise, image))
-    torch.testing.assert_close(predict(sided, image), sided(image).softmax(1)[0], rtol=0, atol=0)
-    plain, mirrored = sided(image).softmax(1), sided(image[..., range(22, -1, -1)]).softmax(1)[..., range(22, -1, -1)]
-    assert not torch.allclose(plain, mirrored, atol=0.05)
-    torch.testing.assert_close(predict(sided, image, flip=True), ((plain + mirrored) / 2)[0])
-
-
-@torch.no_grad()
-def test_scales_are_averaged_as_probabilities():
-    net, image, sizes = conv_net(3), torch.randn(1, 3, 31, 47), []
-    net.register_forward_hook(lambda _net, inputs, _output: sizes.append(tuple(inputs[0].shape[2:])))
-    found = predict(net, image, (0.75, 1.0, 1.5), flip=True)
-    assert sizes == [(23, 35), (23, 35), (31, 47), (31, 47), (46, 70), (46, 70)]
-    parts = []
-    for size in ((23, 35), (31, 47), (46, 70)):
-        x = F.interpolate(image, size, mode="bilinear", antialias=True)
-        for p in (net(x).softmax(1), net(x.flip(3)).softmax(1).flip(3)):
-            parts.append(F.interpolate(p, (31, 47), mode="bilinear"))
-    torch.testing.assert_close(found, torch.stack(parts).mean(0)[0])
-    torch.testing.assert_close(found.sum(0), torch.ones(31, 47))
-    flat = torch.full((1, 3, 31, 47), 0.3)  # all scales and sides see the same picture
-    pointwise = conv_net(1)
-    torch.testing.assert_close(predict(pointwise, flat, (0.5, 2.0), flip=True), predict(pointwise, flat))
-
-
-def statistics_of(*probabilities):
-    statistics = PredictionStatistics(len(probabilities[0]), torch.device("cpu"))
-    for probability in probabilities:
-        statistics.add(torch.as_tensor(probability, dtype=torch.float32))
-    return statistics
-
-
-def test_mutual_information():
-    one_hot = torch.eye(4)[:, torch.arange(24) % 4].reshape(4, 4, 6)
-    assert statistics_of(one_hot).mutual_information() == pytest.approx(1)
-    road = torch.zeros(4, 4, 6)
-    road[0] = 1
-    assert statistics_of(road, road).mutual_information() == pytest.approx(0, abs=1e-6)
-    unsure = torch.full((4, 4, 6), 0.25)
-    assert statistics_of(unsure).mutual_information() == pytest.approx(0, abs=1e-6)
-    # Two images of one pixel each, (1/2, 1/2) and (1, 0): the mean prediction is (3/4, 1/4).
-    hand = statistics_of([[[0.5]], [[0.5]]], [[[1.0]], [[0.0]]])
-    of_mean = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert hand.mutual_information() == pytest.approx((of_mean - math.log(2) / 2) / math.log(2))
-    assert hand.mean_confidence() == pytest.approx(0.75)
-    histogram = [0] * 20
-    histogram[10] = histogram[19] = 1
-    assert hand.confidence_histogram.tolist() == histogram
-
-
-def test_statistics_add_up_over_images():
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(5, h, w, generator=generator).softmax(0) for h, w in ((7, 9), (4, 11), (1, 1))]
-    statistics, pixels = statistics_of(*images), torch.cat([p.flatten(1) for p in images], 1).double().numpy()
-    entropy = -(pixels * np.log(pixels)).sum(0).mean()
-    mean = pixels.mean(1)
-    assert statistics.pixels == int(statistics.confidence_histogram.sum()) == 7 * 9 + 4 * 11 + 1
-    expected = (-(mean * np.log(mean)).sum() - entropy) / np.log(5)
-    assert statistics.mutual_information() == pytest.approx(expected, rel=1e-4)
-    assert statistics.mean_confidence() == pytest.approx(pixels.max(0).mean(), rel=1e-5)
-    assert statistics.confidence_histogram.tolist() == np.histogram(pixels.max(0), 20, (0, 1))[0].tolist()
-
-
-def norm_net():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout2d(0.5), nn.Conv2d(8, 3, 1))
-    net.network_input = NetworkInput(mean=(10.0, 20.0, 30.0), std=(40.0, 50.0, 60.0))
-    return net
-
-
-def validator(files, rank=None, **changes):
-    settings = {"with_labels": True, "classes": range(3), "num_classes": 3, "num_workers": 0, "rank": rank or Rank()}
-    return Validator(files=files, **{**settings, **changes})
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """Four images of different heights with labels of three classes and void."""
-    write_gta5(tmp_path / "few", count=4)
-    for k, path in enumerate(sorted((tmp_path / "few").rglob("*.png"))):
-        picture = noise_image((12, 8 + k % 4), k) if path.parent.name == "images" else None
-        (picture or Image.fromarray(index_label((12, 8 + k % 4), k, (7, 8, 11, 0)))).save(path)
-    return list_images(DATA_SETS["gta5"], tmp_path / "few", "--data_dir")
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_validating_leaves_the_net_as_it_was_and_streams(pictures, monkeypatch, training):
-    net, read, seen = norm_net().train(training), [], []
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    monkeypatch.setattr("data_handlers.labelled.read_image", lambda path: read.append(path) or read_image(path))
-
-    def on_prediction(image, prediction):
-        seen.append((image, prediction))
-        assert len(read) == len(seen)  # nothing is read ahead
-        assert not net.training
-
-    found = validator(pictures)(net, on_prediction)
-    assert net.training is training
-    assert net[1].training is training
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert not any(p.grad is not None for p in net.parameters())
-    expected = torch.zeros(3, 3, dtype=torch.int64)
-    for image, prediction in seen:
-        with torch.no_grad():
-            rgb = (image.pixels.float() - torch.tensor([10.0, 20.0, 30.0])) / torch.tensor([40.0, 50.0, 60.0])
-            image_input = rgb.permute(2, 0, 1)[None].contiguous()
-            assert torch.equal(prediction.long(), net.eval()(image_input).argmax(1)[0])
-        assert prediction.dtype == torch.uint8
-        for t, p in zip(image.label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
-            if t < 3:
-                expected[t, p] += 1
-    assert expected.sum() > 0
-    assert torch.equal(found.confusion, expected)
-    assert found.scores == scores_of(expected, range(3))
-    assert found.statistics.pixels == sum((8 + k) * 12 for k in range(4))  # pixels without a label, too
-
-
-def test_without_labels_nothing_is_scored(pictures):
-    with_labels, without = validator(pictures)(norm_net()), validator(pictures, with_labels=False)(norm_net())
-    assert without.scores is None
-    assert without.confusion.sum() == 0
-    assert without.statistics.mutual_information() == with_labels.statistics.mutual_information() > 0
-
-
-def test_an_error_while_validating_gives_the_training_mode_back(pictures):
-    net = norm_net().train()
-    with pytest.raises(KeyError):
-        validator(pictures)(net, lambda image, prediction: {}["key"])
-    assert net.training
+from training.validation import in_windows, predict
+from worlds import index_label, noise_image, write_cityscapes, write_gta5, write_synthia
 
 
 def save_unet(path, num_classes=19):
@@ -292,7 +34,7 @@ def save_unet(path, num_classes=19):
         net.head.classify.weight *= 4
         picture = (torch.from_numpy(np.array(noise_image((48, 32), 0))).permute(2, 0, 1)[None] - 128.0) / 128.0
         net.head.classify.bias -= net(picture).mean(dim=(0, 2, 3))
-    return save_net(path, shape, net.state_dict())
+    checkpoint_of(shape, net.state_dict()).save(path)
 
 
 @pytest.fixture
@@ -305,6 +47,7 @@ def world(tmp_path):
     (tmp_path / "cityscapes.txt").write_text("town/town_000002_000019_leftImg8bit.png\n" + CITY.format(0))
     (tmp_path / "gta5.txt").write_text("00004.png\n")
     save_unet(tmp_path / "net.pth")
+    save_unet(tmp_path / "net16.pth", 16)
     return tmp_path
 
 
@@ -340,7 +83,7 @@ def truth(world, image):
     return np.select([ids == label_id for label_id in LABEL_IDS], range(19), 255)
 
 
-def check_report(out, report, predictions, labels, subset):
+def check_report(out, report, predictions, labels, subset, of_net):
     """The IoUs of the 13 classes are those of the 16, and the pixels of the other 3 count."""
     iou, mean, accuracy, counts = slow_scores(predictions, labels, SUBSETS[16] if len(subset) == 13 else subset)
     iou = {c: value for c, value in iou.items() if c in subset}
@@ -354,7 +97,7 @@ def check_report(out, report, predictions, labels, subset):
     assert (report["miou"], report["pixel_accuracy"]) == pytest.approx((mean, accuracy))
     assert list(report["iou"]) == [NAMES[c] for c in sorted(subset)]
     assert [NAMES[c] for c in sorted(subset) if c not in iou] == report["absent"]
-    matrix = [[counts.get((t, p), 0) for p in range(19)] for t in range(19)]
+    matrix = [[counts.get((t, p), 0) for p in of_net] for t in of_net]
     assert report["confusion"] == matrix
     for c in sorted(subset):
         assert report["iou"][NAMES[c]] == (pytest.approx(iou[c]) if c in iou else None)
@@ -378,6 +121,10 @@ def check_report(out, report, predictions, labels, subset):
         ("gta5", {"list": "WORLD/gta5.txt", "num_workers": 1}, ("images/00004.png",), 19),
         ("synthia", {"val_count": 3}, ("RGB/0000001.png", "RGB/0000002.png", "RGB/0000003.png"), 16),
         ("synthia", {"val_count": 1, "classes": 19}, ("RGB/0000003.png",), 19),
+        ("cityscapes", {"weights": "WORLD/net16.pth"}, CITY_ALL, 16),
+        ("cityscapes", {"weights": "WORLD/net16.pth", "classes": 13}, CITY_ALL, 13),
+        ("synthia", {"weights": "WORLD/net16.pth", "val_count": 2}, ("RGB/0000002.png", "RGB/0000003.png"), 16),
+        ("gta5", {"weights": "WORLD/net16.pth", "val_count": 1, "classes": 16}, ("images/00006.png",), 16),
     ],
 )
 def test_scores_are_those_of_the_saved_predictions(run_script, world, data_set, flags, images, subset):
@@ -385,7 +132,8 @@ def test_scores_are_those_of_the_saved_predictions(run_script, world, data_set, 
     saved = {"save_predictions": world / "new/saved", "prediction_format": "trainids"}
     result = run_script(script, *evaluation_flags(world, **flags, **saved))
     assert result.code == 0, result.err
-    _, net = load_segmentation_net(world / "net.pth", "net")
+    of_net = sorted(SUBSETS[16 if "weights" in flags else 19])
+    _, net = load_segmentation_net(world / ("net16.pth" if "weights" in flags else "net.pth"), "net")
     scales, predictions = np.atleast_1d(flags.get("scales", 1)).tolist(), []
     for image in images:
         pixels = torch.from_numpy(np.array(Image.open(world / data_set / image))).permute(2, 0, 1)[None]
@@ -397,8 +145,10 @@ def test_scores_are_those_of_the_saved_predictions(run_script, world, data_set, 
     assert len([path for path in (world / "new/saved").rglob("*") if path.is_file()]) == len(images)
     report = json.loads((world / "scores.json").read_text())
     assert (report["images"], report["data_set"], report["scales"]) == (len(images), data_set, scales)
-    assert (report["flip"], report["net"]) == ("flip" in flags, "UNet with 19 classes")
-    check_report(result.out, report, predictions, [truth(world, image) for image in images], SUBSETS[subset])
+    assert (report["flip"], report["net"]) == ("flip" in flags, f"UNet with {len(of_net)} classes")
+    predictions = [np.array(of_net)[prediction] for prediction in predictions]
+    labels = [truth(world, image) for image in images]
+    check_report(result.out, report, predictions, labels, SUBSETS[subset], of_net)
 
 
 @pytest.mark.parametrize("flags", [{"long_side": 30, "flip": ()}, {"long_side": 96}, {"window": (32, 24)}])
@@ -428,21 +178,6 @@ def test_predictions_of_resized_images_and_in_windows(run_script, world, flags):
     report = json.loads((world / "scores.json").read_text())
     assert report["long_side"] == flags.get("long_side")
     assert 0 < report["label_free"] < 1
-
-
-def test_a_resnet38_is_tested_as_published(pictures, monkeypatch):
-    """Its probabilities are averaged with the mirror image's before they are upsampled by 8."""
-    torch.manual_seed(0)
-    net = ResNet38(3, width=4).eval()
-    net.network_input = IMAGENET_INPUT
-    seen = []
-    validator(pictures, long_side=24, flip=True)(net, lambda image, prediction: seen.append((image, prediction)))
-    for image, prediction in seen:
-        expected = confidence_map(
-            lambda x: net.coarse_logits(x).softmax(1), image.pixels.numpy(), longer_side=24, stride=8,
-            normalise=IMAGENET_INPUT,
-        )  # fmt: skip
-        assert torch.equal(prediction.long(), expected.argmax(0))
 
 
 def test_the_train_split_is_scored(run_script, world):
@@ -493,13 +228,16 @@ def test_a_data_set_without_categories(run_script, world, monkeypatch):
     check_refusal(result, "--classes categories", "cityscapes")
 
 
-def test_prediction_formats_hold_the_same_classes(run_script, world):
+@pytest.mark.parametrize("classes", [19, 16])
+def test_prediction_formats_hold_the_same_classes(run_script, world, classes):
+    of_net = sorted(SUBSETS[classes])
     for name in ("trainids", "labelids", "colour", ""):
         chosen = {"prediction_format": name} if name else {}
-        flags = evaluation_flags(world, save_predictions=world / f"saved{name}", **chosen)
+        weights = world / ("net.pth" if classes == 19 else "net16.pth")
+        flags = evaluation_flags(world, weights=weights, save_predictions=world / f"saved{name}", **chosen)
         assert run_script(script, *flags).code == 0
     for image in CITY_ALL:
-        train_ids = np.asarray(Image.open(world / "savedtrainids" / image))
+        train_ids = np.array(of_net)[np.asarray(Image.open(world / "savedtrainids" / image))]
         colours = np.asarray(Image.open(world / "savedcolour" / image))
         assert colours.shape == (32, 48, 3)
         assert [[COLOURS.index(bytes(pixel).hex()) for pixel in row] for row in colours] == train_ids.tolist()
@@ -509,14 +247,42 @@ def test_prediction_formats_hold_the_same_classes(run_script, world):
 
 
 def test_labels_that_hold_train_ids(run_script, world):
-    """Road is scored where the files hold 0, which as a label id would be ignored."""
+    """Road is scored where the files hold 0, which as a label id would be ignored. A net of 16 maps those of 19."""
     write_train_ids(world / "trainids")
-    result = run_script(script, *evaluation_flags(world, data_dir=world / "trainids", labels="trainids"))
-    assert result.code == 0, result.err
-    report = json.loads((world / "scores.json").read_text())
     labels = [np.asarray(Image.open(path)) for path in (world / "trainids").rglob("*_labelIds.png")]
-    counted = np.bincount(np.concatenate(labels).ravel(), minlength=256)[:19]
-    assert [sum(row) for row in report["confusion"]] == counted.tolist()
+    counted = np.bincount(np.concatenate(labels).ravel(), minlength=256)
+    for net, kept in (("net.pth", range(19)), ("net16.pth", sorted(SUBSETS[16]))):
+        flags = {"weights": world / net, "data_dir": world / "trainids"}
+        check_refusal(run_script(script, *evaluation_flags(world, **flags)), "look like trainIds", "--labels trainids")
+        result = run_script(script, *evaluation_flags(world, **flags, labels="trainids"))
+        assert result.code == 0, result.err
+        report = json.loads((world / "scores.json").read_text())
+        assert [sum(row) for row in report["confusion"]] == counted[list(kept)].tolist()
+
+
+@pytest.mark.parametrize("classes", [4, 16, 25])
+def test_a_net_of_any_number_of_classes(run_script, world, classes):
+    """Its classes are those of a description with as many; of pictures without labels they have no names."""
+    save_unet(world / "own.pth", classes)
+    names = [f"class {k}" for k in range(classes)]
+    ids = ", ".join(f"{label_id} = {k}" for k, label_id in enumerate((7, 8, 11, 21)))
+    (world / "own.toml").write_text(
+        f"classes = {json.dumps(names)}\n[images]\ntrain = ['images/*.png']\n"
+        f"[labels]\nreplace = [['images/', 'labels/']]\nmap = {{ {ids} }}\n"
+    )
+    flags = {"weights": world / "own.pth", "data_set": world / "own.toml", "data_dir": world / "gta5", "val_count": 2}
+    assert run_script(script, *evaluation_flags(world, **flags)).code == 0
+    report = json.loads((world / "scores.json").read_text())
+    assert (list(report["iou"]), np.shape(report["confusion"])) == (names, (classes, classes))
+    assert all(report["iou"][name] is not None for name in names[:4])
+    check_refusal(run_script(script, *evaluation_flags(world, **flags, classes=16)), "--classes 16", "own")
+    pictures = {**flags, "data_set": world / "gta5/images", "data_dir": "", "val_count": 0}
+    flags = evaluation_flags(world, **pictures, save_predictions=world / "saved")
+    result = run_script(script, *flags)
+    assert result.code == 0, result.err
+    saved = [np.asarray(Image.open(path)) for path in (world / "saved").glob("*.png")]
+    of_ids = {*np.array(LABEL_IDS)[sorted(SUBSETS[16])].tolist()}  # a net of 16 is taken for one of SYNTHIA's
+    assert set(np.unique(saved).tolist()) <= (of_ids if classes == 16 else set(range(classes)))
 
 
 def test_the_default_device_is_named(run_script, world, monkeypatch):

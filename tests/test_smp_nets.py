@@ -131,7 +131,7 @@ def test_training_and_scoring(run_script, tmp_path, model, backbone):
     result = run_script(train_script, *map(str, command(flags)))
     assert result.code == 0, result.err
     shape, net = load_segmentation_net(tmp_path / "net.pth", "net")  # reads tensors and plain values alone
-    assert (str(shape), shape.flags()[:2]) == (f"{model} on {backbone} with 19 classes", ["--model", model])
+    assert (str(shape), shape.flags("gta5")[:2]) == (f"{model} on {backbone} with 19 classes", ["--model", model])
     scored = {
         "weights": tmp_path / "net.pth", "data_set": "gta5", "data_dir": tmp_path / "gta", "val_count": 1,
         "gpus": "cpu", "num_workers": 0, "save_predictions": tmp_path / "saved", "prediction_format": "trainids",

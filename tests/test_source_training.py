@@ -10,8 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+import train_procst
 import train_semseg_on_source
-from commands import assert_same_tensors, at_step, logged, metrics_of, only_run, source_flags, stop_at, tensors_of
+from commands import (
+    assert_same_tensors,
+    at_step,
+    label_flags,
+    logged,
+    metrics_of,
+    only_run,
+    source_flags,
+    stop_at,
+    tensors_of,
+)
 from refusals import check_refusal, tree
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.precision import computes_in_bf16
@@ -19,6 +30,7 @@ from training.segmentation_files import load_segmentation_net
 from training.validation import Validator
 from uda.source import SourceTraining, poly_rate
 from utils.errors import UserError
+from worlds import write_own_description
 
 pytestmark = pytest.mark.slow
 
@@ -166,6 +178,23 @@ def test_a_damaged_best_net_does_not_end_the_training(world, tmp_path, run_scrip
     result = run_script(train_semseg_on_source, "--continue_train_from_path", run)
     assert result.code == 0, result.err
     assert "best.pth is damaged" in result.err
+
+
+@pytest.mark.parametrize(
+    ("source", "num_classes", "said"),
+    [("gta5", 16, " --num_classes 16"), ("own.toml", None, ""), ("own.toml", 19, " --num_classes 19")],
+)
+def test_the_line_that_uses_the_net_fits_it(world, tmp_path, run_script, source, num_classes, said):
+    source = source if source == "gta5" else write_own_description(tmp_path / source)
+    flags = source_flags(world, tmp_path, source=source, num_classes=num_classes, num_steps=1)
+    result = run_script(train_semseg_on_source, *flags)
+    assert result.code == 0, result.err
+    words = f"--source {source} --model UNet{said} --semseg_weights {tmp_path / 'source.pth'}"
+    assert f"use the net with: python train_procst.py {words}\n" in result.out
+    of_net = {"model": None, "semseg_weights": None, "validation_rate": None, "select_by": "none"}
+    dry_run = label_flags(world, tmp_path / "procst", None, **of_net)
+    result = run_script(train_procst, *dry_run, *words.split(), "--dry_run")
+    assert result.code == 0, result.err
 
 
 def test_an_output_that_another_run_takes_meanwhile_stays(world, tmp_path, run_script, monkeypatch):

@@ -11,7 +11,7 @@ from data_handlers.lists import list_images
 from data_handlers.splits import train_and_validation, validation_images
 from utils.errors import UserError
 from utils.sizes import evenly_spaced
-from worlds import write_cityscapes, write_gta5
+from worlds import noise_image, write_cityscapes, write_gta5
 
 GTA5 = replace(DATA_SETS["gta5"], held_out=2)
 
@@ -112,3 +112,11 @@ def test_evenly_spaced_items():
     assert evenly_spaced("abc", 1) == ["a"]
     assert evenly_spaced([], 5) == []
     assert set(evenly_spaced(range(97), 5)) <= set(evenly_spaced(range(97), 20))
+
+
+@pytest.mark.parametrize("patterns", [("*.jpg", "*.jpeg"), ("*.jpg", "*.png"), ("*.{jpeg,jpg}",), ("*.*",)])
+def test_an_image_that_is_there_as_png_is_listed_once(tmp_path, patterns):
+    for name in ("a.png", "b.png"):
+        noise_image((8, 8), 1).save(tmp_path / name)
+    files = list_images(replace(DATA_SETS["folder"], images={"train": patterns}), tmp_path, "--source")
+    assert [files.image_file(name).name for name in files.images] == ["a.png", "b.png"]

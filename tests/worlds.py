@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 import zlib
 
 import numpy as np
 from PIL import Image
-
-from training.checkpoint import Checkpoint
 
 
 def noise_image(size, seed):
@@ -61,6 +58,15 @@ def write_synthia(root, count=4, size=(48, 32), seed=0):
     return root
 
 
+def write_own_description(path):
+    """Four classes of labels in GTA5's layout."""
+    path.write_text(
+        'classes = ["a", "b", "c", "d"]\n[images]\ntrain = ["images/*.png"]\n[labels]\n'
+        'replace = [["images/", "labels/"]]\nmap = { 7 = 0, 8 = 1, 11 = 2, 21 = 3 }\n'
+    )
+    return path
+
+
 def write_cityscapes(root, count=5, size=(48, 32), seed=100, split="train", city="town", labels=True):
     images, targets = (root / kind / split / city for kind in ("leftImg8bit", "gtFine"))
     images.mkdir(parents=True)
@@ -72,13 +78,3 @@ def write_cityscapes(root, count=5, size=(48, 32), seed=100, split="train", city
         if labels:
             Image.fromarray(index_label(size, seed + k)).save(targets / f"{stem}_gtFine_labelIds.png")
     return root
-
-
-def save_net(path, shape, state):
-    """The file of a segmentation net, as a training leaves it."""
-    checkpoint = Checkpoint(
-        method="source", config={}, stage=0, step=1, stage_finished=True, modules={"net": state},
-        segmentation={"module": "net", "shape": dataclasses.asdict(shape)},
-    )  # fmt: skip
-    checkpoint.save(path)
-    return path

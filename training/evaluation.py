@@ -1,6 +1,6 @@
 """Scoring a trained segmentation net on a labelled data set, or predicting pictures: the command `evaluate.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -10,9 +10,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_handlers.classes import CLASS_NAMES, IGNORE, SYNTHIA_13, SYNTHIA_16
-from data_handlers.datasets import DataSet, find_data_set, with_labels
-from data_handlers.label_maps import colourise, to_label_ids
+from data_handlers.classes import (
+    CITYSCAPES_16_IDS,
+    CITYSCAPES_IDS,
+    CLASS_NAMES,
+    CLASS_NAMES_16,
+    IGNORE,
+    SYNTHIA_13,
+    SYNTHIA_16,
+)
+from data_handlers.datasets import DataSet, find_data_set, for_net_of, with_labels
+from data_handlers.label_maps import colourise, to_data_set_ids
 from data_handlers.labelled import LabelledImage, check_samples
 from data_handlers.lists import FileList, list_images, require_labels
 from data_handlers.splits import validation_images
@@ -28,6 +36,7 @@ from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write, atomic_write_json, check_folder, check_output_file, make_folder
 
 SUBSETS = {"16": SYNTHIA_16, "13": SYNTHIA_13}
+LABEL_IDS = {CLASS_NAMES: CITYSCAPES_IDS, CLASS_NAMES_16: CITYSCAPES_16_IDS}  # what the benchmark's server takes
 
 
 def evaluate(flags: EvaluationFlags) -> None:
@@ -41,13 +50,14 @@ def evaluate(flags: EvaluationFlags) -> None:
             raise UserError(f"--save_predictions {predictions} is not empty; nothing is overwritten, name a new folder")
     device = resolve_device(flags.gpus)
     data_set = with_labels(find_data_set(flags.data_set, "--data_set"), flags.labels, "--labels")
-    encode = _encoder(flags.prediction_format, data_set)
+    shape, net = load_segmentation_net(Path(flags.weights), "--weights")
+    data_set = for_net_of(data_set, shape.num_classes)
+    encode = _encoder(flags.prediction_format, data_set, shape.num_classes)
     labelled = data_set.has_labels
     root = flags.data_dir or data_set.default_root
     files = _images(data_set, root, flags)
-    shape, net = load_segmentation_net(Path(flags.weights), "--weights")
     require_classes(shape.num_classes, data_set.name, data_set.value_map, f"--weights {flags.weights}")
-    if shape.num_classes > len(data_set.class_names):
+    if labelled and shape.num_classes > len(data_set.class_names):
         raise UserError(
             f"--weights {flags.weights}: the net has {shape.num_classes} classes, {data_set.name} has "
             f"{len(data_set.class_names)}"
@@ -85,7 +95,7 @@ def evaluate(flags: EvaluationFlags) -> None:
         confusion = merged(found.confusion, groups)
         found = replace(found, confusion=confusion, scores=scores_of(confusion, range(len(names))))
     if flags.classes == "13":
-        found = replace(found, scores=scores_of(found.confusion, SYNTHIA_13, SYNTHIA_16))
+        found = replace(found, scores=scores_of(found.confusion, *(_subset(n, names) for n in ("13", "16"))))
     if labelled:
         print(score_table(found.scores, names, of))
     else:
@@ -125,19 +135,26 @@ def _scored_classes(wanted: str, data_set: DataSet, num_classes: int) -> tuple[i
         raise UserError(f"--classes categories: {data_set.name} declares no categories; omit the flag")
     if wanted in ("19", "categories"):
         return tuple(range(num_classes))
-    if wanted and (num_classes < 19 or data_set.class_names != CLASS_NAMES):
-        raise UserError(f"--classes {wanted}: a subset of the 19 classes; the net has {num_classes}")
-    return tuple(c for c in SUBSETS.get(wanted, data_set.classes) if c < num_classes)
+    if not wanted:
+        return tuple(c for c in data_set.classes if c < num_classes)
+    if not set(CLASS_NAMES_16) <= set(data_set.class_names[:num_classes]):
+        raise UserError(f"--classes {wanted}: a subset of Cityscapes' classes, which {data_set.name} does not have")
+    return _subset(wanted, data_set.class_names)
 
 
-def _encoder(wanted: str, data_set: DataSet) -> Callable[[np.ndarray], np.ndarray]:
+def _subset(wanted: str, names: Sequence[str]) -> tuple[int, ...]:
+    """The trainIds of SYNTHIA's 16 or 13 classes among classes with these names."""
+    return tuple(names.index(CLASS_NAMES[c]) for c in SUBSETS[wanted])
+
+
+def _encoder(wanted: str, data_set: DataSet, num_classes: int) -> Callable[[np.ndarray], np.ndarray]:
     """What makes the pixels of a file from predicted trainIds, from `--prediction_format`."""
-    is_cityscapes = data_set.class_names == CLASS_NAMES
-    if wanted == "labelids" and not is_cityscapes:
+    ids = LABEL_IDS.get(data_set.class_names) if num_classes == len(data_set.class_names) else None
+    if wanted == "labelids" and not ids:
         raise UserError(f"--prediction_format labelids: {data_set.name} has other classes; use trainids or colour")
     if wanted == "colour":
         return partial(colourise, colours=data_set.colours)
-    return to_label_ids if is_cityscapes and wanted != "trainids" else np.asarray
+    return partial(to_data_set_ids, id_map=ids) if ids and wanted != "trainids" else np.asarray
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data_handlers.classes import IGNORE
-from data_handlers.datasets import find_data_set, for_net_of, with_labels, with_split
+from data_handlers.datasets import DataSet, find_data_set, for_net_of, with_labels, with_split
 from data_handlers.domain import Domain, DomainBatch, Samples
 from data_handlers.images import read_label, read_pixels
 from data_handlers.labelled import check_samples
@@ -71,7 +71,7 @@ class RoundSamples(Samples):
         is_target = index >= len(self.chosen)
         files = self.target if is_target else self.drawn(self.domain.lists, position)
         name = files.images[index - len(self.chosen) if is_target else self.chosen[index]]
-        pixels = read_pixels(files.root / name)
+        pixels = read_pixels(files.image_file(name))
         size = pixels.shape[1::-1]
         if not is_target:
             label = read_label(files.label_file(name), files.data_set, size)
@@ -273,8 +273,8 @@ def prepare_self_training(config: SelfTrainingConfig, rank: Rank, continued: Con
     shape, net = _net(config, continued)
     source, image_roots = _source_files(config, shape)
     adaptation = config.adaptation
-    target = target_images(config.target, shape, adaptation.split_tgt)
-    target = replace(target, data_set=with_labels(target.data_set, config.target.trg_labels, "--trg_labels"))
+    target = target_images(config.target, shape, adaptation.split_tgt, config.target.trg_labels)
+    target = replace(target, data_set=_of_source(target.data_set, source.data_set, shape.num_classes))
     for files in (source.with_images_of(root) for root in image_roots or (source.root,)):
         check_samples(files, labels=True, flag="--src_labels", skip=skip)
     check_samples(target, labels=False, skip=skip)
@@ -312,8 +312,8 @@ def _net(config: SelfTrainingConfig, continued: Continued | None) -> tuple[Segme
 def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[FileList, tuple[Path, ...]]:
     """The labelled source images, and the folders with images in place of theirs."""
     data, images = config.source, config.images
-    known = for_net_of(with_split(find_data_set(data.source, "--source"), data.src_split), shape.num_classes)
-    data_set = with_labels(known, data.src_labels, "--src_labels")
+    data_set = with_split(find_data_set(data.source, "--source"), data.src_split)
+    data_set = for_net_of(with_labels(data_set, data.src_labels, "--src_labels"), shape.num_classes)
     if not data_set.has_labels:
         raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
     origin = f"--init {config.adaptation.init}"
@@ -328,9 +328,21 @@ def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple
     return files, roots
 
 
-def target_images(target: TargetImages, shape: SegmentationShape, split: str) -> FileList:
-    """The images to label, with the classes that a net of this shape knows."""
-    data_set = for_net_of(find_data_set(target.target, "--target"), shape.num_classes)
+def _of_source(target: DataSet, source: DataSet, num_classes: int) -> DataSet:
+    """The target's declaration with the source's classes, which the net predicts; labels of others are not read."""
+    if target.class_names != source.class_names:
+        target = replace(
+            target, label_path=(), other_label_paths=(), label_suffix="", id_map={}, classes=source.classes,
+            colours=source.colours,
+        )  # fmt: skip
+    more = (f"class {k}" for k in range(len(source.class_names), num_classes))
+    return replace(target, class_names=(*source.class_names, *more))
+
+
+def target_images(target: TargetImages, shape: SegmentationShape, split: str, labels: str = "") -> FileList:
+    """The images to label, with the classes that a net of this shape knows; `labels` as `with_labels` takes them."""
+    known = with_labels(find_data_set(target.target, "--target"), labels, "--trg_labels")
+    data_set = for_net_of(known, shape.num_classes)
     root = target.trg_data_dir or data_set.default_root
     return list_images(data_set, root, "--trg_data_dir", split=split, list_file=target.trg_list)
 

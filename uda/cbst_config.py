@@ -184,7 +184,9 @@ class PriorFlags(SourceFiles):
         None, "standard deviation of the smoothing Gaussian in pixels of the prior, 0 for none (default: 35 at the "
         "width of 2048, and in proportion at others)", type=float,
     )  # fmt: skip
-    num_classes: int = option(19, "classes of the prior, those of the net")
+    num_classes: int | None = option(
+        None, "classes of the prior, those of the net (default: those of the source, 19 of the known sets)", type=int
+    )
     num_workers: int = option(2, "loader processes")
     output: str = path_option(
         "", "MATLAB file to write, beside one picture for each class", metavar="FILE", required=True
@@ -193,7 +195,8 @@ class PriorFlags(SourceFiles):
     def __post_init__(self) -> None:
         check_positive(self, "prior_size")
         check_not_negative(self, "sigma", "num_workers")
-        check(2 <= self.num_classes <= 255, f"--num_classes is {self.num_classes}; it must be 2 to 255")
+        usable = self.num_classes is None or 2 <= self.num_classes <= 255
+        check(usable, f"--num_classes is {self.num_classes}; it must be 2 to 255")
 
 
 def check_shares(section: object, *names: str) -> None:

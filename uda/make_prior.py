@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_handlers.datasets import find_data_set, with_labels, with_split
+from data_handlers.datasets import find_data_set, for_net_of, with_labels, with_split
 from data_handlers.images import image_size, read_label
 from data_handlers.lists import list_images, require_labels
 from data_handlers.spatial_prior import SpatialPriorBuilder, write_spatial_prior
@@ -27,7 +27,9 @@ def make_prior(flags: PriorFlags) -> None:
     data_set = with_labels(data_set, flags.src_labels, "--src_labels")
     if not data_set.has_labels:
         raise UserError(f"--source {flags.source} has no labels; choose a labelled data set")
-    require_classes(flags.num_classes, data_set.name, data_set.value_map)
+    num_classes = flags.num_classes or len(data_set.class_names)
+    data_set = for_net_of(data_set, num_classes)
+    require_classes(num_classes, data_set.name, data_set.value_map)
     root = flags.src_data_dir or data_set.default_root
     files = list_images(data_set, root, "--src_data_dir", list_file=flags.src_list)
     require_labels(files, "--src_data_dir")
@@ -35,7 +37,7 @@ def make_prior(flags: PriorFlags) -> None:
     if output.exists():
         raise UserError(f"--output {output} exists; move it away, or name another file")
     sigma = PUBLISHED_SIGMA * width / PUBLISHED_WIDTH if flags.sigma is None else flags.sigma
-    builder = SpatialPriorBuilder(flags.num_classes, (height, width))
+    builder = SpatialPriorBuilder(num_classes, (height, width))
 
     def load(name: str) -> np.ndarray:
         path = files.label_file(name)

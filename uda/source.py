@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from data_handlers.datasets import find_data_set, with_labels, with_split
+from data_handlers.datasets import find_data_set, for_net_of, with_labels, with_split
 from data_handlers.domain import Domain, DomainBatch, Samples
 from data_handlers.labelled import check_samples
 from data_handlers.lists import require_images
@@ -152,7 +152,8 @@ class SourceTraining(Method):
     def conclusion(self, folder: Path) -> str:
         """The flags of train_procst.py that use the net."""
         weights = self.config.held_out.output if self.published else str(folder)
-        words = ["train_procst.py", *self.shape.flags(), "--semseg_weights", weights]
+        source = self.config.source.source
+        words = ["train_procst.py", "--source", source, *self.shape.flags(source), "--semseg_weights", weights]
         return f"use the net with: python {shlex.join(words)}"
 
 
@@ -163,7 +164,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
     """Check the input of a training on source and build its net. Raises `UserError`, which names file or flag."""
     data, held_out, net_config = config.source, config.held_out, config.net
     data_set = with_split(find_data_set(data.source, "--source"), data.src_split)
-    data_set = with_labels(data_set, data.src_labels, "--src_labels")
+    data_set = for_net_of(with_labels(data_set, data.src_labels, "--src_labels"), net_config.num_classes)
     if not data_set.has_labels:
         raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
     require_classes(net_config.num_classes, data_set.name, data_set.value_map)
