@@ -8,7 +8,6 @@ and `LOCAL_RANK` in the environment.
 """
 
 import logging
-import math
 import os
 import signal
 import sys
@@ -30,7 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from training.distributed import Rank, environment_number
 from utils.errors import UserError, run_cli
-from utils.stopping import SAME_REQUEST, STOP_SIGNALS, STOPPED, Stopped, announce
+from utils.stopping import STOP_SIGNALS, STOPPED, Stopped, announce
 
 RESTARTS = 3
 FOLDER = "PROCST_LAUNCHER_FOLDER"  # environment variable: the folder for process numbers and exit codes
@@ -112,8 +111,8 @@ def launch(
 ) -> None:  # fmt: skip
     """Run a script with this command line in one process for each device of this machine, and wait for all.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the processes; a second signal kills them. This process is
-    only fit to end afterwards: its environment, logging and signal handlers stay changed.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the processes. This process is only fit to end afterwards: its
+    environment, logging and signal handlers stay changed.
 
     Args:
         script: does its work inside `in_processes`.
@@ -162,23 +161,17 @@ def launch(
 def _pass_signals_on(folder: Path) -> list[int]:
     """Pass signals on to the processes with a file in `folder`, not to their loaders; returns those received so far."""
     received: list[int] = []
-    deadline = math.inf  # a signal that comes later is another request
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal deadline
-        again = time.monotonic() > deadline
         if not received:
             announce(signal.Signals(number))
-            deadline = time.monotonic() + SAME_REQUEST
         received.append(number)
         with suppress(FileNotFoundError):  # all processes have ended
             (folder / "signal").write_text(str(int(number)))
-            if again:
-                (folder / "killed.code").write_text(str(128 + number))
         for path in folder.glob("*.rank"):
             # A process that is gone, or that has not yet written its number and will look for the signal.
-            with suppress(ProcessLookupError, PermissionError, ValueError):
-                os.kill(int(path.read_text()), signal.SIGKILL if again else number)
+            with suppress(ProcessLookupError, ValueError):
+                os.kill(int(path.read_text()), number)
 
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # an ignored signal stays ignored, as with nohup
