@@ -16,22 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from data_handlers.classes import IGNORE
-from data_handlers.datasets import find_data_set, for_net_of, with_labels, with_split
+from data_handlers.datasets import find_data_set, for_net_of, with_labels
 from data_handlers.domain import Domain, DomainBatch, Samples
 from data_handlers.images import read_label, read_pixels
 from data_handlers.labelled import check_samples
-from data_handlers.lists import FileList, list_images, missing_labels, require_images, require_labels
+from data_handlers.lists import FileList, list_images, require_images
 from data_handlers.spatial_prior import read_spatial_prior
-from data_handlers.splits import val_split
 from models.resnet38 import OUTPUT_STRIDE, ResNet38
-from models.segmentation import build_segmentation_net, require_classes
+from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from training.distributed import Rank, backward_and_step
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
+from training.preparation import source_files, target_validator
 from training.run_folder import Continued
 from training.segmentation_files import load_segmentation_net
-from training.validation import Validator, scored_classes
 from uda.cbst_config import TRAIN_FIRST, CropsConfig, SelfTrainingConfig
 from uda.cbst_optimisation import freeze_statistics, mean_cross_entropy, self_training_optimizer
 from uda.cbst_schedule import Portion, rate_of_round, source_count, source_seed, source_subset
@@ -279,7 +278,9 @@ def prepare_self_training(config: SelfTrainingConfig, rank: Rank, continued: Con
         target=Domain(files=target, name="target", **shared),
     )  # fmt: skip
     _require_images(method)
-    method.validator, method.validation_line = _validator(config, source, target, shape, rank, workers)
+    method.validator, method.validation_line = target_validator(
+        config, rank, source.data_set, target, shape.num_classes, adaptation.select_by, always=True
+    )
     return method
 
 
@@ -302,17 +303,9 @@ def _net(config: SelfTrainingConfig, continued: Continued | None) -> tuple[Segme
 
 def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[FileList, tuple[Path, ...]]:
     """The labelled source images, and the folders with images in place of theirs."""
-    data, images = config.source, config.images
-    known = for_net_of(with_split(find_data_set(data.source, "--source"), data.src_split), shape.num_classes)
-    data_set = with_labels(known, data.src_labels, "--src_labels")
-    if not data_set.has_labels:
-        raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
+    images = config.images
     origin = f"--weights {config.adaptation.weights}"
-    require_classes(shape.num_classes, data_set.name, data_set.value_map, origin)
-    files = list_images(data_set, data.src_data_dir or data_set.default_root, "--src_data_dir", list_file=data.src_list)
-    if images.src_label_dir:
-        files = replace(files, label_root=Path(images.src_label_dir))
-    require_labels(files, "--src_label_dir" if images.src_label_dir else "--src_data_dir")
+    files = source_files(config.source, shape.num_classes, images.src_label_dir, origin=origin)
     roots = tuple(Path(root) for root in images.source_images)
     for root in roots:
         require_images(files.with_images_of(root), "--source_images")
@@ -341,25 +334,3 @@ def _require_images(method: SelfTraining) -> None:
     if not method.stages()[0].steps:
         images = method.counts[0] + len(method.domains["target"])
         raise UserError(f"--batch_size {rounds.batch_size}: there are {images} images to train on in the first round")
-
-
-def _validator(
-    config: SelfTrainingConfig, source: FileList, target: FileList, shape: SegmentationShape, rank: Rank, workers: int
-) -> tuple[Validator | None, str]:
-    """What validates the net after each round on the target's val split, and a line that says so."""
-    select_by, files = config.adaptation.select_by, val_split(target)
-    labelled = bool(files and files.data_set.has_labels and not missing_labels(files))
-    if select_by != "none" and not (labelled if select_by == "miou" else files):
-        wanted = "a labelled val split" if select_by == "miou" else "a val split"
-        raise UserError(f"--select_by {select_by} needs {wanted} in --trg_data_dir {target.root}; use none")
-    if files is None:
-        return None, "no validation: the target has no val split"
-    skip = config.loader.on_bad_image == "skip"
-    check_samples(files, labels=labelled, flag="--trg_labels", skip=skip)
-    classes = scored_classes(shape.num_classes, files.data_set, source.data_set)
-    validator = Validator(
-        files=files, with_labels=labelled, select_by=select_by, classes=classes, num_classes=shape.num_classes,
-        num_workers=workers, rank=rank, skip_unusable=skip,
-    )  # fmt: skip
-    chosen = "which chooses nothing" if select_by == "none" else f"best by {select_by}"
-    return validator, f"validating each round on {files.describe()}, {chosen}"
