@@ -82,3 +82,10 @@ def save_net(path, shape, state):
     )  # fmt: skip
     checkpoint.save(path)
     return path
+
+
+def is_whole(path, size):
+    """Whether an image is an RGB picture of this size that can be decoded to its end."""
+    with Image.open(path) as image:
+        image.load()
+        return (image.mode, image.size) == ("RGB", size)
