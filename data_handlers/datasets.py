@@ -114,14 +114,11 @@ class DataSet:
 
 
 def with_labels(data_set: DataSet, labels: str, flag: str) -> DataSet:
-    """The data set with its labels read as a command line flag says.
+    """The data set with its labels read as a command line flag says. Raises `UserError`.
 
     Args:
         labels: `ids` or `trainids`; '' keeps the declaration.
         flag: name of the flag, for messages (`--src_labels`, `--trg_labels`, `--labels`).
-
-    Raises:
-        UserError: a data set without labels, or `ids` for a data set without an `id_map`.
     """
     if not labels:
         return data_set
@@ -174,8 +171,7 @@ DATA_SETS = {
 def find_data_set(named: str, flag: str) -> DataSet:
     """The data set of a flag's value: a known name, the path of a description, or a folder of pictures without labels.
 
-    Raises:
-        UserError: it is none of these, or the description holds a mistake.
+    Raises `UserError`: it is none of these, or the description holds a mistake.
     """
     if named in DATA_SETS:
         return DATA_SETS[named]

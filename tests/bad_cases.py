@@ -433,10 +433,9 @@ IMPOSSIBLE = [
     Case(script, f"claims-{name}-{value}", flags, ("latest.pth",), claiming(**{name: value}))
     for script, flags, claims in (
         ("train_procst", CONTINUE, (
-            ("stage", 7), ("stage", -1), ("step", 99), ("optimizers", {}), ("modules", {}), ("config", {}),
-            ("config", []), ("method_state", 3), ("version", 99), ("format", "other"),
+            ("stage", 7), ("optimizers", {}), ("modules", {}), ("config", {}), ("version", 99), ("format", "other"),
         )),
-        ("create_sit_dataset", export(), (("modules", {}), ("config", {}), ("version", 99), ("step", -5))),
+        ("create_sit_dataset", export(), (("modules", {}), ("config", {}), ("version", 99))),
     )
     for name, value in claims
 ]  # fmt: skip

@@ -42,7 +42,7 @@ def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
 
 
 def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
-    """Load a trained net.
+    """Load a trained net. Raises `UserError`: missing, damaged, or holding no segmentation net.
 
     Args:
         path: a checkpoint of this toolkit (the net that it validates), the ProCST authors' pickle, the CBST authors'
@@ -51,9 +51,6 @@ def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.
 
     Returns:
         Its shape and the net, frozen and in eval mode, on the CPU.
-
-    Raises:
-        UserError: missing, damaged, or holding no segmentation net.
     """
     if path.is_dir():
         found = next((name for name in (BEST, LATEST) if (path / name).is_file()), None)
@@ -96,13 +93,7 @@ def _net_of(checkpoint: Checkpoint, origin: str) -> tuple[SegmentationShape, nn.
         raise UserError(
             f"{origin} holds no segmentation net: the run trains without label losses or has not reached its last scale"
         )
-    try:
-        shape = SegmentationShape(**checkpoint.segmentation["shape"])
-        weights = checkpoint.modules[checkpoint.segmentation["module"]]
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{origin} is incomplete: {error}") from None
+    shape = SegmentationShape(**checkpoint.segmentation["shape"])
     net = build_segmentation_net(shape)
-    load_network(net, weights, origin)
+    load_network(net, checkpoint.modules[checkpoint.segmentation["module"]], origin)
     return shape, net.eval().requires_grad_(False)

@@ -15,15 +15,12 @@ TEMPORARY = ".procst-tmp"
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
-    """Let `write` fill a temporary file beside `path`, fsync it, then rename it to `path`.
+    """Let `write` fill a temporary file beside `path`, fsync it, then rename it to `path`. Raises `UserError`.
 
     The temporary file is hidden, and is removed on any failure, when `path` keeps its former content.
 
     Args:
         keep: another name in the same folder, which a former file at `path` gets once the new one is complete.
-
-    Raises:
-        UserError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{TEMPORARY}")

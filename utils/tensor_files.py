@@ -77,13 +77,10 @@ def read_tensor_file(path: Path) -> Any:
 
 
 def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, Any]:
-    """Read the state dict that `flag` names.
+    """Read the state dict that `flag` names. Raises `UserError`: missing, damaged, or no state dict.
 
     Args:
         alternatives: what else the flag accepts, for the message.
-
-    Raises:
-        UserError: missing, damaged, or no state dict.
     """
     try:
         state = read_tensor_file(path)
@@ -103,8 +100,7 @@ def _is_state_dict(state: Any) -> bool:
 def load_network(network: nn.Module, state: Mapping[str, Any], origin: str) -> None:
     """Load a state dict strictly.
 
-    Raises:
-        UserError: names `origin` and the first tensor that is missing, unexpected or of another shape.
+    Raises `UserError`: names `origin` and the first tensor that is missing, unexpected or of another shape.
     """
     if not _is_state_dict(state):
         raise UserError(f"{origin} is no state dict: it must hold names and tensors alone")
