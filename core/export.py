@@ -114,9 +114,7 @@ def translate_images(
     Returns:
         The images that were skipped because they cannot be read, with `--on_bad_image skip`.
 
-    Raises:
-        UserError: an image cannot be read or written; images translated before are on disk and complete.
-        LoaderDied, RuntimeError: a loader process died (`is_loader_death`); likewise.
+    Raises `UserError` where an image cannot be read or written; images translated before are on disk and complete.
     """
     skipped: list[str] = []
     writing: deque[Future[None]] = deque()
@@ -156,15 +154,9 @@ def translator_of(
 
 
 def export(flags: ExportFlags, script: str) -> None:
-    """Export a SiT data set, in this process or in one for each device.
+    """Export a SiT data set, in this process or in one for each device; `script` is the file of the command.
 
-    Args:
-        script: file of the command.
-
-    Raises:
-        UserError: bad input; images translated before stay.
-        Stopped: the export was asked to stop.
-        SystemExit: with the code of a stop, when a loader process died.
+    Images translated before a `UserError`, a `Stopped` or the death of a loader stay.
     """
     in_processes(lambda rank: _start(flags, Path(script), rank), CONTINUE)
 

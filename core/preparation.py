@@ -65,14 +65,9 @@ def _load_seg_source(config: ProCSTConfig) -> nn.Module:
         )
     shape, net = load_segmentation_net(path, "--semseg_weights")
     if shape != wanted:
-        differing = [
-            f"--{name} {getattr(shape, name)}"
-            for name in ("model", "backbone", "num_classes")
-            if getattr(shape, name) != getattr(wanted, name) and getattr(shape, name) != "none"
-        ]
         raise UserError(
-            f"--semseg_weights {path} holds {shape}, but the command line asks for {wanted}; give "
-            f"{' '.join(differing)}, or other weights"
+            f"--semseg_weights {path} holds {shape}, but the command line asks for {wanted}; change --model, "
+            "--backbone or --num_classes, or give other weights"
         )
     return net
 

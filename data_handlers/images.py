@@ -183,14 +183,11 @@ def label_values_to_train_ids(values: np.ndarray, path: Path, data_set: DataSet)
                 f"label {path} holds the value {error}, which is no trainId (0 to {len(data_set.class_names) - 1}, or "
                 f"255 to ignore), but {said} says that labels hold trainIds; check the file and the flag"
             ) from None
-        if data_set.storage == "colours":
-            colour = tuple(int(str(error)).to_bytes(3))
-            raise UserError(
-                f"label {path} holds the colour {colour}, which {data_set.name} does not know; add it to map or void"
-            ) from None
+        is_colour = data_set.storage == "colours"
+        value = f"the colour {tuple(int(str(error)).to_bytes(3))}" if is_colour else f"the id {error}"
         raise UserError(
-            f"label {path} holds the id {error}, which {data_set.name} does not know; is this the file of label ids, "
-            "and not one of trainIds, instances or colours?"
+            f"label {path} holds {value}, which {data_set.name} does not know; is this the right file of labels, and "
+            "not one of trainIds, instances or another encoding?"
         ) from None
 
 

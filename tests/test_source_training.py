@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import train_semseg_on_source
-from commands import assert_same_tensors, at_step, logged, metrics_of, only_run, source_flags, stop_at, tensors_of
+from commands import assert_same_tensors, logged, metrics_of, only_run, source_flags, stop_at, tensors_of
 from refusals import check_refusal, tree
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.precision import computes_in_bf16
@@ -166,33 +166,6 @@ def test_a_damaged_best_net_does_not_end_the_training(world, tmp_path, run_scrip
     result = run_script(train_semseg_on_source, "--continue_train_from_path", run)
     assert result.code == 0, result.err
     assert "best.pth is damaged" in result.err
-
-
-def test_an_output_that_another_run_takes_meanwhile_stays(world, tmp_path, run_script, monkeypatch):
-    output = tmp_path / "source.pth"
-    at_step(monkeypatch, SourceTraining, 0, 2, lambda: output.write_text("another run's net"))
-    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
-    assert result.code == 0, result.err
-    assert output.read_text() == "another run's net"
-    assert f"now a file of another run and stays; the best net is {only_run(tmp_path) / 'best.pth'}" in result.err
-    assert f"--semseg_weights {only_run(tmp_path)}\n" in result.out
-
-
-def test_a_copy_of_a_run_does_not_own_its_output(world, tmp_path, run_script):
-    """A run of the same name is another run, too; a continued one knows its own file."""
-    flags = source_flags(world, tmp_path, checkpoints_dir=None, num_steps=2)
-    assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/run").code == 0
-    assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/run").code == 0
-    shutil.copytree(tmp_path / "a/run", tmp_path / "a/copy")
-    for other in ("a/copy", "b/run"):
-        refused = run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / other)
-        check_refusal(refused, f"--output {tmp_path / 'source.pth'}", "is not of this run")
-    shutil.rmtree(tmp_path / "a/copy")
-    (tmp_path / "a/run").rename(tmp_path / "a/renamed")
-    assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/renamed").code == 0
-    shutil.copytree(tmp_path / "a/renamed", tmp_path / "a/copy")
-    refused = run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/copy")
-    check_refusal(refused, "is not of this run")
 
 
 def test_a_copied_checkpoint_finds_its_own_best_state(world, tmp_path, run_script, monkeypatch):

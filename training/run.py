@@ -1,6 +1,5 @@
 """A run from its flags to its end: configuration, devices, folder, loop. The same for every method."""
 
-import secrets
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -34,10 +33,6 @@ def train(*, script: str, method: type[Method], prepare: Prepare, given: Mapping
     Args:
         script: file of the command.
         given: the flags on the command line.
-
-    Raises:
-        UserError: bad input; the checkpoints stay.
-        Stopped: the run was asked to stop, and its state is saved.
     """
 
     def run(rank: Rank) -> None:
@@ -126,9 +121,7 @@ def _train(
         folder = lock_run_folder(continued, run_dir=run_dir, parent=parent, task=method.task(), stack=stack)
         remember(str(folder))
     folder = rank.broadcast(folder)
-    run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
-    info = {"run": str(folder), "run_id": run_id}
-    loop = Loop(method=method, folder=folder, info=info, stop=stop)
+    loop = Loop(method=method, folder=folder, info={"run": str(folder)}, stop=stop)
     if continued:
         loop.restore(continued.checkpoint, continued.origin)
         if resume_to_epoch and not is_restarted():

@@ -1,9 +1,6 @@
 """The segmentation net in a file: a checkpoint of this toolkit, or a net of the authors, pickled or of MXNet."""
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +9,7 @@ from models.legacy import load_legacy_segmentation
 from models.resnet38_files import classes_in_file, load_resnet38
 from models.segmentation import build_segmentation_net, load_backbone
 from models.shapes import SegmentationShape
-from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint, load_checkpoint
+from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint
 from training.config import NetConfig
 from utils.errors import UserError
 from utils.mxnet_params import is_mxnet_file
@@ -27,18 +24,6 @@ def net_to_train(config: NetConfig, seed: int, fresh: bool) -> nn.Module:
     if fresh and config.backbone_weights != "random":
         net.start = load_backbone(net, config.backbone, config.backbone_weights)
     return net
-
-
-def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
-    """Whether the run with this `Checkpoint.info` wrote a file; a copy of a run does not own the files of the first."""
-    try:
-        info = load_checkpoint(path).info
-    except UserError:
-        return False
-    if info.get("run_id") is None or info["run_id"] != run.get("run_id"):
-        return False
-    # The folder of a run may have been renamed; that of a run which was copied is still there.
-    return info["run"] == run["run"] or not os.path.exists(str(info["run"]))
 
 
 def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:

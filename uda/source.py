@@ -22,7 +22,7 @@ from training.method import Method, Stage
 from training.precision import Runner, channels_last
 from training.preparation import make_domain, make_validator, source_set
 from training.run_folder import Continued
-from training.segmentation_files import is_of_run, net_to_train
+from training.segmentation_files import net_to_train
 from training.synchronised_norm import synchronise_batch_norms
 from training.validation import scored_classes
 from uda.config import SourceTrainingConfig
@@ -101,13 +101,9 @@ class SourceTraining(Method):
     # --- the net for use ---------------------------------------------------------------------------------------------
 
     def publish(self, path: Path, info: Mapping[str, Any]) -> None:
-        """Copy the net to the configured output, unless a file of another run is there by now."""
+        """Copy the net to the configured output."""
         output = Path(self.config.held_out.output)
         if not self.config.held_out.output:
-            return
-        self.published = False
-        if output.exists() and not is_of_run(output, info):
-            say(f"{output} is now a file of another run and stays; the best net is {path}")
             return
         try:
             best = load_checkpoint(path).for_use()
@@ -174,7 +170,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
 
 
 def _check_output(output: str, continued: Continued | None) -> None:
-    """Require an output that can be written and is no file of another run or of the authors: these stay."""
+    """Require an output that can be written and, for a new run, is not there: files of others stay."""
     if not output:
         return
     path = Path(output)
@@ -182,9 +178,8 @@ def _check_output(output: str, continued: Continued | None) -> None:
     if path.name in (LATEST, PREVIOUS, BEST):
         # In the run's own folder, the net would take the place of the training state.
         raise UserError(f"--output {path}: {path.name} is the name of a file of run folders; choose another name")
-    own = continued and {**continued.checkpoint.info, "run": str(continued.origin.parent)}
-    if path.exists() and not (own and is_of_run(path, own)):
+    if path.exists() and not continued:
         raise UserError(
-            f"--output {path} exists and is not of this run; continue the run that wrote it "
-            "(--continue_train_from_path), move it away, or name another file"
+            f"--output {path} exists; continue the run that wrote it (--continue_train_from_path), move it away, or "
+            "name another file"
         )
