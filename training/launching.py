@@ -147,7 +147,7 @@ def _first_failed(group: Sequence[subprocess.Popen]) -> int | None:
     while any(process.poll() is None for process in group) and time.monotonic() < deadline:
         failed = [index for index, process in enumerate(group) if process.returncode]
         if first is None and failed:
-            first = failed[0]
+            first = min(failed, key=lambda index: group[index].returncode)  # a killed one rather than one that lost it
             # One that ended by itself may not be the first that met the reason; after a kill there is none to wait for.
             deadline = time.monotonic() + (ENDING if group[first].returncode > 0 else 0.0)
         time.sleep(0.1)
