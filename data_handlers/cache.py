@@ -65,7 +65,7 @@ class ResizedFiles:
         kept = Path(self.cache_dir) / name[:2] / f"{name[2:]}.npy"
         try:
             return np.load(kept, mmap_mode="r")
-        except (OSError, EOFError, ValueError):  # not there, or damaged
+        except Exception:  # not there, or damaged: the parsers raise errors of many kinds
             array = read()
             make_folder(kept.parent, "--cache_dir")
             atomic_write(kept, partial(np.save, arr=array))

@@ -257,7 +257,7 @@ PROCST_FLAGS = [
     (train(src_list="missing.txt"), "missing.txt"),
     (train(style_layers=(3, 7)), "[7]", "--style_layers"),
     (train(vgg_weights="missing.pth"), "--vgg_weights", "missing.pth"),
-    (train(vgg_weights="vgg.pth", style_layers=(3, 8, 11)), "vgg.pth", "features.7", "[8, 11]", "[1, 3, 6]"),
+    (train(vgg_weights="vgg.pth", style_layers=(3, 8, 11)), "vgg.pth", "features.7", "--style_layers"),
     (train(lambda_labels=2), "--lambda_labels", "--no_semseg"),
     (train(**{"weight-decay": 1e-3}), "--weight-decay", "--no_semseg"),
     (train(run_dir="new"), "--run_dir", "--checkpoints_dir"),

@@ -143,7 +143,7 @@ PARAMETERS = b"}X\x0b\0\0\0_parameters"
 @pytest.mark.parametrize(
     ("payload", "part"),
     [
-        (MODULE + b"}X\x08\0\0\0_modules}X\x04\0\0\0headh\x01ssb", "contains itself"),
+        (MODULE + b"}X\x08\0\0\0_modules}X\x04\0\0\0headh\x01ssb", "is malformed"),
         (MODULE + b"]b", "state of type list"),
         (MODULE + PARAMETERS + b"]sb", "malformed"),
         (MODULE + PARAMETERS + b"}K\x01K\x02ssb", "malformed"),

@@ -67,7 +67,7 @@ def test_hostile_files_are_not_executed(tmp_path, monkeypatch):
     payloads = {
         "posix.system": pickle.dumps([Command()], protocol=2),
         "posix.system, which": net + modules % touch,
-        "contains itself": net + modules % b"h\x01",
+        "is malformed": net + modules % b"h\x01",
         "semseg_models.deeplabv2.os": b"\x80\x02csemseg_models.deeplabv2\nos\n.",
         "no segmentation net": b"\x80\x02csemseg_models.deeplabv2\nResNet101\n.",
         "no classifier": net + b".",

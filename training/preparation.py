@@ -113,14 +113,15 @@ def target_validator(
     """What validates a net on the target's val split, or None, and a line that says so.
 
     Args:
-        select_by: `auto` means `miou` where all of the split has labels, else `none`.
+        select_by: `auto` means `miou` where the split has labels, else `none`.
         always: with `none`, validate all the same where there is a split, and choose nothing.
     """
     files = val_split(target)
     missing = len(missing_labels(files)) if files else 0
-    labelled = bool(files and target.data_set.has_labels and not missing)
+    has_labels = bool(files and target.data_set.has_labels and missing < len(files))
+    labelled = has_labels and not missing
     if select_by == "auto":
-        select_by = "miou" if labelled else "none"
+        select_by = "miou" if has_labels else "none"
     if select_by == "miou" and not labelled:
         found = f"{missing} of its {len(files)} images have no label" if missing else "there is none"
         raise UserError(
