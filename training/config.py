@@ -6,15 +6,7 @@ from typing import Any
 
 from data_handlers.choices import LABELS, ON_BAD_IMAGE, RESAMPLINGS
 from data_handlers.datasets import find_data_set
-from models.shapes import (
-    MODEL_BACKBONES,
-    SMALLEST_CROP,
-    SMP_MODELS,
-    SegmentationShape,
-    default_backbone,
-    known_backbone,
-    known_model,
-)
+from models.shapes import MODEL_BACKBONES, SMALLEST_CROP, SMP_MODELS, SegmentationShape, default_backbone
 from training.flags import (
     Size,
     as_given,
@@ -160,12 +152,11 @@ class NetConfig:
 
     model: str = option(
         "DeepLabV2", f"segmentation net: {', '.join(MODEL_BACKBONES)}, or of segmentation_models_pytorch "
-        f"{', '.join(SMP_MODELS)}", type=known_model,
+        f"{', '.join(SMP_MODELS)}",
     )  # fmt: skip
     backbone: str = option(
         "", "its backbone: of DeepLabV2 and DeepLab resnet101, resnet50, resnet34 or resnet18; of smp: nets an encoder "
         "of the package, such as mit_b2 (default: the published one; of smp: nets the package's, of Segformer mit_b2)",
-        type=known_backbone,
     )  # fmt: skip
     num_classes: int | None = option(None, "its classes (default: those of the source, 19 of the known sets)", type=int)
     backbone_weights: str = path_option(
