@@ -1,5 +1,6 @@
 """Loading samples in worker processes, in order. When a worker dies, the run saves and exits with code 75."""
 
+import ctypes
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -8,10 +9,11 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
-from utils.stopping import STOP_SIGNALS, LoaderDied, is_loader_death, signal_at_parents_end
+from utils.stopping import STOP_SIGNALS, LoaderDied, is_loader_death
 
 MOST_SKIPPED = 10  # so many unusable samples in a row are a fault of the disk, not of the files
 TIMEOUT = 300  # seconds for a batch: a batch that a worker could not send is missing without an error
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h: the signal that a process gets when its parent has ended
 
 
 @dataclass(frozen=True)
@@ -102,4 +104,4 @@ def _init_worker(worker_id: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal_at_parents_end(signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

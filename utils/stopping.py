@@ -1,6 +1,5 @@
 """Ending a long run with its state saved: at a signal of its user or of a scheduler, or when a loader process died."""
 
-import ctypes
 import os
 import signal
 from contextlib import suppress
@@ -10,7 +9,6 @@ from types import FrameType, TracebackType
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # EX_TEMPFAIL of sysexits.h: not finished, to be started again.
 STOPPED = 75
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class Stopped(BaseException):
@@ -94,8 +92,3 @@ def announce(number: signal.Signals) -> None:
     """Print what follows a first signal, not through Python's streams: the interrupted code may be using them."""
     with suppress(OSError):  # the reader may have been ended by the same Ctrl-C
         os.write(2, f"\n{number.name}: finishing this step and saving; Ctrl-\\ ends at once, without\n".encode())
-
-
-def signal_at_parents_end(number: signal.Signals) -> None:
-    """Let Linux send this process a signal when its parent has ended, also by SIGKILL."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
