@@ -34,7 +34,7 @@ from training.run import agreed_precision
 from training.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from training.validation import Validator
 from utils.errors import UserError
-from utils.stopping import SAME_REQUEST, STOPPED
+from utils.stopping import STOPPED
 from worlds import write_cityscapes
 
 pytestmark = pytest.mark.processes
@@ -332,23 +332,6 @@ def test_a_run_whose_launcher_and_ranks_are_killed_ends_with_the_same_bits(world
     starts = json.loads((run / "config.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [2, 2, 2, 2]  # the last is the restart
     assert_same_tensors(run / LATEST, undisturbed / LATEST)
-
-
-@pytest.mark.slow
-def test_a_second_signal_kills_processes_that_do_not_stop(world, tmp_path):
-    run = tmp_path / "run"
-
-    def stop_twice(launcher):
-        wait_for_step(run, launcher)
-        os.kill(ranks()[0], signal.SIGSTOP)
-        launcher.send_signal(signal.SIGTERM)
-        time.sleep(SAME_REQUEST + 0.3)
-        launcher.send_signal(signal.SIGTERM)
-
-    result = run_apart(train_procst, launched_flags(world, tmp_path), stop_twice)
-    assert result.code == 128 + signal.SIGTERM, result.err
-    assert not living(ranks())
-    assert load_checkpoint(run / LATEST).step < STEPS
 
 
 def test_a_process_whose_launcher_was_killed_before_it_connects_ends(world, tmp_path, monkeypatch):
