@@ -103,8 +103,6 @@ def test_a_flag_that_does_not_fit():
     with pytest.raises(UserError, match="--src_labels ids: own declares no label ids"):
         with_labels(OWN, "ids", "--src_labels")
     assert with_labels(DATA_SETS["folder"], "", "--src_labels") is DATA_SETS["folder"]
-    with pytest.raises(ValueError, match="must be one of ids, trainids"):
-        replace(OWN, labels="colours")
 
 
 # --- what was not said ----------------------------------------------------------------------------------
@@ -170,14 +168,6 @@ def test_data_sets_with_other_ids_are_believed(tmp_path, capsys):
     write_png16(label_file(synthia), channels)
     with pytest.raises(UserError, match=r"0000000\.png holds the id 255"):
         check_samples(synthia)
-
-
-def test_a_data_set_must_name_its_classes():
-    shared = {"images": {"train": ("*.png",)}, "label_path": (), "resize": (64, 32), "crop": (64, 32)}
-    with pytest.raises(ValueError, match=r"mine: trainId 2 has no name"):
-        DataSet(name="mine", id_map={7: 2}, classes=(0, 1), class_names=("a", "b"), **shared)
-    with pytest.raises(ValueError, match=r"mine: trainId 18 has no name"):
-        DataSet(name="mine", id_map={7: 1}, class_names=("a", "b"), **shared)
 
 
 # --- scripts --------------------------------------------------------------------------------------------
