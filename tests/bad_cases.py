@@ -300,7 +300,7 @@ SOURCE_FLAGS = [
     (train_source(num_classes=7), "--num_classes is 7", "gta5", "0..18"),
     (train_source(src_label_dir="nowhere"), "--src_label_dir", "nowhere"),
     (train_source(output="gta"), "--output", "folder"),
-    (train_source(output="net.pth"), "--output", "net.pth", "exists"),
+    (train_source(output="net.pth"), "--output", "net.pth", "not of this run"),
     (train_source(source="folder", src_data_dir="gta/images"), "--source folder", "no labels"),
     (train_source(select_by="none", validation_rate=2), "--validation_rate", "--select_by"),
     ([*CONTINUE_SOURCE, "--model", "VGG"], "--model changes the run's configuration"),

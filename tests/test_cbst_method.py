@@ -267,7 +267,7 @@ REFUSED = {
     "the cache": ({"cache_dir": "cache"}, "--cache_dir: self-training reads images at their own size"),
     "resampling": ({"resample": "exact"}, "--resample: self-training reads images at their own size"),
     "no prior": ({"method": "cbst-sp"}, "--method cbst-sp needs --spatial_prior"),
-    "a prior": ({"spatial_prior": "x.mat"}, "--spatial_prior acts only with --method cbst-sp"),
+    "a prior": ({"spatial_prior": "x.mat"}, "acts only with cbst-sp"),
     "a missing prior": ({"method": "cbst-sp", "spatial_prior": "/x.mat"}, "/x.mat does not exist"),
     "a portion": ({"init_tgt_port": 1.5}, "--init_tgt_port is 1.5; it must be in [0, 1]"),
     "no source image": ({"init_src_port": 0.1}, "--init_src_port 0.1: this is no whole one of 6 source images"),

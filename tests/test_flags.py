@@ -114,7 +114,7 @@ def test_a_stored_configuration_is_read_back(config):
     assert config.from_json(stored, "latest.pth") == config_of(config)
     for section in stored:
         for broken in ({**stored, section: {**stored[section], "unknown": 1}}, {**stored, section: 3}):
-            with pytest.raises(UserError, match=r"latest\.pth is not a configuration of this version"):
+            with pytest.raises(UserError, match=r"latest\.pth: written by another version of this toolkit"):
                 config.from_json(broken, "latest.pth")
 
 

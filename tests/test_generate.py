@@ -15,9 +15,11 @@ import train_uda
 from commands import command
 from data_handlers.classes import CLASS_COLOURS
 from nets import save_net
+from processes import in_use
 from refusals import check_refusal, tree
 from uda import labelling
 from utils.errors import UserError
+from utils.locks import LOCK
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +44,8 @@ def labels(world, source_net, tmp_path, run_script):
 
 
 def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("policy", ["cb", "global"])
@@ -77,15 +80,15 @@ def test_a_killed_pass_continues(world, source_net, labels, tmp_path, run_script
     assert files_of(tmp_path / "again") == files_of(labels)
 
 
-def test_colours_come_beside_labels_that_are_there(world, source_net, labels, run_script):
+def test_colours_come_into_a_folder_of_their_own(world, source_net, labels, run_script):
     before = files_of(labels)
     assert run_script(generate_pseudo_labels, *flags_for(world, source_net, labels, colours=())).code == 0
-    after = files_of(labels)
-    assert {name: after[name] for name in before} == before
-    pictures = sorted(labels.rglob("*_colour.png"))
-    assert len(pictures) == len(after) - len(before) == 4
+    assert files_of(labels) == before
+    folder = labels.with_name(f"{labels.name}_colours")
+    pictures = sorted(folder.rglob("*.png"))
+    assert len(pictures) == 4
     picture = pictures[0]
-    label = np.array(Image.open(picture.with_name(picture.name.replace("_colour", ""))))
+    label = np.array(Image.open(labels / picture.relative_to(folder)))
     table = np.zeros((256, 3), np.uint8)
     table[:19] = CLASS_COLOURS
     np.testing.assert_array_equal(np.array(Image.open(picture)), table[label])
@@ -99,6 +102,16 @@ def test_two_processes_write_the_same(world, source_net, labels, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("% of the target's pixels labelled") == 1
     assert files_of(tmp_path / "two") == files_of(labels)
+
+
+def test_the_output_may_be_a_link_and_has_one_writer(world, source_net, labels, tmp_path, run_script):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    flags = flags_for(world, source_net, tmp_path / "link")
+    with in_use(tmp_path / "disk"):
+        check_refusal(run_script(generate_pseudo_labels, *flags), "--output", "another process")
+    assert run_script(generate_pseudo_labels, *flags).code == 0
+    assert files_of(tmp_path / "disk") == files_of(labels)
 
 
 def test_labels_of_something_else_are_not_replaced(world, source_net, labels, tmp_path, run_script):

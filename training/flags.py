@@ -257,7 +257,10 @@ class Config:
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{origin} is not a configuration of this version: {error}") from None
+            raise UserError(
+                f"{origin}: written by another version of this toolkit ({error}); finish the run with that version, or "
+                "start a new one"
+            ) from None
 
     def continued(self, given: Mapping[str, Any]) -> Any:
         """This configuration with the given flags. Raises `UserError` for one that a continued run may not change."""

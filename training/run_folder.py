@@ -15,21 +15,23 @@ from typing import Any
 import torch
 import torchvision
 
-from training.checkpoint import LATEST, Checkpoint, has_checkpoint, read_newest
+from training.checkpoint import LATEST, PREVIOUS, Checkpoint, has_checkpoint, read_newest
 from utils.errors import UserError
 from utils.files import TEMPORARY, atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
 from utils.locks import LOCK, locked
 
 CONFIG = "config.json"
 STARTS = "starts"
+DAMAGED = "damaged.pth"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continued:
-    """The run that is continued: its newest checkpoint, and the file that holds it."""
+    """The run that is continued: its newest checkpoint, the file that holds it, and `_stamps` of its folder."""
 
     checkpoint: Checkpoint
     origin: Path
+    stamps: list[tuple[int, int]]
 
 
 def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
@@ -37,6 +39,7 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
     folder = _folder_to_continue(path, run_dir)
     if folder is None:
         return None
+    stamps = _stamps(folder)
     checkpoint, origin = read_newest(folder)
     if checkpoint.method != method:
         raise UserError(
@@ -44,7 +47,7 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
         )
     if not checkpoint.optimizers:
         raise UserError(f"{origin} holds a finished net and no training state")
-    return Continued(checkpoint=checkpoint, origin=origin)
+    return Continued(checkpoint=checkpoint, origin=origin, stamps=stamps)
 
 
 def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
@@ -81,6 +84,12 @@ def log_name(folder: Path) -> str:
     return f"{folder.name}_{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}"
 
 
+def _stamps(folder: Path) -> list[tuple[int, int]]:
+    """Inode and time of the checkpoints in a folder, which tell whether another process has replaced one."""
+    found = [path.stat() for path in (folder / LATEST, folder / PREVIOUS) if path.is_file()]
+    return [(status.st_ino, status.st_mtime_ns) for status in found]
+
+
 def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, task: str, stack: ExitStack) -> Path:
     """The run's folder, locked for this process until `stack` is closed; made here for a new run. Raises `UserError`.
 
@@ -92,6 +101,10 @@ def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, 
         folder = (make_folder(Path(run_dir), "--run_dir") if run_dir else new_run_folder(parent, task)).resolve()
     flag = "--continue_train_from_path" if continued and not run_dir else "--run_dir"
     stack.enter_context(locked(folder, flag))
+    if _stamps(folder) != (continued.stamps if continued else []):
+        raise UserError(f"{flag} {folder}: another process has trained this run meanwhile; run the command again")
+    if continued and continued.origin.name == PREVIOUS and (folder / LATEST).is_file():
+        os.replace(folder / LATEST, folder / DAMAGED)  # the next save would keep it in the place of the good one
     remove_leftovers(folder)
     return folder
 

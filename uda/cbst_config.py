@@ -152,7 +152,7 @@ class LabellingFlags(LabellingConfig, TargetImages):
     kc_policy: str = option(
         "cb", "cb: a threshold for each class; global: one for all classes", choices=("cb", "global")
     )
-    colours: bool = option(False, "write NAME_colour.png beside each label, too")
+    colours: bool = option(False, "write the labels in colours into OUTPUT_colours, too")
     gpus: tuple[str, ...] = option(
         (), "indices of CUDA devices, or cpu; several share the images, one process each (default: the first GPU, or "
         "the CPU where there is none)", type=str, nargs="+", metavar="GPU",
@@ -234,7 +234,8 @@ class SelfTrainingConfig(Config):
         name, prior = self.method.method, self.adaptation.spatial_prior
         check(name in METHODS, f"--method {name} has another configuration; start it with --method {name}")
         check(bool(prior) or name != "cbst-sp", "--method cbst-sp needs --spatial_prior: see make_spatial_prior.py")
-        check(not prior or name == "cbst-sp", f"--spatial_prior acts only with --method cbst-sp, not with {name}")
+        only = f"--spatial_prior (or a preset's) acts only with cbst-sp, not with --method {name}"
+        check(not prior or name == "cbst-sp", only)
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The pseudo-labels of a net in a folder of their own: the command `generate_pseudo_labels.py`."""
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from uda.cbst_config import LabellingFlags
 from uda.labelling import PseudoLabels, label_path, read_manifest
 from utils.devices import resolve_devices, workers_for
 from utils.errors import UserError
-from utils.files import TEMPORARY, atomic_write, check_folder
+from utils.files import TEMPORARY, atomic_write, check_folder, make_folder
+from utils.locks import LOCK, locked
 
 CONTINUE = "the same command continues"
 
@@ -31,10 +33,11 @@ def generate(flags: LabellingFlags, script: str) -> None:
     Raises:
         UserError: bad input, or the output holds something else than labels of these images by this net.
     """
-    in_processes(lambda rank: _generate(flags, Path(script), rank), CONTINUE)
+    with ExitStack() as stack:
+        in_processes(lambda rank: _generate(flags, Path(script), rank, stack), CONTINUE)
 
 
-def _generate(flags: LabellingFlags, script: Path, rank: Rank) -> None:
+def _generate(flags: LabellingFlags, script: Path, rank: Rank, stack: ExitStack) -> None:
     devices, output, skips = resolve_devices(flags.gpus), Path(flags.output), flags.on_bad_image == "skip"
     if rank.count == 1 and len(devices) > 1:
         launch(script, devices, if_killed=CONTINUE)
@@ -51,13 +54,15 @@ def _generate(flags: LabellingFlags, script: Path, rank: Rank) -> None:
     is_continued = _check_output(output, labelling.made_from(net, flags.portion))
     rank.barrier()  # what the others have still to check is not yet written to
     if rank.is_main:
+        stack.enter_context(locked(make_folder(output, "--output"), "--output"))
+    if rank.is_main:
         print(f"{shape} labels {files.describe()} on {rank.device}", flush=True)
     total = (1 if is_continued else 3) * len(files.images[rank.index :: rank.count])
     with tqdm(total=total, unit="img", dynamic_ncols=True, disable=not rank.is_main) as bar:
         labels = labelling.run(net, probabilities_of(net), output, flags.portion, bar.update)
     if flags.colours:
         for name in labels.files.images[rank.index :: rank.count]:
-            _write_colours(labels, name)
+            _write_colours(labels, name, output.with_name(f"{output.name}_colours"))
     if rank.is_main:
         print("\n".join([*(f"skipped: {reason}" for reason in labels.skipped), f"{output}: {labels.describe()}"]))
 
@@ -65,7 +70,7 @@ def _generate(flags: LabellingFlags, script: Path, rank: Rank) -> None:
 def _check_output(output: Path, made_from: dict[str, Any]) -> bool:
     """Require an output that is missing, empty, or holds such labels; returns whether it does."""
     check_folder(output, "--output")
-    if not output.is_dir() or all(path.name.endswith(TEMPORARY) for path in output.iterdir()):
+    if not output.is_dir() or all(path.name.endswith((TEMPORARY, LOCK)) for path in output.iterdir()):
         return False
     if read_manifest(output).get("made_from") != made_from:
         raise UserError(
@@ -75,7 +80,8 @@ def _check_output(output: Path, made_from: dict[str, Any]) -> bool:
     return True
 
 
-def _write_colours(labels: PseudoLabels, name: str) -> None:
-    path = label_path(labels.folder, name)
+def _write_colours(labels: PseudoLabels, name: str, folder: Path) -> None:
+    path, coloured = label_path(labels.folder, name), label_path(folder, name)
+    make_folder(coloured.parent, "--colours")
     picture = Image.fromarray(colourise(labels.read(name, image_size(path)), labels.files.data_set.colours))
-    atomic_write(path.with_name(f"{path.stem}_colour.png"), partial(picture.save, format="PNG", compress_level=1))
+    atomic_write(coloured, partial(picture.save, format="PNG", compress_level=1))

@@ -33,6 +33,7 @@ from uda.pseudo_labels import select, with_prior
 from uda.thresholds import LowerCounts, Policy, UpperCounts
 from utils.errors import UserError
 from utils.files import atomic_write, atomic_write_json, read_json, remove_leftovers
+from utils.locks import LOCK
 from utils.tensor_files import weights_fingerprint
 
 MANIFEST = "manifest.json"
@@ -133,8 +134,7 @@ class Labelling:
             if not wanted.items() <= manifest.items():
                 recorded, manifest = {}, {**wanted, **({} if made else self._thresholds(probabilities, portion, check))}
                 if self.rank.is_main:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    folder.mkdir(parents=True)
+                    _empty(folder)
                     atomic_write_json(folder / MANIFEST, manifest)
             if self.rank.is_main:
                 for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
@@ -258,6 +258,16 @@ class Labelling:
             made={name: value for name, value in manifest.items() if name != "labels"},
             skipped=tuple(entry["skipped"] for entry in labels.values() if "skipped" in entry),
         )  # fmt: skip
+
+
+def _empty(folder: Path) -> None:
+    """Make a folder, which may be a link, or remove what it holds but its lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def checksum(path: Path) -> str:

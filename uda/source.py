@@ -120,6 +120,10 @@ class SourceTraining(Method):
         output = Path(self.config.held_out.output)
         if not self.config.held_out.output:
             return
+        self.published = False
+        if output.exists() and not _is_of_run(output, info["run"]):
+            say(f"{output} is now a file of another run and stays; the best net is {path}")
+            return
         try:
             best = load_checkpoint(path).for_use()
         except UserError as error:
@@ -186,7 +190,7 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
 
 
 def _check_output(output: str, continued: Continued | None) -> None:
-    """Require an output that can be written and, for a new run, is not there: files of others stay."""
+    """Require an output that can be written and is no file of another run: these stay."""
     if not output:
         return
     path = Path(output)
@@ -194,8 +198,17 @@ def _check_output(output: str, continued: Continued | None) -> None:
     if path.name in (LATEST, PREVIOUS, BEST):
         # In the run's own folder, the net would take the place of the training state.
         raise UserError(f"--output {path}: {path.name} is the name of a file of run folders; choose another name")
-    if path.exists() and not continued:
+    if path.exists() and not (continued and _is_of_run(path, str(continued.origin.parent))):
         raise UserError(
-            f"--output {path} exists; continue the run that wrote it (--continue_train_from_path), move it away, or "
-            "name another file"
+            f"--output {path} exists and is not of this run; continue the run that wrote it "
+            "(--continue_train_from_path), move it away, or name another file"
         )
+
+
+def _is_of_run(path: Path, folder: str) -> bool:
+    """Whether the run in `folder` wrote a file; it may have been in a folder that is renamed by now."""
+    try:
+        writer = load_checkpoint(path).info.get("run")
+    except UserError:
+        return False
+    return writer == folder or bool(writer and not Path(writer).exists())
