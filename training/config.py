@@ -163,9 +163,13 @@ class NetConfig:
         f"{', '.join(SMP_MODELS)}", type=known_model,
     )  # fmt: skip
     backbone: str = option(
-        "", "its backbone: of DeepLabV2 and DeepLab resnet101, resnet50, resnet34 or resnet18; of smp: nets an encoder "
+        "", "its backbone: of the DeepLab nets resnet101, resnet50, resnet34 or resnet18; of smp: nets an encoder "
         "of the package, such as mit_b2 (default: the published one; of smp: nets the package's, of Segformer mit_b2)",
         type=known_backbone,
+    )  # fmt: skip
+    aspp_branches: int = option(
+        2, "of the two-headed nets, branches of the heads that are computed, of which the published nets have 2",
+        choices=(2, 4),
     )  # fmt: skip
     num_classes: int | None = option(None, "its classes (default: those of the source, 19 of the known sets)", type=int)
     backbone_weights: str = path_option(
@@ -180,7 +184,8 @@ class NetConfig:
 
     def shape(self) -> SegmentationShape:
         """The net's shape."""
-        return SegmentationShape(self.model, self.backbone or default_backbone(self.model), self.num_classes)
+        backbone = self.backbone or default_backbone(self.model)
+        return SegmentationShape(self.model, backbone, self.num_classes, self.aspp_branches)
 
 
 @dataclass(frozen=True)
