@@ -5,6 +5,7 @@ hard pseudo-labels; an auxiliary head may learn the labels that both heads agree
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -13,12 +14,16 @@ from torch.optim import SGD
 from data_handlers.domain import DOMAINS, Domain, PairBatch, Samples
 from models.deeplab_multi import Restituted
 from models.losses import cross_entropy
-from models.segmentation import HEAD_RATE, parameter_groups
-from models.shapes import SegmentationShape
+from models.segmentation import HEAD_RATE, build_segmentation_net, parameter_groups
+from models.shapes import TWO_HEADED, SegmentationShape
 from training.distributed import Rank, all_reduce_and_step, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
+from training.preparation import make_domain, source_files, target_files, target_validator
+from training.run_folder import Continued
+from training.segmentation_files import trainable_net
 from training.synchronised_norm import synchronise_batch_norms
+from uda.cbst_config import TRAIN_FIRST
 from uda.cbst_optimisation import freeze_statistics
 from uda.maxsquare_config import MaxSquareConfig, ScheduleConfig
 from uda.repeated_sgd import RepeatedSGD, repeats_of
@@ -33,6 +38,7 @@ from uda.target_losses import (
     maxsquare,
 )
 from utils.devices import to_device
+from utils.errors import UserError
 
 NET, HEADS = "net", "restitution_heads"
 SOFT: Mapping[str, Callable[[Tensor, float], Tensor]] = {
@@ -199,3 +205,52 @@ class MaxSquareTraining(Method):
         if self.rank.count > 1:
             lines.append(f"{self.rank.count} processes share every batch")
         return [*filter(None, lines), f"precision {config.run.precision}"]
+
+    def conclusion(self, folder: Path) -> str:
+        """The command that scores the net."""
+        return f"score the net with: python evaluate.py --weights {folder / 'latest.pth'}"
+
+
+# --- checks of the input, before anything is written ------------------------------------------------------------------
+
+
+def prepare_maxsquare(config: MaxSquareConfig, rank: Rank, continued: Continued | None) -> MaxSquareTraining:
+    """Check the input of an adaptation and load the net. Raises `UserError`, which names file or flag."""
+    images, sizes, batch = config.images, config.target, config.schedule.batch_size
+    shape, net = _net(config, continued)
+    files = source_files(
+        config.source, shape.num_classes, images.src_label_dir, origin=f"--init {config.adaptation.init}"
+    )
+    target = target_files(config.target, shape.num_classes)
+    for name, found in (("source", files), ("target", target)):
+        if len(found) < batch:
+            raise UserError(f"--batch_size {batch}: there are {len(found)} {name} images")
+    domains = {
+        name: make_domain(
+            config, rank, listed, name, resize=resize, crop=sizes.crop_size or resize, flip=True,
+            labels=name == "source", image_roots=images.source_images if name == "source" else (),
+        )
+        for name, listed, resize in (("source", files, sizes.src_resize), ("target", target, sizes.trg_resize))
+    }  # fmt: skip
+    method = MaxSquareTraining(config=config, rank=rank, net=net, shape=shape, **domains)
+    method.validator, method.validation_line = target_validator(
+        config, rank, files.data_set, target, shape.num_classes, config.adaptation.select_by, always=True
+    )
+    return method
+
+
+def _net(config: MaxSquareConfig, continued: Continued | None) -> tuple[SegmentationShape, nn.Module]:
+    """The net to adapt, with what it learns trainable; a continued run gets its weights from the checkpoint."""
+    given = config.adaptation
+    if continued is not None:
+        shape = SegmentationShape(**continued.checkpoint.segmentation["shape"])
+        net = build_segmentation_net(shape)
+    elif given.init:
+        shape, net = trainable_net(Path(given.init), model=given.model, aspp_branches=given.aspp_branches)
+    else:
+        raise UserError(f"--init is required, the net to adapt; {TRAIN_FIRST}")
+    needed = TWO_HEADED[1:] if given.lambda_restitution else TWO_HEADED
+    if (given.multi or given.lambda_restitution) and shape.model not in needed:
+        flag = f"--lambda_restitution {given.lambda_restitution:g}" if given.lambda_restitution else "--multi"
+        raise UserError(f"{flag} needs a net of {' or '.join(needed)}; that of --init {given.init} is {shape}")
+    return shape, net

@@ -19,11 +19,9 @@ from training.config import (
     check_crop_fits,
 )
 from training.flags import Config, Size, check, check_not_negative, check_positive, option, size_option
-from uda.cbst_config import MethodConfig, check_shares
+from uda.cbst_config import IMAGE_WISE, MAXSQUARE_METHODS, MethodConfig, check_shares
 from uda.config import SourceImages
 
-IMAGE_WISE = ("iw_maxsquare", "iw_entropy")
-METHODS = ("maxsquare", "entropy", *IMAGE_WISE, "hard")
 PUBLISHED_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "cityscapes": (1024, 512)}
 
 
@@ -129,7 +127,7 @@ class MaxSquareConfig(Config):
 
     def __post_init__(self) -> None:
         name = self.method.method
-        check(name in METHODS, f"--method {name} has another configuration; start it with --method {name}")
+        check(name in MAXSQUARE_METHODS, f"--method {name} has another configuration; start it with --method {name}")
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
