@@ -6,12 +6,16 @@ See `test_maxsquare_golden.py`.
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim import SGD
 
 import uda.maxsquare
-from data_handlers.classes import IGNORE
+from data_handlers.classes import CITYSCAPES_IDS, IGNORE, SYNTHIA_13, SYNTHIA_16, SYNTHIA_IDS
 from data_handlers.domain import DomainBatch, PairBatch
+from data_handlers.images import resized
+from data_handlers.label_maps import to_train_ids
+from models.deeplab_multi import CAFFE_INPUT
 from steps import relative_l2
 from training.distributed import ALONE
 from training.metrics import confusion_matrix
@@ -19,6 +23,7 @@ from training.published_scores import published_scores
 from training.validation import predict
 from uda.maxsquare import NET, MaxSquareTraining, schedule_of
 from uda.maxsquare_config import MaxSquareConfig
+from uda.maxsquare_samples import blurred
 from uda.repeated_sgd import RepeatedSGD, repeats_of
 from uda.source import poly_rate
 from uda_golden import indices, load, over
@@ -215,6 +220,41 @@ def test_without_repeats_it_is_sgd():
             weight.grad = torch.full((3,), float(k + 1))
             optimizer.step()
     assert torch.equal(*weights)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+def id_map_of(name, classes):
+    """Label ids of a data set to the trainIds of 19, 16 or 13 classes."""
+    ids = SYNTHIA_IDS if name == "synthia" else CITYSCAPES_IDS
+    kept = {19: range(19), 16: SYNTHIA_16, 13: SYNTHIA_13}[classes]
+    return {label_id: list(kept).index(train_id) for label_id, train_id in ids.items() if train_id in kept}
+
+
+@over("maxsquare_transforms", lambda data, meta: sorted(name for name in data if name.startswith("lut/")))
+def test_classes(path, item):
+    name, _, classes = item.removeprefix("lut/").partition("_")
+    ours = to_train_ids(np.arange(256), id_map_of(name, int(classes)))
+    np.testing.assert_array_equal(ours, with_ignored(tensor(load(path)[0], item).long()))
+
+
+@over("maxsquare_transforms", lambda data, meta: sorted(n for n, c in meta["cases"].items() if not c["random_crop"]))
+def test_samples(path, item):
+    data, meta = load(path)
+    case, step = meta["cases"][item], -1 if meta["cases"][item].get("mirror") else 1
+    pixels = np.ascontiguousarray(data[f"{case['picture']}/image"][:, ::step])
+    size = tuple(case["crop_size_wh"])
+    pixels = resized(pixels, size, "exact")
+    if case.get("blur_radius") is not None:
+        pixels = blurred(pixels, case["blur_radius"])
+    ours = CAFFE_INPUT(torch.from_numpy(pixels)).flip(0).numpy()  # theirs is blue, green and red
+    assert np.abs(ours - data[f"{item}/image"]).max() <= 1e-4
+    if f"{item}/label" in data:
+        label = Image.fromarray(np.ascontiguousarray(data[f"{case['picture']}/label"][:, ::step]))
+        classes = 16 if case["class_16"] else 13 if case["class_13"] else 19
+        ids = np.array(label.resize(size, Image.Resampling.NEAREST))
+        found = to_train_ids(ids, id_map_of(case["picture"], classes))
+        np.testing.assert_array_equal(found, with_ignored(tensor(data, f"{item}/label").long()))
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

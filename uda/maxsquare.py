@@ -26,6 +26,7 @@ from training.synchronised_norm import synchronise_batch_norms
 from uda.cbst_config import TRAIN_FIRST
 from uda.cbst_optimisation import freeze_statistics
 from uda.maxsquare_config import MaxSquareConfig, ScheduleConfig
+from uda.maxsquare_samples import BlurredSamples
 from uda.repeated_sgd import RepeatedSGD, repeats_of
 from uda.restitution import RestitutionHeads, restitution_loss
 from uda.source import poly_rate
@@ -127,8 +128,9 @@ class MaxSquareTraining(Method):
         """Source images with labels, and target images; of a larger source each epoch has other images."""
         size = self.config.schedule.batch_size
         per_epoch = self.steps_per_epoch * size
+        kind = BlurredSamples if self.config.target.gaussian_blur else Samples
         source, target = (
-            Samples(
+            kind(
                 domain=self.domains[name], stage=stage, per_epoch=per_epoch,
                 epoch_length=max(per_epoch, len(self.domains[name])),
             ).batches(steps, size, self.rank.part(size))
