@@ -128,7 +128,7 @@ class MaxSquareTraining(Method):
         """Source images with labels, and target images; of a larger source each epoch has other images."""
         size = self.config.schedule.batch_size
         per_epoch = self.steps_per_epoch * size
-        kind = BlurredSamples if self.config.target.gaussian_blur else Samples
+        kind = Samples if self.config.target.no_gaussian_blur else BlurredSamples
         source, target = (
             kind(
                 domain=self.domains[name], stage=stage, per_epoch=per_epoch,

@@ -34,7 +34,7 @@ class SizesConfig(TargetConfig):
         "for Cityscapes; the data set's for others)"
     )
     crop_size: Size | None = size_option("random crop of both (default: whole images)")
-    gaussian_blur: bool = option(True, "blur half of the samples, by a radius of at most one pixel")
+    no_gaussian_blur: bool = option(False, "do not blur half of the samples, by a radius of at most one pixel")
 
     def __post_init__(self) -> None:
         super().__post_init__()
