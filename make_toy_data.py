@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_handlers.choices import MOST_TOY_FRAMES, TOY_DOMAINS, TOY_SPLITS
+from data_handlers.toy import MOST_TOY_FRAMES, TOY_DOMAINS, TOY_SPLITS
 from training.flags import build_parser, check, check_not_negative, option, parse, section_from
 from utils.errors import run_cli
 

@@ -195,7 +195,7 @@ class Campaign:
         return list((self.work / run).glob(f".*{TEMPORARY}"))
 
     def killed_cache_building(self) -> Row:
-        """SIGKILL while the caches of both domains are built."""
+        """SIGKILL while the cache of both domains is filled."""
         cache, injected, survived = self.work / "cache", 0, 0
         while injected < self.kills:
             shutil.rmtree(cache, ignore_errors=True)
@@ -204,12 +204,12 @@ class Campaign:
             while not cache.exists() and not victim.ended_within(0.001):
                 pass
             victim.ended_within(self.random.uniform(0.0, 0.3))
-            in_building = bool(list(cache.glob(".building-*")))
+            in_building = bool(list(cache.rglob("*.npy")))
             if not victim.kill() or not in_building:
                 continue  # it was too late
             injected += 1
             self._finish(self.train("cached", "--cache_dir", cache))
-            survived += self.hash_of_run("cached") == self.weights and not list(cache.glob(".building-*"))
+            survived += self.hash_of_run("cached") == self.weights
         return Row("SIGKILL of cache building", injected, survived, 0, self.hash_of_run("cached") == self.weights)
 
     def killed_export(self) -> Row:

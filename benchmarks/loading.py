@@ -102,7 +102,10 @@ def main() -> None:
         fast = Domain(
             files=files, name="source", seed=1, resize=RESIZE, crop=CROP, labels=True, resample="fast", num_workers=1
         )
-        cached = replace(fast, cache_dir=f"{folder}/cache").with_cache()
+        cached = replace(fast, cache_dir=f"{folder}/cache")
+        for index in range(len(files)):
+            cached.resized[0].image(index)
+            cached.resized[0].label(index)
         seconds = time.perf_counter() - started
         print(f"cache of {len(files)} images built in {seconds:.1f} s\n")
         print("| scale | pipeline | images/s | speed-up |\n| --- | --- | --- | --- |")

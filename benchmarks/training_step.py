@@ -40,7 +40,7 @@ from data_handlers.domain import Domain
 from models.resnet import recompute_blocks
 from training.flags import build_parser, option, parse, section_from
 from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
-from utils.devices import keep_freed_memory, resolve_device
+from utils.devices import resolve_device
 from utils.errors import run_cli
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -199,8 +199,6 @@ def main() -> None:
     config = ProCSTConfig.from_flags({"vgg_weights": "random", "no_pretrained_backbone": True, **given})
     device = resolve_device(config.run.gpus)
     torch.backends.cudnn.benchmark = True
-    if device.type == "cpu":
-        keep_freed_memory()  # for the literal step, too: its time is in the same process
     scales = list(flags.scales) or list(range(config.network.num_scales + 1))
     if flags.memory:
         print_memory(config, scales)
@@ -278,10 +276,10 @@ def waiting_shares(
     run = replace(config.run, precision=variant.precision)
     optim = replace(config.optim, bf16_discriminators=variant.bf16_discriminators)
     config = replace(config, run=run, optim=optim)
-    cached = {name: domain.with_cache() for name, domain in domains.items()}
+    plain = {name: replace(domain, cache_dir="") for name, domain in domains.items()}
     shares = [
         share_waiting(procst_at(config, scale, used, device), scale, rounds)
-        for used in (domains, cached)
+        for used in (plain, domains)
     ]
     return f"{shares[0]:.0%}", f"{shares[1]:.0%}"
 

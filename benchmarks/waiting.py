@@ -29,7 +29,7 @@ NATIVE = 1.7  # size of the pictures, relative to the size they are resized to, 
 
 
 def picture_domains(folder: Path, config: ProCSTConfig, device: torch.device) -> dict[str, Domain]:
-    """A few pictures with labels, written to a folder, as `source` and `target`; `with_cache` of them caches there."""
+    """A few pictures with labels, written to a folder, as `source` and `target`, with a cache there."""
     width, height = config.source.src_resize
     count, size = max(config.schedule.batch_size_list), (round(NATIVE * width), round(NATIVE * height))
     files = list_images(DATA_SETS["gta5"], write_gta5(folder / "gta", count, size), "--src_data_dir")

@@ -5,8 +5,6 @@ Woods, Digital Image Processing, section 3.3. FDA: Yang and Soatto, FDA: Fourier
 Segmentation, CVPR 2020, equation 3.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +14,6 @@ from PIL import Image
 from scipy import fft
 from skimage.exposure import match_histograms
 
-from core.command_flags import ExportFlags
 from data_handlers.images import read_image
 from data_handlers.lists import FileList
 from utils.errors import UserError
@@ -87,8 +84,7 @@ class ColourTransfer:
     def __call__(self, name: str) -> list[np.ndarray]:
         """The translated image alone, uint8 (h,w,3), as `translate_images` takes it.
 
-        Raises:
-            UserError: one of the two images cannot be read.
+        Raises `UserError`: one of the two images cannot be read.
         """
         source = np.asarray(read_image(self.files.image_file(name)))
         for attempt in range(MOST_SKIPPED):
@@ -99,10 +95,3 @@ class ColourTransfer:
                 if not self.skips or attempt == MOST_SKIPPED - 1:
                     raise
         return [self.transfer(source, target)]
-
-
-def transfer_of(flags: ExportFlags) -> Transfer:
-    """What `--translator histogram` or `--translator fda` does to an image."""
-    if flags.translator == "histogram":
-        return histogram_matched
-    return lambda source, target: low_frequencies_swapped(source, target, flags.beta)

@@ -56,7 +56,7 @@ class ExportFlags:
         None, "fda: the amplitudes of up to floor(beta * shorter side) cycles are the target's (default: 0.01)",
         type=float,
     )  # fmt: skip
-    skip_created_files: bool = option(False, "keep complete images that are already there")
+    skip_created_files: bool = option(False, "keep the images that are already there and newer than their source")
     on_bad_image: str = option(
         "stop", "an image that cannot be read ends the export, or is skipped and listed at the end",
         choices=ON_BAD_IMAGE,

@@ -89,12 +89,9 @@ class NetworkConfig:
         check(self.body_layers >= 2, f"--body_layers is {self.body_layers}; head and tail alone are 2 layers")
         odd = self.ker_size > 0 and self.ker_size % 2 == 1
         check(odd, f"--ker_size is {self.ker_size}; it must be odd and positive to keep the image size")
-        check(self.nc_im == 3, f"--nc_im is {self.nc_im}; the perceptual net and the images have 3 channels")
-        check(self.stride == 1, f"--stride is {self.stride}; only 1 keeps the image size")
-        check(
-            self.padd_size == (self.ker_size - 1) // 2,
-            f"--padd_size {self.padd_size} changes the image size with --ker_size {self.ker_size}",
-        )
+        fixed = {"nc_im": 3, "stride": 1, "padd_size": (self.ker_size - 1) // 2}
+        for name, value in fixed.items():
+            check(getattr(self, name) == value, f"--{name} {getattr(self, name)}: only {value} is possible here")
         for norm in self.norm:
             check(norm in ("batch", "group"), f"--norm {norm}: must be one of auto, batch, group")
 

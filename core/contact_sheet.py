@@ -1,6 +1,7 @@
 """The contact sheet of a finished scale: a picture with rows of source, SiT and target images."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,9 @@ from PIL import Image, ImageDraw
 from core.cascade import to_pixels, translate_pyramid
 from core.config import NetworkConfig
 from core.networks import Generator
-from data_handlers.domain import Domain
-from data_handlers.images import PROCST_INPUT, image_pyramid, read_resized
-from utils.errors import UserError
+from data_handlers.domain import Domain, Samples
+from data_handlers.images import PROCST_INPUT, image_pyramid
 from utils.files import atomic_write
-from utils.sizes import evenly_spaced
 
 COLUMNS = 6
 MIN_TILE_WIDTH = 192
@@ -40,24 +39,14 @@ def save_rows(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> N
     atomic_write(path, lambda file: sheet.save(file, format="PNG"))
 
 
-def _sample_pyramids(domain: Domain, network: NetworkConfig, scale: int) -> list[list[np.ndarray]]:
-    """Pyramids of evenly spaced images, cropped in the middle: the same images at every scale."""
-    crop = domain.crop
-    x, y = ((r - c) // 2 for r, c in zip(domain.resize, crop, strict=True))
-    pyramids = []
-    for name in evenly_spaced(domain.files.images, COLUMNS):
-        try:
-            pixels = read_resized(domain.files.image_file(name), domain.resize, "exact")
-        except UserError as error:
-            if not domain.skips:
-                raise
-            problem = error
-            continue
-        cropped = pixels[y : y + crop[1], x : x + crop[0]]
-        pyramids.append(image_pyramid(cropped, network.num_scales, network.scale_factor, scale))
-    if not pyramids:
-        raise problem
-    return pyramids
+def _sample_pyramids(domain: Domain, network: NetworkConfig, scale: int) -> list[Sequence[np.ndarray]]:
+    """Pyramids of some training samples: the same images and crops at every scale."""
+    pyramid = partial(
+        image_pyramid, num_scales=network.num_scales, scale_factor=network.scale_factor, up_to=scale
+    )
+    count = len(domain)
+    samples = Samples(domain=domain, stage=0, per_epoch=count, epoch_length=count, pyramid=pyramid, labels=False)
+    return [samples[position][0] for position in range(min(COLUMNS, count))]
 
 
 @torch.no_grad()
@@ -72,8 +61,7 @@ def save_contact_sheet(
 ) -> None:
     """Write a picture of source images, their translations by the frozen generators 0..s, and target images.
 
-    Raises:
-        UserError: an image cannot be read and `--on_bad_image` is stop, or no image can.
+    Raises `UserError`: an image cannot be read and `--on_bad_image` is stop, or no image can.
     """
     sources, targets = (_sample_pyramids(domain, network, len(generators) - 1) for domain in (source, target))
     dtype, translated = next(generators[0].parameters()).dtype, []

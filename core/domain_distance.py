@@ -42,8 +42,6 @@ class GaussianFit:
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """(D,) and the unbiased (D,D); needs at least two vectors."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 vectors, there are {self.count}")
         mean = self._sum / self.count
         covariance = (self._outer - self.count * np.outer(mean, mean)) / (self.count - 1)
         return mean, covariance
@@ -67,14 +65,11 @@ def frechet_distance(a: GaussianFit, b: GaussianFit) -> float:
 def feature_gaussian(
     paths: Iterable[Path], size: tuple[int, int], vgg: VGGFeatures, layer: int, device: torch.device
 ) -> GaussianFit:
-    """Gaussian of the layer's feature vectors over all images.
+    """Gaussian of the layer's feature vectors over all images. Raises `UserError`: an image cannot be read.
 
     Args:
         size: (W,H) every image is resized to (bicubic).
         vgg: frozen features on `device` that return `layer`.
-
-    Raises:
-        UserError: an image cannot be read.
     """
     fit = GaussianFit()
     for path in paths:

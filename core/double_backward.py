@@ -67,7 +67,7 @@ class Block:
         self, gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
         """Gradients to x, weight and bias of the norm; None where not `wanted`."""
-        gradient = gradient.contiguous(memory_format=_layout(x))
+        gradient = gradient.contiguous()
         if self.by_batch:
             return torch.ops.aten.native_batch_norm_backward(
                 gradient, x, weight, None, None, mean, inverse, True, self.norm.eps, wanted
@@ -87,17 +87,13 @@ class Block:
         if self.by_batch or batch == 1:
             to_x, sums, _ = self.norm_gradients(gradient, x, weight, mean, inverse, [True, True, False])
             return to_x, sums[None]
-        if x.is_contiguous():
-            # The kernel sums over the batch, so all images are treated as one image of B * C channels.
-            whole = (1, batch * channels, height, width)
-            to_x, sums = self.input_gradient(
-                gradient.contiguous().view(whole), x.view(whole), weight.repeat(batch), mean.view(1, -1),
-                inverse.view(1, -1),
-            )  # fmt: skip
-            return to_x.view_as(x), sums.view(batch, channels)
-        images = zip(gradient.split(1), x.split(1), mean.split(1), inverse.split(1), strict=True)
-        found = [self.input_gradient(g, image, weight, m, s) for g, image, m, s in images]
-        return torch.cat([to_x for to_x, _ in found]), torch.cat([sums for _, sums in found])
+        # The kernel sums over the batch, so all images are treated as one image of B * C channels.
+        whole = (1, batch * channels, height, width)
+        to_x, sums = self.input_gradient(
+            gradient.contiguous().view(whole), x.view(whole), weight.repeat(batch), mean.view(1, -1),
+            inverse.view(1, -1),
+        )  # fmt: skip
+        return to_x.view_as(x), sums.view(batch, channels)
 
 
 class _Forward(torch.autograd.Function):
@@ -191,65 +187,18 @@ class _ImageGradient(torch.autograd.Function):
         return None, to_gradient, of_x, to_norm_weight.sum(0), None, to_weight, None, None, None
 
 
-class _Convolution(torch.autograd.Function):
-    """A convolution without norm. PyTorch computes the second-order gradient of its weight with image-sized kernels."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-        ctx.padding = padding
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=padding)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _ConvolutionImageGradient.apply(gradient, x, weight, ctx.padding), None, None, None
-        wanted = list(ctx.needs_input_grad[:3])
-        return *_convolution_gradients(gradient, x, weight, ctx.padding, wanted), None
-
-
-class _ConvolutionImageGradient(torch.autograd.Function):
-    """The gradient to the input of a convolution as a function of the gradient to its output and of the weight."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor, x: Tensor, weight: Tensor, padding: int) -> Tensor:
-        ctx.padding = padding
-        ctx.save_for_backward(gradient, weight)
-        return _convolution_gradients(gradient, x, weight, padding, [True, False, False])[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, weight = ctx.saved_tensors
-        _, to_weight, _ = _convolution_gradients(gradient, upstream, weight, ctx.padding, [False, True, False])
-        return F.conv2d(upstream, weight, padding=ctx.padding), None, to_weight, None
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """The memory format that a norm's kernels need for all their tensors, which they do not check."""
-    last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _by_channel(values: Tensor, x: Tensor) -> Tensor:
     """Values of groups, (G) or (samples,G), laid out for products with x (B,C,h,w)."""
     groups, channels = values.shape[-1], x.shape[1]
-    wide = values.reshape(-1, groups, 1).expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
-    if _layout(x) is torch.channels_last:
-        # Repeated for a row of pixels: long inner loops.
-        wide = wide.expand(-1, -1, 1, x.shape[3]).contiguous(memory_format=torch.channels_last)
-    return wide
+    return values.reshape(-1, groups, 1).expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
 
 
 def has_double_backward(norm: nn.Module | None, x: Tensor) -> bool:
-    """Whether the functions below support this norm: none, or PyTorch's batch or group norm, affine and in train mode.
+    """Whether the block below supports this norm: PyTorch's batch or group norm in train mode.
 
-    They need gradients to be enabled, and no autocast.
+    It needs gradients to be enabled, and no autocast.
     """
-    known = norm is None or (type(norm) in (nn.BatchNorm2d, nn.GroupNorm) and norm.training and norm.affine)
-    if known and isinstance(norm, nn.BatchNorm2d):
-        known = norm.momentum is not None
+    known = type(norm) in (nn.BatchNorm2d, nn.GroupNorm) and norm.training
     return known and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -262,10 +211,4 @@ def block_with_double_backward(
     `create_graph`, give gradients to all inputs. The second pass overwrites the tensors it uses: it can be made once.
     """
     block = Block(norm, slope, convolution.padding[0])
-    x = x.contiguous(memory_format=_layout(x))
-    return _Forward.apply(block, x, norm.weight, norm.bias, convolution.weight, convolution.bias)
-
-
-def convolution_with_double_backward(x: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """The convolution of x, (B,in,h,w) -> (B,out,h,w), for the gradient penalty; differentiable like a block."""
-    return _Convolution.apply(x, convolution.weight, convolution.bias, convolution.padding[0])
+    return _Forward.apply(block, x.contiguous(), norm.weight, norm.bias, convolution.weight, convolution.bias)

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from core.colour_transfer import ColourTransfer, transfer_of
+from core.colour_transfer import ColourTransfer, histogram_matched, low_frequencies_swapped
 from core.command_flags import ExportFlags
 from core.networks import Generator
 from core.sit_folder import FLAG, SitFolder, output_names
@@ -29,7 +30,7 @@ from data_handlers.lists import FileList, list_images
 from training.distributed import Rank
 from training.launching import in_processes, is_launched, launch
 from training.precision import resolve_precision, set_convolution_precision
-from utils.devices import cpus_per_device, keep_freed_memory, resolve_devices, workers_for
+from utils.devices import cpus_per_device, resolve_devices, workers_for
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write, make_folder
 from utils.loaders import load_in_order
@@ -59,22 +60,15 @@ class SourcePyramids:
 def equal_size_batches(
     samples: Iterator[tuple[str, list[Tensor]]], batch_size: int
 ) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """Batch pyramids of equal size; at most four batches wait for partners of their size."""
-    waiting: dict[tuple[int, ...], list[tuple[str, list[Tensor]]]] = {}
+    """Batch neighbouring pyramids of equal size."""
 
-    def batch(size: tuple[int, ...]) -> tuple[list[str], list[Tensor]]:
-        names, pyramids = zip(*waiting.pop(size), strict=True)
-        return list(names), [torch.stack(level) for level in zip(*pyramids, strict=True)]
+    def size(sample: tuple[str, list[Tensor]]) -> torch.Size:
+        return sample[1][-1].shape
 
-    for name, levels in samples:
-        size = tuple(levels[-1].shape)
-        waiting.setdefault(size, []).append((name, levels))
-        if len(waiting[size]) == batch_size:
-            yield batch(size)
-        elif sum(map(len, waiting.values())) >= 4 * batch_size:
-            yield batch(next(iter(waiting)))
-    while waiting:
-        yield batch(next(iter(waiting)))
+    for _, equal in groupby(samples, size):
+        while batch := list(islice(equal, batch_size)):
+            names, pyramids = zip(*batch, strict=True)
+            yield list(names), [torch.stack(level) for level in zip(*pyramids, strict=True)]
 
 
 def _samples(
@@ -120,9 +114,7 @@ def translate_images(
     Returns:
         The images that were skipped because they cannot be read, with `--on_bad_image skip`.
 
-    Raises:
-        UserError: an image cannot be read or written; images translated before are on disk and complete.
-        LoaderDied, RuntimeError: a loader process died (`is_loader_death`); likewise.
+    Raises `UserError` where an image cannot be read or written; images translated before are on disk and complete.
     """
     skipped: list[str] = []
     writing: deque[Future[None]] = deque()
@@ -153,8 +145,6 @@ def translator_of(
 ) -> tuple[SourcePyramids, Translator]:
     """What loads and what translates the images of `files` with generators, coarse to fine, on a device."""
     set_convolution_precision(flags.precision)
-    if device.type == "cpu":
-        keep_freed_memory()
     on_device = [generator.to(device) for generator in generators]
     translator = Translator(on_device, flags.scale_factor, device, flags.max_pixels, flags.precision)
     return SourcePyramids(files, len(generators) - 1, flags.scale_factor), translator
@@ -164,15 +154,9 @@ def translator_of(
 
 
 def export(flags: ExportFlags, script: str) -> None:
-    """Export a SiT data set, in this process or in one for each device.
+    """Export a SiT data set, in this process or in one for each device; `script` is the file of the command.
 
-    Args:
-        script: file of the command.
-
-    Raises:
-        UserError: bad input; images translated before stay.
-        Stopped: the export was asked to stop.
-        SystemExit: with the code of a stop, when a loader process died.
+    Images translated before a `UserError`, a `Stopped` or the death of a loader stay.
     """
     in_processes(lambda rank: _start(flags, Path(script), rank), CONTINUE)
 
@@ -190,56 +174,48 @@ def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
     stop = StopRequests(quiet=is_launched() or not rank.is_main)
     stop.at_once = rank.count == 1  # until images are translated
     with stop, ExitStack() as stack:
-        trained = None
-        if flags.translator == "procst":
-            trained = load_trained_generators(Path(flags.trained_procst_path))
+        trained = load_trained_generators(Path(flags.trained_procst_path)) if flags.translator == "procst" else None
         flags = _resolved(flags, trained, devices, rank)
         source = with_split(find_data_set(flags.source, "--source"), flags.src_split)
-        files = list_images(
-            source, flags.src_data_dir, "--src_data_dir", list_file=flags.src_list, training=False
-        )
-        if trained is not None:
-            sets = [_translated_set(flags, trained, files, rank.device)]
-        else:
-            sets = _transferred_sets(flags, files)
-        folders = [_folder(sit_set, files, flags) for sit_set in sets]
+        files = list_images(source, flags.src_data_dir, "--src_data_dir", list_file=flags.src_list, training=False)
+        sets = [_translated_set(flags, trained, files, rank)] if trained else _transferred_sets(flags, files)
         if rank.is_main:
-            for folder in folders[1:]:  # the first is checked next
-                folder.check(keep_complete=flags.skip_created_files)
-        for sit_set, folder in zip(sets, folders, strict=True):
-            _export(sit_set, folder, flags, rank, stop, stack)
+            for sit_set in sets:
+                sit_set.folder.check()
+            check_samples(files, labels=False, skip=flags.on_bad_image == "skip")
+            print(files.describe())
+        for sit_set in sets:
+            _export(sit_set, flags, rank, stop, stack)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SitSet:
-    """A SiT set to write.
+    """A SiT set to write: its folder, and what loads and translates images for `translate_images`."""
 
-    Attributes:
-        root: its folder.
-        load, translator: as of `translate_images`.
-        made_with: what the manifest says about the translator.
-        note: a line for the user, or ''.
-    """
-
-    root: Path
+    folder: SitFolder
     load: Load
     translator: Callable[[Sequence[Tensor]], np.ndarray]
-    made_with: Mapping[str, Any]
-    note: str = ""
 
 
-def _translated_set(
-    flags: ExportFlags, trained: TrainedGenerators, files: FileList, device: torch.device
-) -> SitSet:
-    """The set that trained generators make."""
-    load, translator = translator_of(trained.generators, files, device, flags)
-    made_with = {
-        "generators": weights_fingerprint(*trained.generators), "scale_factor": flags.scale_factor,
-        "precision": flags.precision,
+def _folder(flags: ExportFlags, files: FileList, root: Path, **made_with: Any) -> SitFolder:
+    """The folder of a set; `made_with` is what its manifest says about the translator."""
+    outputs = output_names(files)
+    manifest = {
+        "format": "procst-sit", "data_set": flags.source, "source_folder": str(files.root.resolve()), **made_with,
+        "images": len(outputs),
     }  # fmt: skip
-    return SitSet(
-        root=Path(flags.sit_output_path), load=load, translator=translator, made_with=made_with, note=trained.note
-    )
+    return SitFolder(root=root, files=files, outputs=outputs, manifest=manifest)
+
+
+def _translated_set(flags: ExportFlags, trained: TrainedGenerators, files: FileList, rank: Rank) -> SitSet:
+    """The set that trained generators make."""
+    if trained.note and rank.is_main:
+        print(f"note: {trained.note}")
+    folder = _folder(
+        flags, files, Path(flags.sit_output_path), generators=weights_fingerprint(*trained.generators),
+        scale_factor=flags.scale_factor, precision=flags.precision,
+    )  # fmt: skip
+    return SitSet(folder, *translator_of(trained.generators, files, rank.device, flags))
 
 
 def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
@@ -250,23 +226,19 @@ def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
     )  # fmt: skip
     skips = flags.on_bad_image == "skip"
     check_samples(target, labels=False, skip=skips)
-    made_with = {
-        "translator": flags.translator, "beta": flags.beta, "seed": flags.seed, "target": flags.target,
-        "target_folder": str(target.root.resolve()), "target_images": target.fingerprint(),
-    }  # fmt: skip
     sets, root = [], Path(flags.sit_output_path)
+    uses_fda = flags.translator == "fda"
+    transfer = partial(low_frequencies_swapped, beta=flags.beta) if uses_fda else histogram_matched
     for variant in range(1, (flags.variants or 1) + 1):
-        transfer = ColourTransfer(
-            files=files, target=target, transfer=transfer_of(flags), seed=flags.seed, variant=variant, skips=skips
+        folder = _folder(
+            flags, files, root / f"v{variant}" if flags.variants else root, translator=flags.translator,
+            beta=flags.beta, seed=flags.seed, target=flags.target, target_folder=str(target.root.resolve()),
+            target_images=target.fingerprint(), variant=variant,
+        )  # fmt: skip
+        load = ColourTransfer(
+            files=files, target=target, transfer=transfer, seed=flags.seed, variant=variant, skips=skips
         )
-        sets.append(
-            SitSet(
-                root=root / f"v{variant}" if flags.variants else root,
-                load=transfer,
-                translator=lambda levels: levels[0].numpy(),
-                made_with={**made_with, "variant": variant},
-            )
-        )
+        sets.append(SitSet(folder, load, lambda levels: levels[0].numpy()))
     return sets
 
 
@@ -309,28 +281,14 @@ def _resolved(
     )
 
 
-def _folder(sit_set: SitSet, files: FileList, flags: ExportFlags) -> SitFolder:
-    """The output folder of a set."""
-    outputs = output_names(files)
-    manifest = {
-        "format": "procst-sit",
-        "data_set": flags.source,
-        "source_folder": str(files.root.resolve()),
-        **sit_set.made_with,
-        "images": len(outputs),
-    }
-    return SitFolder(root=sit_set.root, files=files, outputs=outputs, manifest=manifest)
-
-
-def _export(
-    sit_set: SitSet, folder: SitFolder, flags: ExportFlags, rank: Rank, stop: StopRequests, stack: ExitStack
-) -> None:
+def _export(sit_set: SitSet, flags: ExportFlags, rank: Rank, stop: StopRequests, stack: ExitStack) -> None:
+    folder = sit_set.folder
     rank.require_equal(folder.manifest)
-    names = rank.broadcast(_prepare(folder, flags, sit_set.note, stack) if rank.is_main else None)
+    names = rank.broadcast(_prepare(folder, flags, stack) if rank.is_main else None)
     stop.at_once = False
     started = time.perf_counter()
     try:
-        with out_of_memory_means(lambda: f" on {rank.device}; lower --batch_size or --num_workers"):
+        with out_of_memory_means(lambda: f" on {rank.device}; lower --batch_size, --max_pixels or --num_workers"):
             skipped = translate_images(
                 load=sit_set.load,
                 translator=sit_set.translator,
@@ -348,29 +306,11 @@ def _export(
         raise SystemExit(STOPPED) from None  # other processes do not wait for this one
     if rank.all_reduce_max(int(stop())):
         raise Stopped(f"stopped; {CONTINUE}")
-    skipped = [name for part in rank.gather(skipped) for name in part]
-    if rank.is_main:
-        _finish(folder, names, sorted(skipped), time.perf_counter() - started)
-
-
-def _prepare(folder: SitFolder, flags: ExportFlags, note: str, stack: ExitStack) -> list[str]:
-    """Check the output folder and a few images, make and lock the folder, and return the images to translate."""
-    folder.check(keep_complete=flags.skip_created_files)
-    if flags.on_bad_image == "stop":
-        check_samples(folder.files, labels=False, skip=False)
-    print(folder.files.describe())
-    if note:
-        print(f"note: {note}")
-    stack.enter_context(locked(make_folder(folder.root, FLAG), FLAG))
-    folder.check(keep_complete=flags.skip_created_files)  # again: another export may have written to it meanwhile
-    folder.make()
-    return folder.incomplete() if flags.skip_created_files else list(folder.outputs)
-
-
-def _finish(folder: SitFolder, names: Sequence[str], skipped: Sequence[str], seconds: float) -> None:
-    """Write the final manifest and report; `names` are the images that were to be translated."""
+    skipped = sorted(name for part in rank.gather(skipped) for name in part)
+    if not rank.is_main:
+        return
     folder.write_manifest(complete=not skipped)
-    translated = len(names) - len(skipped)
+    seconds, translated = time.perf_counter() - started, len(names) - len(skipped)
     print(
         f"{len(folder.outputs) - len(skipped)} SiT images in {folder.root}: {translated} translated in {seconds:.1f} s "
         f"({translated / max(seconds, 1e-9):.1f} images/s), {len(folder.outputs) - len(names)} were already there"
@@ -378,3 +318,11 @@ def _finish(folder: SitFolder, names: Sequence[str], skipped: Sequence[str], sec
     if skipped:
         print(f"skipped, as they cannot be read: {len(skipped)} images; the data set is not complete:")
         print("\n".join(f"  {folder.files.image_file(image)}" for image in skipped))
+
+
+def _prepare(folder: SitFolder, flags: ExportFlags, stack: ExitStack) -> list[str]:
+    """Make and lock the output folder, check it again, and return the images to translate."""
+    stack.enter_context(locked(make_folder(folder.root, FLAG), FLAG))
+    folder.check()  # another export may have written to it meanwhile
+    folder.make()
+    return folder.incomplete() if flags.skip_created_files else list(folder.outputs)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import NetworkShape, Norm
-from core.double_backward import block_with_double_backward, convolution_with_double_backward, has_double_backward
+from core.double_backward import block_with_double_backward, has_double_backward
 from models.losses import at_least_float32
 
 LEAKY_SLOPE = 0.2
@@ -33,10 +33,9 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, differentiable_twice: bool = False) -> Tensor:
         """`differentiable_twice`: the gradient to `x` is to be differentiated in its turn."""
-        differentiable_twice = differentiable_twice and has_double_backward(self.norm, x)
         if self.norm is None:
-            return self.actvn(convolution_with_double_backward(x, self.conv) if differentiable_twice else self.conv(x))
-        if differentiable_twice:
+            return self.actvn(self.conv(x))
+        if differentiable_twice and has_double_backward(self.norm, x):
             return block_with_double_backward(x, self.norm, LEAKY_SLOPE, self.conv)
         return self.conv(self.actvn(_normalised(self.norm, x)))
 

@@ -33,10 +33,6 @@ SEG_SIT = "seg_sit"
 # Pixels of a micro-batch. One image of the published size keeps a GPU busy; a CPU gains nothing from more pixels.
 MICRO_BATCH_PIXELS = {"cuda": 2**19, "cpu": 2**15}
 
-# On a CPU images are laid out channels last up to this many pixels an image and from this many channels a group on.
-CHANNELS_LAST_PIXELS = 2**15
-CHANNELS_LAST_GROUP = 8
-
 
 def penalty_alphas(seed: int, scale: int, step: int) -> Tensor:
     """The interpolation factors of a step's two gradient penalties (2,), uniform in [0,1], from (seed, scale, step)."""
@@ -209,7 +205,6 @@ class ProCST(Method):
         """The input of a step, on the device and normalised."""
 
         def images(levels: Sequence[Tensor]) -> list[Tensor]:
-            # Channels first; the runner changes the layout for networks that are faster with another.
             return [PROCST_INPUT(to_device(level, self.device), self.dtype).contiguous() for level in levels]
 
         label = None if batch.source.label is None else to_device(batch.source.label, self.device)
@@ -273,7 +268,7 @@ class ProCST(Method):
         return f"export with: python {shlex.join(['create_sit_dataset.py', *words])}"
 
 
-# --- how networks are called: precision, memory format, size of micro-batches ---------------------------------------
+# --- how networks are called: precision, size of micro-batches -------------------------------------------------------
 
 
 def procst_runner(precision: Precision, bf16_discriminators: bool = False) -> Runner:
@@ -281,22 +276,7 @@ def procst_runner(precision: Precision, bf16_discriminators: bool = False) -> Ru
 
     Rounding them changed their losses by up to 6%, and the translation was worse in three of six runs.
     """
-    keep_float32 = () if bf16_discriminators else (Discriminator,)
-    return Runner(precision, keep_float32=keep_float32, layout=image_layout)
-
-
-def image_layout(network: nn.Module, image: Tensor) -> torch.memory_format | None:
-    """Memory format of the images (B,3,h,w) for a generator or discriminator in training; None for other networks.
-
-    Channels last speeds up a CPU's convolutions. Group norms of groups of fewer than eight channels, and batch norm of
-    the image, lose more time by it, and group norms are less exact the more pixels there are. GPUs were not measured.
-    """
-    if not isinstance(network, Generator | Discriminator):
-        return None
-    shape = network.shape
-    few = image.shape[-2] * image.shape[-1] <= CHANNELS_LAST_PIXELS
-    wide = shape.norm == "group" and shape.channels // shape.groups >= CHANNELS_LAST_GROUP
-    return torch.channels_last if image.device.type == "cpu" and few and wide else torch.contiguous_format
+    return Runner(precision, keep_float32=() if bf16_discriminators else (Discriminator,))
 
 
 def micro_batch_size(batch: Sequence[int], norm: Norm, device: torch.device) -> int | None:

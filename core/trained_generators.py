@@ -28,8 +28,7 @@ class TrainedGenerators:
 def load_trained_generators(path: Path) -> TrainedGenerators:
     """Load what `--trained_procst_path` names.
 
-    Raises:
-        UserError: missing, damaged, none of the three kinds, or of a run that has not reached its last scale.
+    Raises `UserError`: missing, damaged, none of the three kinds, or of a run that has not reached its last scale.
     """
     file = path
     if path.is_dir():
@@ -77,8 +76,7 @@ def _generators(checkpoint: Checkpoint, config: ProCSTConfig, origin: Path) -> l
 def load_legacy_generators(path: Path) -> list[Generator]:
     """The frozen generators, coarse to fine, of the authors' `Gst.pth` (docs/method.md, section 5).
 
-    Raises:
-        UserError: the file is not a pickled list of ProCST generators.
+    Raises `UserError`: the file is not a pickled list of ProCST generators.
     """
     records = read_pickled_modules(path, ("core.models.ProCSTGenerator", "core.models.ConvBlockProCST"))
     if not isinstance(records, list) or not records:
@@ -105,10 +103,6 @@ def _shape_of(record: Record, scale: int, what: str) -> NetworkShape:
         groups = next((n.attributes["num_groups"] for n in norms if n.class_name == "GroupNorm"), channels + inputs)
     except (KeyError, AttributeError, ValueError, StopIteration) as error:
         raise UserError(f"{what} is not complete ({error})") from None
-    if not (kinds <= {"BatchNorm2d"} or kinds <= {"GroupNorm"}):
-        raise UserError(f"{what} mixes norms: {', '.join(sorted(kinds))}")
-    if not isinstance(groups, int) or groups < 1:
-        raise UserError(f"{what} has a group norm of {groups!r} groups")
     return NetworkShape(
         scale=scale,
         channels=channels,

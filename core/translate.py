@@ -4,9 +4,6 @@ A generator runs on the whole image where that fits into memory, and otherwise o
 its mean and variance over the whole image; tiles normalised by their own would differ in brightness, and seams would
 show. The tiled path therefore measures mean and variance of every group norm over all tiles first, layer by layer. Its
 result is that of the whole image up to float32 rounding.
-
-On a CPU convolutions are fastest with images channels last. PyTorch's group norm sums such images so inexactly that it
-shows from half a megapixel on, so whole images in float32 use the sums of the tiled path, too.
 """
 
 import itertools
@@ -25,8 +22,6 @@ from core.networks import ConvBlock, Generator
 from data_handlers.images import PROCST_INPUT
 from training.precision import Precision, Runner, exact_convolutions
 from utils.devices import available_memory
-from utils.errors import UserError
-from utils.locks import say
 
 # Copies of the widest feature map that exist at once inside a block, workspace of the convolution included.
 FEATURE_COPIES = 5
@@ -67,15 +62,10 @@ def _run_blocks(blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: 
     return x
 
 
-def _bands(x: Tensor) -> tuple[Tensor, ...]:
-    """Bands of rows of (B,C,H,W), each of `SUMMED_PIXELS` or one row."""
-    return x.split(max(SUMMED_PIXELS[x.device.type] // x.shape[-1], 1), dim=-2)
-
-
 def _group_sums(x: Tensor, groups: int) -> Tensor:
     """Sums of the values and of their squares in every group of channels of (B,C,H,W): (2,B,groups) in float64."""
     sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64, device=x.device)
-    for band in _bands(x):
+    for band in x.split(max(SUMMED_PIXELS[x.device.type] // x.shape[-1], 1), dim=-2):
         pixels = band.permute(0, 2, 3, 1).flatten(1, 2).to(SUMMED_IN[x.device.type])
         count = pixels.shape[1]
         ones = torch.ones_like(pixels[:, :, :1]).mT  # on a CPU a product with ones takes half as long as a sum
@@ -123,25 +113,6 @@ def forward_tiled(generator: Generator, image: Tensor, coarser: Tensor | None, m
     return output
 
 
-@torch.no_grad()
-def forward_whole(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
-    """The generator's output (B,3,h,w) for a whole image that is channels last; the generator must be in eval mode.
-
-    Its group norms are off by some 1e-6 of their deviation, PyTorch's of channels-last images by far more.
-    """
-    x = generator.join_inputs(image, coarser)
-    for block in generator.blocks():
-        if not isinstance(block.norm, nn.GroupNorm):
-            x = block(x)
-            continue
-        scale, shift = _affine(block.norm, _group_sums(x, block.norm.num_groups), x.shape[-2] * x.shape[-1])
-        x = x.clone() if x is image else x  # the norm is computed in place, and not in the argument
-        for band in _bands(x):
-            block.actvn(torch.addcmul(shift, band, scale, out=band))
-        x = block.conv(x)
-    return torch.tanh(x)
-
-
 @dataclass(frozen=True)
 class Translator:
     """Translates image pyramids with a frozen cascade, on tiles where an image is too large for memory.
@@ -165,17 +136,6 @@ class Translator:
         widest = max(generator.shape.channels for generator in self.generators)
         return available_memory(self.device) // 2 // (4 * widest * FEATURE_COPIES * batch)
 
-    def _require_sizes(self, levels: Sequence[Tensor]) -> None:
-        """Refuse single pixels with single-channel groups: a single value has no deviation to be divided by."""
-        for generator, level in zip(self.generators, levels, strict=True):
-            norms = [block.norm for block in generator.blocks() if isinstance(block.norm, nn.GroupNorm)]
-            if level.shape[1:3].numel() == 1 and any(norm.num_groups == norm.num_channels for norm in norms):
-                height, width = levels[-1].shape[1:3]
-                raise UserError(
-                    f"an image of {width}x{height} pixels is a single pixel at the coarsest scale, too small for these "
-                    "generators; take it out of the data set"
-                )
-
     @torch.no_grad()
     def __call__(self, levels: Sequence[Tensor]) -> np.ndarray:
         """Translate a batch of equally sized images.
@@ -185,34 +145,17 @@ class Translator:
 
         Returns:
             uint8 (B,H,W,3): the pixels to save.
-
-        Raises:
-            UserError: the coarsest level is a single pixel, or the GPU's memory does not suffice for the smallest tile.
         """
-        self._require_sizes(levels)
-        exact_on_gpu = self.precision == "fp32" and self.device.type == "cuda"
-        layout = torch.contiguous_format if exact_on_gpu else torch.channels_last
+        # PyTorch's group norm sums images that are channels last so inexactly that it shows in float32.
+        layout = torch.contiguous_format if self.precision == "fp32" else torch.channels_last
         moved = [level.to(self.device, non_blocking=True) for level in levels]
         inputs = [PROCST_INPUT(level).contiguous(memory_format=layout) for level in moved]
         most_pixels = self._pixels_that_fit(len(inputs[0]))
-        while True:
-            try:
-                output = self._translate(inputs, most_pixels)
-                return to_pixels(output).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-            except torch.cuda.OutOfMemoryError:
-                size = inputs[-1].shape[-2] * inputs[-1].shape[-1]
-                most_pixels = min(most_pixels, size) // 4
-                torch.cuda.empty_cache()
-                if most_pixels < MIN_TILE_PIXELS:
-                    raise UserError(
-                        f"the GPU's memory does not suffice for images of {size} pixels; lower --batch_size, "
-                        "free the GPU, or use --gpus cpu"
-                    ) from None
-                say(f"out of GPU memory; translating on tiles of {most_pixels} pixels")
+        output = self._translate(inputs, most_pixels)
+        return to_pixels(output).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def _translate(self, inputs: Sequence[Tensor], most_pixels: int) -> Tensor:
-        exact_on_cpu = self.precision == "fp32" and self.device.type == "cpu"
-        run_whole = forward_whole if exact_on_cpu else Runner(self.precision)
+        run_whole = Runner(self.precision)
 
         def run(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
             if image.shape[-2] * image.shape[-1] <= most_pixels:

@@ -13,8 +13,3 @@ OR_SKIP = "; or skip such images with --on_bad_image skip"  # end of messages
 # How images are resized: with PyTorch's arithmetic, several times as fast, or with Pillow's, which the method uses.
 Resample = Literal["exact", "fast"]
 RESAMPLINGS = ("fast", "exact")
-
-# Toy data sets and their splits. The numbers go into random seeds: a data set, once made, must stay the same.
-TOY_DOMAINS = {"gta5": 1, "synthia": 2, "cityscapes": 3}
-TOY_SPLITS = {"train": 0, "val": 1}
-MOST_TOY_FRAMES = 99_999  # GTA5's file names have five digits

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from data_handlers.choices import LABELS, Labels
+from data_handlers.choices import Labels
 from data_handlers.classes import ALL_19, CLASS_COLOURS, CLASS_NAMES, CLASS_NAMES_16, IGNORE, SYNTHIA_16
 from data_handlers.descriptions import FOLDER as DESCRIPTIONS
 from data_handlers.descriptions import ListFile, read_description
@@ -51,9 +51,6 @@ class DataSet:
         splits: what `--src_split` can name besides `images`.
         root: its root folder where no flag says it, or ''.
         fingerprint: of a user's description, or ''.
-
-    Raises:
-        ValueError: `id_map` or `classes` name a trainId without a class name, or `labels` has another value.
     """
 
     name: str
@@ -79,13 +76,6 @@ class DataSet:
     splits: Mapping[str, ListFile] = field(default_factory=dict)
     root: str = ""
     fingerprint: str = ""
-
-    def __post_init__(self) -> None:
-        largest = max((*self.id_map.values(), *self.classes), default=0)
-        if largest >= len(self.class_names):
-            raise ValueError(f"{self.name}: trainId {largest} has no name; class_names has {len(self.class_names)}")
-        if self.labels not in LABELS:
-            raise ValueError(f"{self.name}: labels is {self.labels!r}; it must be one of {', '.join(LABELS)}")
 
     @property
     def has_labels(self) -> bool:
@@ -114,14 +104,11 @@ class DataSet:
 
 
 def with_labels(data_set: DataSet, labels: str, flag: str) -> DataSet:
-    """The data set with its labels read as a command line flag says.
+    """The data set with its labels read as a command line flag says. Raises `UserError`.
 
     Args:
         labels: `ids` or `trainids`; '' keeps the declaration.
         flag: name of the flag, for messages (`--src_labels`, `--trg_labels`, `--labels`).
-
-    Raises:
-        UserError: a data set without labels, or `ids` for a data set without an `id_map`.
     """
     if not labels:
         return data_set
@@ -181,8 +168,7 @@ DATA_SETS = {
 def find_data_set(named: str, flag: str) -> DataSet:
     """The data set of a flag's value: a known name, the path of a description, or a folder of pictures without labels.
 
-    Raises:
-        UserError: it is none of these, or the description holds a mistake.
+    Raises `UserError`: it is none of these, or the description holds a mistake.
     """
     if named in DATA_SETS:
         return DATA_SETS[named]

@@ -104,8 +104,7 @@ def _is_colour(value: Any) -> bool:
 def read_description(path: Path) -> dict[str, Any]:
     """The fields of a `DataSet` from its description, but for its name.
 
-    Raises:
-        UserError: missing, no TOML, an unknown key or a value that does not fit; names the file and the key.
+    Raises `UserError`: missing, no TOML, an unknown key or a value that does not fit; names the file and the key.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

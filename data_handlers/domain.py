@@ -7,7 +7,7 @@ number of worker processes does not change the batches, and a resumed run contin
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from data_handlers.cache import ImageCache, ResizedFiles, bytes_to_build, open_cache
+from data_handlers.cache import ResizedFiles
 from data_handlers.choices import OR_SKIP, Resample
 from data_handlers.lists import FileList
 from utils.errors import UserError
@@ -72,10 +72,9 @@ class Domain:
         flip: mirror samples left to right with probability 1/2.
         skips: an image that cannot be used is replaced by the next one of the epoch, instead of an error.
         num_workers: loader processes.
-        cache_dir: folder of caches, or ''.
+        cache_dir: folder of the cache, or ''.
         image_roots: folders with images of the same names, of which one is drawn for each sample; empty means the
             list's own.
-        caches: one for each folder of images, opened by `with_cache`.
     """
 
     files: FileList
@@ -90,7 +89,6 @@ class Domain:
     num_workers: int = 0
     cache_dir: str = ""
     image_roots: tuple[Path, ...] = ()
-    caches: tuple[ImageCache, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -103,20 +101,7 @@ class Domain:
     @property
     def resized(self) -> tuple[ResizedFiles, ...]:
         """The images and labels at their training size, from each folder of images."""
-        return tuple(ResizedFiles(files, self.resize, self.resample) for files in self.lists)
-
-    def with_cache(self) -> "Domain":
-        """The domain with its cache opened, built first where it is missing; itself without one. Raises `UserError`."""
-        if not self.cache_dir:
-            return self
-        reading = {"with_labels": self.labels, "num_workers": self.num_workers, "skip_unusable": self.skips}
-        return replace(self, caches=tuple(open_cache(Path(self.cache_dir), r, **reading) for r in self.resized))
-
-    def bytes_to_cache(self) -> int:
-        """Disk space that `with_cache` would take for what is missing."""
-        if not self.cache_dir:
-            return 0
-        return sum(bytes_to_build(Path(self.cache_dir), r, with_labels=self.labels) for r in self.resized)
+        return tuple(ResizedFiles(files, self.resize, self.resample, self.cache_dir) for files in self.lists)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +170,7 @@ class Samples:
     def __getitem__(self, position: int) -> tuple[Sequence[np.ndarray], np.ndarray | None, list[str]]:
         """Pyramid levels, uint8 (h_i,w_i,3); label, uint8 (H,W) or None; messages about the images this one replaces.
 
-        Raises:
-            UserError: an image cannot be used and no other is taken in its place.
+        Raises `UserError`: an image cannot be used and no other is taken in its place.
         """
         wrong: list[str] = []
         while True:
@@ -204,12 +188,12 @@ class Samples:
         return np.random.default_rng(self._seed(purpose, position))
 
     def drawn(self, sources: Sequence[Source], position: int) -> Source:
-        """The one of several folders of images, or of their caches, that is drawn for a sample."""
+        """The one of several folders of images that is drawn for a sample."""
         return sources[int(self.generator(3, position).integers(len(sources))) if len(sources) > 1 else 0]
 
     def read(self, index: int, position: int) -> tuple[Sequence[np.ndarray], np.ndarray | None]:
         """Levels and label of image `index` for the sample at a position. Raises `UserError` if it cannot be used."""
-        stored = self.drawn(self.domain.caches or self.domain.resized, position)
+        stored = self.drawn(self.domain.resized, position)
         image = stored.image(index)
         label = stored.label(index) if self.domain.labels and self.labels else None
         x, y = self.crop_offset(position)

@@ -48,8 +48,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def read_image(path: Path) -> Image.Image:
     """Decode an image to 8-bit RGB; palettes are expanded and alpha is dropped.
 
-    Raises:
-        UserError: missing, truncated, not an image, or of more than 8 bits per channel.
+    Raises `UserError`: missing, truncated, not an image, or of more than 8 bits per channel.
     """
     with _opened(path) as image:
         # Pillow would silently drop the low bits of such a PNG.
@@ -122,13 +121,10 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def check_label_header(path: Path, data_set: DataSet, size: tuple[int, int]) -> None:
-    """Check size, bit depth and channels of a label without decoding it.
+    """Check size, bit depth and channels of a label without decoding it. Raises `UserError`.
 
     Args:
         size: (W,H) of the image the label belongs to.
-
-    Raises:
-        UserError: missing, not a PNG, of another size, or of an encoding the data set does not use.
     """
     header = read_png_header(path)
     if (header.width, header.height) != size:
@@ -176,8 +172,7 @@ def read_label_values(path: Path, data_set: DataSet, size: tuple[int, int]) -> n
 def label_values_to_train_ids(values: np.ndarray, path: Path, data_set: DataSet) -> np.ndarray:
     """Values of `read_label_values` -> trainIds, uint8 of the same shape with 255 = ignore.
 
-    Raises:
-        UserError: a value is no label id of the data set, or no trainId where trainIds are read; names `path`.
+    Raises `UserError`: a value is no label id of the data set, or no trainId where trainIds are read; names `path`.
     """
     try:
         return to_train_ids(values, data_set.value_map, data_set.ignored_values)
@@ -188,14 +183,11 @@ def label_values_to_train_ids(values: np.ndarray, path: Path, data_set: DataSet)
                 f"label {path} holds the value {error}, which is no trainId (0 to {len(data_set.class_names) - 1}, or "
                 f"255 to ignore), but {said} says that labels hold trainIds; check the file and the flag"
             ) from None
-        if data_set.storage == "colours":
-            colour = tuple(int(str(error)).to_bytes(3))
-            raise UserError(
-                f"label {path} holds the colour {colour}, which {data_set.name} does not know; add it to map or void"
-            ) from None
+        is_colour = data_set.storage == "colours"
+        value = f"the colour {tuple(int(str(error)).to_bytes(3))}" if is_colour else f"the id {error}"
         raise UserError(
-            f"label {path} holds the id {error}, which {data_set.name} does not know; is this the file of label ids, "
-            "and not one of trainIds, instances or colours?"
+            f"label {path} holds {value}, which {data_set.name} does not know; is this the right file of labels, and "
+            "not one of trainIds, instances or another encoding?"
         ) from None
 
 

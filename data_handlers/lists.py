@@ -99,7 +99,7 @@ def list_images(
     list_file: str = "",
     training: bool = True,
 ) -> FileList:
-    """List the images of a split.
+    """List the images of a split. Raises `UserError`.
 
     Args:
         root: folder of the data set.
@@ -107,10 +107,6 @@ def list_images(
         list_file: text file with one image a line, relative to `root` or to a declared image folder, or a bare name
             in one of them. The images are those of this file instead of those that the declared patterns match.
         training: exclude the images whose labels are known not to fit as well.
-
-    Raises:
-        UserError: missing or empty folder, a name that is not UTF-8 or a folder where an image should be, a list file
-            that is missing, empty or names a missing image.
     """
     root = Path(root)
     if not root.is_dir():

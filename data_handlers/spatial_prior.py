@@ -20,17 +20,13 @@ VARIABLE = "prior_array"
 
 
 def read_spatial_prior(path: Path, shape: tuple[int, int, int] | None = None) -> np.ndarray:
-    """The prior of a MATLAB file, float32 (C,H,W); trainId first.
+    """The prior of a MATLAB file, float32 (C,H,W); trainId first. Raises `UserError`.
 
     Compressed files, as `write_spatial_prior` makes them, hold checksums. Others do not, and scipy does not survive all
     damage to them.
 
     Args:
         shape: what it must be; None takes any.
-
-    Raises:
-        UserError: missing, no MATLAB file, one of version 7.3, without the variable `prior_array`, of another shape, or
-            with values that are no finite numbers of 0 and more.
     """
     values = read_matlab_variable(path, VARIABLE)
     if values.dtype.kind not in "fiub":
@@ -47,8 +43,7 @@ def read_spatial_prior(path: Path, shape: tuple[int, int, int] | None = None) ->
 def write_spatial_prior(path: Path, prior: np.ndarray) -> None:
     """Write a prior (C,H,W) as float32 to a file that `read_spatial_prior` reads.
 
-    Raises:
-        UserError: the folder cannot be written to.
+    Raises `UserError`: the folder cannot be written to.
     """
     content = {VARIABLE: prior.astype(np.float32)}
     atomic_write(path, lambda file: savemat(file, content, do_compression=True))

@@ -18,7 +18,7 @@ def validation_images(
     val_count: int = 0,
     train: FileList | None = None,
 ) -> FileList:
-    """The images a segmentation net is scored on.
+    """The images a segmentation net is scored on. Raises `UserError`.
 
     These are the images of the text file `val_list`; without it, the last `val_count` training images; without either,
     the data set's own `val` split; and where it declares none, its last `held_out` training images.
@@ -26,10 +26,6 @@ def validation_images(
     Args:
         flag: command line flag that names `root`, for messages.
         train: the training images, None for all of the data set's.
-
-    Raises:
-        UserError: as `list_images`, both `val_list` and `val_count` are given, there are fewer than `val_count`
-            images, or nothing says which images to take.
     """
     if val_list and val_count:
         raise UserError("a list of validation images and --val_count contradict each other; give one")

@@ -21,20 +21,10 @@ _NAMES = (
     ("layer5.head.1.", "head.classify."),
 )
 
-# Settings that change what a module computes but not the shapes of its weights.
-_SETTINGS = {
-    "Conv2d": ("stride", "padding", "dilation", "groups", "padding_mode"),
-    "BatchNorm2d": ("eps",),
-    "GroupNorm": ("num_groups", "eps"),
-    "MaxPool2d": ("kernel_size", "stride", "padding", "ceil_mode"),
-}
-
-
 def load_legacy_segmentation(path: Path) -> tuple[SegmentationShape, nn.Module]:
     """The authors' `pretrained_semseg_on_*.pth` (docs/method.md, section 5): its shape and the net, frozen, on the CPU.
 
-    Raises:
-        UserError: the file is not a pickled DeepLabV2 on ResNet-101, or a setting of it is not DeepLabV2's.
+    Raises `UserError`: the file is not a pickled DeepLabV2 on ResNet-101.
     """
     record = read_pickled_modules(path, _CLASSES)
     if not isinstance(record, Record) or record.class_name != "ResNet101":
@@ -48,17 +38,7 @@ def load_legacy_segmentation(path: Path) -> tuple[SegmentationShape, nn.Module]:
     shape = SegmentationShape("DeepLabV2", "resnet101", num_classes=classifier.shape[0])
     net = build_segmentation_net(shape)
     load_network(net, state, str(path))
-    _check_settings(net, record, path)
     return shape, net.eval().requires_grad_(False)
-
-
-def _check_settings(net: nn.Module, record: Record, path: Path) -> None:
-    modules = dict(net.named_modules())
-    for name, part in record.named_records():
-        ours = modules.get(_our_name(f"{name}.").removesuffix("."))
-        for attribute in _SETTINGS.get(part.class_name, ()) if type(ours).__name__ == part.class_name else ():
-            if part.attributes.get(attribute) != getattr(ours, attribute):
-                raise UserError(f"{path}: {name} has {attribute} {part.attributes.get(attribute)}, not DeepLabV2's")
 
 
 def _our_name(name: str) -> str:

@@ -1,31 +1,33 @@
-"""The authors' `.params` files of ResNet-38: segmentation nets, and the ImageNet classifier that they start from.
-
-Names are the authors': `arg:bn2a_branch2a_gamma`, `arg:res2a_branch2a_weight`, `aux:bn2a_branch2a_moving_mean`, ...;
-the last layer is `linear<classes>`.
-"""
+"""The authors' `.params` files of ResNet-38: segmentation nets, and the ImageNet classifier that they start from."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.resnet38 import ResNet38
 from utils.errors import UserError
-from utils.mxnet_params import StoredArray, read_mxnet_index
+from utils.mxnet_params import read_mxnet_params
+from utils.tensor_files import load_network
 
 _LAST_LAYER = re.compile(r"arg:linear([0-9]{1,4})_weight")
-_OF_A_HEAD = re.compile(r"arg:(conv6a|linear[0-9]{1,4})_(weight|bias)")
+_NAME = re.compile(r"(?:arg|aux):(bn|res)?([a-z0-9]+)(?:_(branch\w+?))?_(\w+?)")
+# The ends of the authors' names, and what we call these tensors.
+_TENSORS = {
+    "weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "moving_mean": "running_mean",
+    "moving_var": "running_var",
+}  # fmt: skip
 
 
 def classes_in_file(path: Path) -> int:
     """The number of classes of the segmentation net in a `.params` file.
 
-    Raises:
-        UserError: no sound `.params` file, or one without a segmentation net.
+    Raises `UserError`: no sound `.params` file, or one without a segmentation net.
     """
-    arrays = read_mxnet_index(path)
+    arrays = read_mxnet_params(path)
     found = [match for match in map(_LAST_LAYER.fullmatch, arrays) if match]
     if len(found) != 1 or "arg:conv1a_weight" not in arrays:
         raise UserError(f"{path}: holds no ResNet-38, the only net that is read from .params files")
@@ -40,10 +42,9 @@ def classes_in_file(path: Path) -> int:
 def load_resnet38(net: ResNet38, path: Path) -> None:
     """Load a published segmentation net, strictly.
 
-    Raises:
-        UserError: no sound `.params` file, or one of another net.
+    Raises `UserError`: no sound `.params` file, or one of another net.
     """
-    _fill(_named(net), read_mxnet_index(path), str(path))
+    _load(net, {_our_name(name): array for name, array in read_mxnet_params(path).items()}, str(path))
 
 
 def load_resnet38_backbone(net: ResNet38, path: Path, flag: str) -> str:
@@ -59,57 +60,32 @@ def load_resnet38_backbone(net: ResNet38, path: Path, flag: str) -> str:
         UserError: no sound `.params` file, or one of another net.
     """
     try:
-        arrays = read_mxnet_index(path)
+        arrays = {_our_name(name): array for name, array in read_mxnet_params(path).items()}
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
-    own, origin = _named(net), f"{flag} {path}"
-    new = [name for name in own if _OF_A_HEAD.fullmatch(name)]
-    left = [name for name in arrays if _OF_A_HEAD.fullmatch(name)]
-    _fill(
-        {name: tensor for name, tensor in own.items() if name not in new},
-        {name: array for name, array in arrays.items() if name not in left}, origin,
-    )  # fmt: skip
-    unused = f"; not used of the file: {_list(left)}" if left else ""
-    return f"the net starts from {origin}, but for new tensors: {_list(new)}{unused}"
+    origin = f"{flag} {path}"
+    new, left = [list(filter(lambda name: name.startswith("head."), names)) for names in (net.state_dict(), arrays)]
+    kept = {name.removeprefix("backbone."): array for name, array in arrays.items() if name not in left}
+    _load(net.backbone, kept, origin)
+    unused = f"; not used of the file: {', '.join(left)}" if left else ""
+    return f"the net starts from {origin}, but for new tensors: {', '.join(new)}{unused}"
 
 
-def _list(names: list[str]) -> str:
-    return ", ".join(name.removeprefix("arg:") for name in names)
+def _our_name(name: str) -> str:
+    """The name in `ResNet38` of one of the authors' tensors, such as `arg:bn2a_branch2a_gamma`; else the same name."""
+    match = _NAME.fullmatch(name)
+    if match is None or match[4] not in _TENSORS:
+        return name
+    kind, layer, branch, tensor = match[1], match[2], match[3], _TENSORS[match[4]]
+    if branch == "branch1":
+        return f"backbone.blocks.{layer}.branch1.{tensor}"
+    if branch:
+        return f"backbone.blocks.{layer}.units.{branch}.{'norm' if kind == 'bn' else 'conv'}.{tensor}"
+    part = {"conv6a": "head.conv6a", f"linear{layer[6:]}": "head.linear"}.get(layer, f"backbone.{kind or ''}{layer}")
+    return f"{part}.{tensor}"
 
 
-def _named(net: ResNet38) -> dict[str, Tensor]:
-    """The net's parameters and running statistics by the authors' names."""
-    layers: dict[str, nn.Module] = {"conv1a": net.backbone.conv1a}
-    for block_name, block in net.backbone.blocks.items():
-        for branch, unit in block.units.items():
-            layers |= {f"bn{block_name}_{branch}": unit.norm, f"res{block_name}_{branch}": unit.conv}
-        if block.branch1 is not None:
-            layers[f"res{block_name}_branch1"] = block.branch1
-    layers |= {"bn7": net.backbone.bn7, "conv6a": net.head.conv6a}
-    layers[f"linear{net.head.linear.out_channels}"] = net.head.linear
-    tensors = {}
-    for name, layer in layers.items():
-        if isinstance(layer, nn.Conv2d):
-            tensors[f"arg:{name}_weight"] = layer.weight
-            if layer.bias is not None:
-                tensors[f"arg:{name}_bias"] = layer.bias
-        else:
-            tensors |= {f"arg:{name}_gamma": layer.weight, f"arg:{name}_beta": layer.bias}
-            tensors |= {f"aux:{name}_moving_mean": layer.running_mean, f"aux:{name}_moving_var": layer.running_var}
-    return tensors
-
-
-@torch.no_grad()
-def _fill(tensors: Mapping[str, Tensor], arrays: Mapping[str, StoredArray], origin: str) -> None:
-    """Copy the arrays into the tensors of the same names, one after the other, once all names and shapes agree."""
-    problems = [
-        f"{name} is {arrays[name].shape} there and {tuple(tensor.shape)} here"
-        for name, tensor in tensors.items()
-        if name in arrays and arrays[name].shape != tuple(tensor.shape)
-    ]
-    problems += [f"{name} is missing there" for name in tensors if name not in arrays]
-    problems += [f"{name!r} is unknown here" for name in arrays if name not in tensors]
-    if problems:
-        raise UserError(f"{origin} does not fit ResNet38: {problems[0]} ({len(problems)} differences)")
-    for name, tensor in tensors.items():
-        tensor.copy_(torch.from_numpy(arrays[name].read()))
+def _load(net: nn.Module, arrays: Mapping[str, np.ndarray], origin: str) -> None:
+    """Load arrays by our names; MXNet's files do not hold the counters of batch norm, which nothing reads."""
+    counters = {name: value for name, value in net.state_dict().items() if name.endswith(".num_batches_tracked")}
+    load_network(net, counters | {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, origin)

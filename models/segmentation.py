@@ -74,7 +74,7 @@ def segmentation_optimizer(net: nn.Module, lr_semseg: float, weight_decay: float
 
 
 def load_backbone(net: nn.Module, backbone: str, weights: str) -> str:
-    """Start the backbone from ImageNet weights.
+    """Start the backbone from ImageNet weights. Raises `UserError`.
 
     Args:
         net: as `build_segmentation_net` made it on `backbone`.
@@ -83,14 +83,16 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> str:
 
     Returns:
         A line about the net's start for the description of a run; '' where the weights are torchvision's.
-
-    Raises:
-        UserError: a failed download, an unreadable file, weights of another network, or a net without ImageNet weights.
     """
     if backbone == "none":
         raise UserError("--backbone_weights: this model has no ImageNet weights; use --no_pretrained_backbone")
     if backbone == "resnet38":
-        return _load_resnet38_backbone(net, weights)
+        if weights == "imagenet":
+            raise UserError(
+                "--backbone_weights imagenet: torchvision has no weights of ResNet-38; give the authors' ImageNet "
+                "classifier (--backbone_weights FILE.params), or --no_pretrained_backbone"
+            )
+        return load_resnet38_backbone(net, Path(weights), "--backbone_weights")
     if isinstance(net, SmpNet) and weights == "imagenet":
         return net.load_imagenet()
     if is_mxnet_file(Path(weights)):
@@ -112,23 +114,11 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> str:
     return ""
 
 
-def _load_resnet38_backbone(net: ResNet38, weights: str) -> str:
-    if weights == "imagenet":
-        raise UserError(
-            "--backbone_weights imagenet: torchvision has no weights of ResNet-38; give the authors' ImageNet "
-            "classifier (--backbone_weights FILE.params), or --no_pretrained_backbone"
-        )
-    return load_resnet38_backbone(net, Path(weights), "--backbone_weights")
-
-
 def require_classes(num_classes: int, data_set: str, id_map: Mapping[int, int], origin: str = "") -> None:
-    """Check that a net can predict every class of a data set.
+    """Check that a net can predict every class of a data set. Raises `UserError`.
 
     Args:
         origin: the net's file, for the message; '' if `--num_classes` says it.
-
-    Raises:
-        UserError: `num_classes` is too small for the trainIds in `id_map`.
     """
     largest = max(id_map.values(), default=0)
     if largest >= num_classes:

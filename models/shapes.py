@@ -62,7 +62,10 @@ class SegmentationShape:
     aspp_branches: int = 2
 
     def __post_init__(self) -> None:
-        backbones = MODEL_BACKBONES.get(known_model(self.model), SMP_ENCODERS)
+        models = (*MODEL_BACKBONES, *SMP_MODELS)
+        if self.model not in models:
+            raise UserError(f"--model {self.model}: no such net; there are {_closest_first(self.model, models)}")
+        backbones = MODEL_BACKBONES.get(self.model, SMP_ENCODERS)
         of_timm = self.model in SMP_MODELS and self.backbone.startswith(TIMM)
         if self.backbone not in backbones and not of_timm:
             known = _closest_first(self.backbone, backbones)
@@ -92,22 +95,9 @@ def default_backbone(model: str) -> str:
     return SMP_MODELS.get(model) or MODEL_BACKBONES.get(model, ("",))[0]
 
 
-def known_model(name: str) -> str:
-    """The name of a net, also by its published name. Raises `UserError` for another."""
-    name = _PUBLISHED.get(name, name)
-    models = (*MODEL_BACKBONES, *SMP_MODELS)
-    if name not in models:
-        raise UserError(f"--model {name}: no such net; there are {_closest_first(name, models)}")
-    return name
-
-
-def known_backbone(name: str) -> str:
-    """The name of a backbone of some net. Raises `UserError` for another."""
-    backbones = (*(known for names in MODEL_BACKBONES.values() for known in names), *SMP_ENCODERS)
-    if name and name not in backbones and not name.startswith(TIMM):
-        known = _closest_first(name, backbones)
-        raise UserError(f"--backbone {name}: no such backbone; there are {known}, and {TIMM}NAME for timm's NAME")
-    return name
+def model_called(name: str) -> str:
+    """Our name of a net that may be called by its published one."""
+    return _PUBLISHED.get(name, name)
 
 
 def _closest_first(name: str, known: Sequence[str]) -> str:

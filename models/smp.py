@@ -5,7 +5,6 @@ The package takes seconds to import, so that it is imported where such a net is 
 
 import logging
 import warnings
-from difflib import get_close_matches
 from types import ModuleType
 
 import torch.nn.functional as F
@@ -90,11 +89,6 @@ class SmpNet(nn.Module):
                     f"segmentation_models_pytorch could not load its {shape.backbone} weights ({reason}); connect "
                     "once, or give a file with --backbone_weights PATH, or --no_pretrained_backbone"
                 ) from None
-            if shape.backbone.startswith(TIMM):
-                from timm import list_models
-
-                close = get_close_matches(shape.backbone.removeprefix(TIMM), list_models(), n=5)
-                reason += f"; timm has {', '.join(TIMM + name for name in close)}"
             raise UserError(f"--model {shape.model} --backbone {shape.backbone}: no such net ({reason})") from None
 
 

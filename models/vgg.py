@@ -86,15 +86,12 @@ def build_vgg(weights: str, layers: Sequence[int], seed: int = 0) -> VGGFeatures
 
 
 def starting_weights(weights: str, network: str, flag: str, otherwise: str) -> Mapping[str, Tensor]:
-    """The ImageNet weights of a network of torchvision, or the state dict in a file.
+    """The ImageNet weights of a network of torchvision, or the state dict in a file. Raises `UserError`.
 
     Args:
         weights: `imagenet` (torchvision downloads and caches them) or a path, the value of `flag`.
         network: its name in `torchvision.models`.
         otherwise: the flag for random weights.
-
-    Raises:
-        UserError: a failed download, or an unreadable file.
     """
     if weights != "imagenet":
         return read_state_dict(Path(weights), flag, f"imagenet, or {otherwise}")
@@ -121,18 +118,13 @@ def _random_vgg(layers: Sequence[int], seed: int) -> VGGFeatures:
 def vgg_from_state_dict(state: Mapping[str, Tensor], layers: Sequence[int], origin: str) -> VGGFeatures:
     """A stack whose channel counts follow the given weights (any widths), cut after the deepest of `layers`.
 
-    Raises:
-        UserError: names `origin`; a layer is not reached, or the tensors do not form the stack.
+    Raises `UserError`: names `origin`; a layer is not reached, or the tensors do not form the stack.
     """
     tensors = {name.removeprefix("features."): value for name, value in state.items()}
     needed = [index for index in VGG16_CONVS if index < max(layers)]
     if missing := [index for index in needed if f"{index}.weight" not in tensors]:
-        # The stack is whole up to the convolution before the first gap.
-        reached = [relu for relu in VGG16_RELUS if relu < missing[0]]
-        asked = [layer for layer in layers if layer > missing[0]]
         raise UserError(
-            f"{origin} lacks features.{missing[0]}, so layer {asked} cannot be computed; it reaches layers {reached}: "
-            "choose --content_layers and --style_layers among them, or give fuller weights"
+            f"{origin} lacks features.{missing[0]}; choose --content_layers and --style_layers below, or fuller weights"
         )
     try:
         net = VGGFeatures({index: tensors[f"{index}.weight"].shape[1::-1] for index in needed}, layers)

@@ -109,7 +109,7 @@ WEIGHTS = {
     execute: "",
     execute_without_archive: "",
     compress: "compressed",
-    claim_more: "claim",
+    claim_more: "is damaged",
     claim_terabytes: "more memory than there is",
 }
 

@@ -99,20 +99,6 @@ def test_sizes_are_checked_before_anything_is_read(file, monkeypatch):
         check_archive(file)
 
 
-def test_a_large_file_is_read_in_pieces(tmp_path, monkeypatch):
-    torch.save({"w": torch.zeros(1 << 20)}, tmp_path / "large.pth")
-    sizes = []
-    read = zipfile.ZipExtFile.read
-
-    def noting(self, count=-1):
-        sizes.append(count)
-        return read(self, count)
-
-    monkeypatch.setattr(zipfile.ZipExtFile, "read", noting)
-    check_archive(tmp_path / "large.pth")
-    assert 0 < min(sizes) <= max(sizes) <= 1 << 20
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have names on Unix alone")
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")

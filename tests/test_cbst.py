@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_handlers.classes import IGNORE
 from data_handlers.images import NetworkInput
-from data_handlers.resampling import filter_of_sizes, filter_weights, resize_by_rule, upsample
+from data_handlers.resampling import filter_of_sizes, resize_by_rule, upsample
 from training.confidence_maps import confidence_map, flip_average, input_size, network_input, padded_size
 from uda.mining import mined_classes
 from uda.pseudo_labels import predicted, select, with_prior
@@ -236,17 +236,6 @@ def test_prior_is_a_factor():
 
 
 # --- confidence maps -------------------------------------------------------------------------------------------------
-
-LINES = [(7, 7), (7, 56), (56, 7), (13, 17), (17, 13), (40, 3), (1, 8), (3, 40)]
-
-
-@pytest.mark.parametrize("kind", [Filter.BILINEAR, Filter.BICUBIC, Filter.LANCZOS], ids=lambda kind: kind.name)
-@pytest.mark.parametrize(("source", "target"), LINES)
-def test_weights_are_those_of_pillow(kind, source, target):
-    line = np.random.default_rng(1).random((source, 1)).astype(np.float32)
-    expected = np.array(Image.fromarray(line).resize((1, target), kind))
-    np.testing.assert_allclose(filter_weights(kind, source, target) @ line, expected, rtol=0, atol=3e-7)
-
 
 def test_the_filter_follows_from_the_sizes():
     for target, kind in {

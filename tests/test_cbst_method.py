@@ -316,4 +316,4 @@ def test_no_labels_of_the_target_are_needed_but_to_select_by_them(world, source_
     check_refusal(refused, "--select_by miou needs a labelled val split")
     result = run_script(train_uda, *flags)
     assert result.code == 0, result.err
-    assert "no validation: the target has no val split" in result.out
+    assert "no validation: the target has no labelled val split" in result.out

@@ -216,25 +216,6 @@ def test_workers_killed_in_the_middle_of_sending():
     assert is_loader_death(death.value)
 
 
-def test_workers_that_cannot_be_started(monkeypatch):
-    real, started = multiprocessing.process.BaseProcess.start, []
-
-    def start(self):
-        if started:
-            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-        started.append(self)
-        real(self)
-
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
-    printed = []
-    monkeypatch.setattr(sys, "unraisablehook", printed.append)
-    with pytest.raises(LoaderDied, match=r"cannot be started \(Resource temporarily unavailable\).*--num_workers"):
-        next(load_in_order(Samples(), range(4), num_workers=2))
-    assert started
-    assert not printed
-    assert not multiprocessing.active_children()
-
-
 def test_a_loader_that_is_no_longer_needed_ends_its_workers():
     samples = load_in_order(Samples(), range(100), num_workers=2)
     assert next(samples) == 0

@@ -173,7 +173,7 @@ def test_an_unknown_colour_and_a_label_without_colours(tmp_path):
     colours = 'encoding = "colours"\nmap = { "1 2 3" = 1 }\nvoid = [[0, 0, 0]]'
     data_set = find_data_set(described(tmp_path, BASE + colours), "--source")
     Image.fromarray(np.array([[(1, 2, 3), (1, 2, 4)]], np.uint8)).save(tmp_path / "label.png")
-    with pytest.raises(UserError, match=r"label\.png holds the colour \(1, 2, 4\), which own does not know; add it to"):
+    with pytest.raises(UserError, match=r"label\.png holds the colour \(1, 2, 4\), which own does not know; is this"):
         read_label(tmp_path / "label.png", data_set, (2, 1))
     Image.fromarray(np.zeros((1, 2), np.uint8)).save(tmp_path / "label.png")
     with pytest.raises(UserError, match=r"8-bit grey PNG, but own labels are 8-bit RGB PNGs of class colours"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,12 +28,11 @@ from processes import in_processes
 from steps import GOLDEN_FILES, GoldenStep, meta_of, relative_l2, zero_gradient_biases
 from training.checkpoint import LATEST, load_checkpoint
 from training.distributed import Rank
-from training.launching import FOLDER, LAUNCHER
 from training.run import agreed_precision
 from training.synchronised_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from training.validation import Validator
 from utils.errors import UserError
-from utils.stopping import SAME_REQUEST, STOPPED
+from utils.stopping import STOPPED
 from worlds import write_cityscapes
 
 pytestmark = pytest.mark.processes
@@ -222,9 +220,17 @@ def run_apart(script, flags, disturb=None):
 
 
 def ranks():
-    """Process ids of the newest that were started."""
-    texts = [path.read_text() for path in Path(tempfile.gettempdir()).glob("procst_ranks_*/*.rank")]
-    return [int(text) for text in texts if text]
+    """Process ids of those that were launched, without their loaders."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "environ").read_bytes().split(b"\0")
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if any(w.startswith(b"RANK=") for w in words) and f"TMPDIR={tempfile.gettempdir()}".encode() in words:
+            found[int(path.name)] = parent
+    return [process for process, parent in found.items() if parent not in found]
 
 
 def living(processes):
@@ -332,39 +338,6 @@ def test_a_run_whose_launcher_and_ranks_are_killed_ends_with_the_same_bits(world
     starts = json.loads((run / "config.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [2, 2, 2, 2]  # the last is the restart
     assert_same_tensors(run / LATEST, undisturbed / LATEST)
-
-
-@pytest.mark.slow
-def test_a_second_signal_kills_processes_that_do_not_stop(world, tmp_path):
-    run = tmp_path / "run"
-
-    def stop_twice(launcher):
-        wait_for_step(run, launcher)
-        os.kill(ranks()[0], signal.SIGSTOP)
-        launcher.send_signal(signal.SIGTERM)
-        time.sleep(SAME_REQUEST + 0.3)
-        launcher.send_signal(signal.SIGTERM)
-
-    result = run_apart(train_procst, launched_flags(world, tmp_path), stop_twice)
-    assert result.code == 128 + signal.SIGTERM, result.err
-    assert not living(ranks())
-    assert load_checkpoint(run / LATEST).step < STEPS
-
-
-def test_a_process_whose_launcher_was_killed_before_it_connects_ends(world, tmp_path, monkeypatch):
-    with subprocess.Popen(["true"]) as launcher:
-        launcher.wait()
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]  # nothing listens there afterwards
-    values = {
-        "RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-        "TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_MAX_RESTARTS": 3,
-        FOLDER: tmp_path, LAUNCHER: launcher.pid,
-    }  # fmt: skip
-    for name, value in values.items():
-        monkeypatch.setenv(name, str(value))
-    assert run_apart(train_procst, launched_flags(world, tmp_path)).code == -signal.SIGTERM
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

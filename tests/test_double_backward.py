@@ -86,23 +86,6 @@ def test_gradients_to_weights_are_not_given_half():
         torch.autograd.grad(net(image, True).sum(), [image, net.body[0].conv.weight], create_graph=True)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_layouts_make_no_difference(norm, recompute, monkeypatch):
-    """Kernels that are given tensors of different layouts compute nonsense without a word."""
-    monkeypatch.setitem(RECOMPUTES, "cpu", recompute)
-    found = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        net = strong_discriminator(norm).to(memory_format=layout)
-        image = torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(1)).double()
-        leaf = image.contiguous(memory_format=layout).requires_grad_(True)
-        (gradient,) = torch.autograd.grad(net(leaf, True).sum(), leaf, create_graph=True)
-        weights = [p for name, p in net.named_parameters() if name.endswith("weight")]
-        found.append([gradient.detach(), *torch.autograd.grad(gradient.square().sum(), weights)])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_graph_is_walked_back_once(recompute, monkeypatch):
     """What the first walk has overwritten is not taken for what it was."""
@@ -130,8 +113,7 @@ def test_other_norms_are_left_to_autograd():
     assert type(synchronised) is not nn.BatchNorm2d
     assert has_double_backward(nn.BatchNorm2d(8), x)
     assert not has_double_backward(synchronised, x)
-    for norm in (nn.BatchNorm2d(8).eval(), nn.BatchNorm2d(8, momentum=None), nn.GroupNorm(2, 8, affine=False)):
-        assert not has_double_backward(norm, x)
+    assert not has_double_backward(nn.BatchNorm2d(8).eval(), x)
     with torch.no_grad():
         assert not has_double_backward(nn.BatchNorm2d(8), x)
     with torch.autocast("cpu", torch.bfloat16):

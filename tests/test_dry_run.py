@@ -13,9 +13,7 @@ import train_procst
 import train_semseg_on_source
 from commands import label_flags, procst_flags, source_flags
 from refusals import check_refusal, tree
-from training import dry_run
 from training.run_folder import git_commit
-from utils.errors import UserError
 from worlds import write_cityscapes, write_gta5
 
 pytestmark = pytest.mark.slow
@@ -31,7 +29,7 @@ def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(world, tmp_path, ru
     assert config["schedule"]["batch_size_list"] == [2, 2, 1]
     for part in (
         "steps at scales 0..2: 3, 3, 3", *(f"scale {scale}: 3 steps of " for scale in range(3)),
-        "checkpoints: up to", "cache: up to", "whole run", "memory of the process", "MB are free",
+        "checkpoints: up to", "whole run", "memory of the process", "MB are free",
         "nothing was written",
     ):  # fmt: skip
         assert part in result.out
@@ -62,17 +60,6 @@ def test_a_dry_run_without_space_for_the_checkpoints(world, tmp_path, run_script
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     flags = procst_flags(world, tmp_path, num_scales=0, batch_size_list=2)
     check_refusal(run_script(train_procst, *flags, "--dry_run"), "too little space for the checkpoints")
-
-
-def test_space_on_one_disk_and_of_what_is_there(tmp_path, monkeypatch):
-    for name, size in (("latest.pth", 60), ("previous.pth", 20), ("damaged.pth", 1000), ("config.json", 1000)):
-        (tmp_path / name).write_bytes(bytes(size))
-    assert dry_run.bytes_in(tmp_path) == 80
-    assert dry_run.bytes_in(tmp_path / "new") == 0
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    dry_run.require_space({"checkpoints": (tmp_path / "run", 60), "cache": (tmp_path / "cache", 40)})
-    with pytest.raises(UserError, match="too little space for the cache"):
-        dry_run.require_space({"checkpoints": (tmp_path / "run", 60), "cache": (tmp_path / "cache", 41)})
 
 
 def test_a_dry_run_of_a_run_to_continue(finished_run, run_script):

@@ -23,8 +23,7 @@ from commands import export_flags
 from core.export import SourcePyramids
 from refusals import check_refusal
 from utils.devices import cpus_per_device, workers_for
-from utils.png import is_complete_rgb8
-from worlds import noise_image
+from worlds import is_whole, noise_image
 
 COUNT = 6  # images of the world's source
 # Far more than are translated before a test interrupts.
@@ -184,7 +183,7 @@ def test_an_export_in_several_processes_ends_in_good_order(
     assert message in lines[-1]
     assert len(lines) == (1 if number == signal.SIGKILL else 2), lines  # a stop is acknowledged first
     assert 3 < len(written()) < MANY
-    assert all(is_complete_rgb8(path, (480, 360)) for path in written())
+    assert all(is_whole(path, (480, 360)) for path in written())
 
 
 def test_a_stop_in_one_process(finished_run, whole, tmp_path, run_script, monkeypatch):

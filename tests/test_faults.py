@@ -5,19 +5,12 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter
 
 import train_procst
@@ -25,7 +18,6 @@ from commands import assert_same_tensors, at_step, stop_at
 from core.procst import ProCST
 from faults import LAST, one_line, run_flags
 from training.checkpoint import LATEST, load_checkpoint, read_newest
-from training.progress import TensorBoardLog
 from utils import files as files_module
 from utils import stopping
 from utils import tensor_files as tensor_files_module
@@ -52,27 +44,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed_run, tmp
     assert_same_tensors(tmp_path / "run" / LATEST, undisturbed_run / LATEST)
 
 
-def test_a_second_signal_ends_at_once(monkeypatch):
-    codes = []
-    monkeypatch.setattr(stopping.os, "_exit", codes.append)
-    monkeypatch.setattr(stopping, "SAME_REQUEST", 0.05)
+def test_the_same_request_twice_does_not_end_what_has_saved():
     before = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
-    with stopping.StopRequests() as stop:
-        assert not stop()
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # to the group and to its leader: one request
-        assert stop()
-        assert codes == []
-        time.sleep(0.1)
-        signal.raise_signal(signal.SIGUSR1)
-        assert codes == [128 + signal.SIGUSR1]
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_the_same_request_twice_does_not_end_what_has_saved(monkeypatch):
-    before = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
-    monkeypatch.setattr(stopping.os, "_exit", pytest.fail)
     with stopping.StopRequests():
         pass
     assert {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS} == before
@@ -159,7 +132,6 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
     assert result.code == 0, result.err
     assert "latest.pth" in result.err
     assert "previous.pth" in result.err
-    assert (tmp_path / "run" / "damaged.pth").exists() == (damage != "gone")
     assert_same_tensors(tmp_path / "run" / LATEST, undisturbed_run / LATEST)
 
 
@@ -255,70 +227,8 @@ def test_a_log_that_cannot_be_written_is_given_up(world, undisturbed_run, tmp_pa
     monkeypatch.setattr(FileWriter, "add_event", full)
     result = run_script(train_procst, *run_flags(world, tmp_path))
     assert result.code == 0, result.err
-    assert result.err.count("without TensorBoard") == 1
+    assert result.err.count("continues without it") == 1
     assert_same_tensors(tmp_path / "run" / LATEST, undisturbed_run / LATEST)
-
-
-@pytest.mark.parametrize("fault", ["a file in its place", "folder deleted", "disk full from the start", "disk full"])
-def test_a_log_that_cannot_be_written_gives_one_line(tmp_path, capsys, monkeypatch, fault):
-    """TensorBoard writes in a thread of its own, where errors of the disk come up."""
-
-    def full(self, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    # pytest's own hook would keep the traceback of a thread from being printed.
-    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
-    if fault == "a file in its place":
-        (tmp_path / "log").write_text("")
-    if fault == "disk full from the start":
-        monkeypatch.setattr(RecordWriter, "write", full)
-    log = TensorBoardLog(tmp_path / "log", purge_step=1)
-    log.write("flush")
-    if fault == "folder deleted":
-        shutil.rmtree(tmp_path / "log")
-    if fault == "disk full":
-        monkeypatch.setattr(RecordWriter, "write", full)
-    for step in range(3):
-        log.write("add_scalar", "loss", 1.0, step)
-        log.write("flush")
-    log.write("close")
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert "without TensorBoard" in lines[0]
-
-
-def test_a_start_that_left_no_checkpoint_leaves_no_log(tmp_path):
-    for value in (1.0, 2.0):
-        log = TensorBoardLog(tmp_path / "log", purge_step=1)
-        log.write("add_scalar", "loss", value, 1)
-        log.write("close")
-    events = EventAccumulator(str(tmp_path / "log"))
-    events.Reload()
-    assert [event.value for event in events.Scalars("loss")] == [2.0]
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
-def test_closed_standard_streams(closed, tmp_path):
-    """Nothing that is printed fails, or gets into a file that was opened in a stream's place."""
-    code = (
-        "import signal, sys\n"
-        "from utils.errors import UserError, run_cli\n"
-        "from utils.stopping import StopRequests\n"
-        "def main():\n"
-        "    with open(sys.argv[1], 'w') as file, StopRequests():\n"
-        "        signal.raise_signal(signal.SIGTERM)\n"
-        "        print('printed')\n"
-        "        file.write('written')\n"
-        "    raise UserError('a message')\n"
-        "run_cli(main)\n"
-    )
-    command = " ".join([*map(shlex.quote, [sys.executable, "-c", code, str(tmp_path / "file")]), closed])
-    environment = {**os.environ, "PYTHONPATH": str(Path(train_procst.__file__).parent)}
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
-    assert result.returncode == 2
-    assert ("error: a message" in result.stderr) == ("2>" not in closed)
-    assert "Traceback" not in result.stderr
-    assert (tmp_path / "file").read_text() == "written"
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from benchmarks.literal_step import collect_gradients, literal_step
 from conftest import GOLDEN_DIR
 from core.cascade import translate_pyramid
 from steps import GOLDEN_FILES, GoldenStep, is_batch_norm, meta_of, training_step
-from training.precision import Runner, channels_last
 
 
 def test_golden_folder_holds_step_files():
@@ -33,7 +32,6 @@ def with_all_gradients(**arguments):
 WAYS = {
     "plain": {},
     "recompute": {"recompute": True},
-    "channels_last": {"run": Runner(layout=lambda network, image: torch.channels_last)},
     "micro_batch": {"micro_batch": 1},
     "micro_batch_recompute": {"micro_batch": 1, "recompute": True},
     "literal": {"step": with_all_gradients},
@@ -51,9 +49,6 @@ CASES = [
 @cache
 def golden_step(path, scale, way):
     step = GoldenStep(path, scale)
-    if way == "channels_last":
-        for net in step.all_networks().values():
-            channels_last(net)
     step.take(**WAYS[way])
     step.way = way
     return step

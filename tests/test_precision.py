@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from functools import partial
@@ -12,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from core.config import NetworkShape
 from core.losses import gradient_penalty
 from core.networks import Discriminator, Generator
-from core.procst import image_layout, micro_batch_size, procst_runner
+from core.procst import micro_batch_size, procst_runner
 from models.unet import UNet
 from steps import build
 from training.precision import Runner, bf16_pays, channels_last, computes_in_bf16, recomputes_blocks, resolve_precision
@@ -125,91 +123,9 @@ def test_nets_that_do_not_want_channels_last():
         assert {p.is_contiguous(memory_format=torch.channels_last) for p in kernels} == {wanted}
 
 
-FAULTS = """
-import ctypes, resource, sys
-from utils.devices import keep_freed_memory
-kept = sys.argv[1] == "keep" and keep_freed_memory()
-c = ctypes.CDLL(None)
-c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for megabytes in range(8, 25):
-    block = c.malloc(megabytes * 2**20)
-    c.memset(block, 1, megabytes * 2**20)
-    c.free(block)
-print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.slow
-def test_freed_memory_is_kept():
-    """Each block is larger than any before: the C library would take it from the system, with a fault for each page."""
-    found = {}
-    for how in ("keep", "plain"):
-        command = [sys.executable, "-c", FAULTS, how]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-        found[how] = [int(word) for word in done.stdout.split()]
-    if not found["keep"][0]:
-        pytest.skip("this C library always gives freed memory back")
-    assert found["keep"][1] < found["plain"][1] / 5
-
-
-@pytest.mark.parametrize(
-    ("precision", "rounded", "laid_out"),
-    [("fp32", False, {Generator, Discriminator}), ("bf16", False, {Discriminator}), ("bf16", True, set())],
-)
-def test_networks_in_float32_get_the_layout(precision, rounded, laid_out):
-    """Those alone: in bfloat16 they keep the channels first, as every other network does in both."""
-    keep = () if rounded else (Discriminator,)
-    run = Runner(precision, keep_float32=keep, layout=lambda network, image: torch.channels_last)
-    image = torch.zeros(2, 3, 8, 10)
-    for kind in (Generator, Discriminator):
-        seen = []
-        net = build(kind, 1, 1, 8, "group", seed=0)
-        net.head.conv.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
-        run(net, image, *([image] if kind is Generator else []))
-        assert seen[0].is_contiguous(memory_format=torch.channels_last) == (kind in laid_out)
-        assert seen[0].is_contiguous() != (kind in laid_out)
-
-
-def test_channels_last_is_for_group_norms_of_wide_groups_and_few_pixels():
-    image, first = torch.zeros(1, 3, 80, 160), torch.contiguous_format
-
-    def layout(image=image, **changes):
-        shape = NetworkShape(**{"scale": 2, "channels": 64, "layers": 5, "norm": "group", "groups": 8} | changes)
-        return image_layout(Discriminator(shape), image)
-
-    assert layout() is torch.channels_last
-    assert layout(channels=32) is first
-    assert layout(groups=16) is first
-    assert layout(norm="batch") is first
-    assert layout(torch.zeros(1, 3, 256, 512)) is first
-    assert layout(image.to("meta")) is first
-    assert image_layout(nn.Identity(), image) is None
-    assert procst_runner("fp32")(nn.Identity(), image) is image
-
-
 def test_micro_batches_of_the_published_sizes():
     cpu, gpu = CPU, torch.device("cuda")
     sizes = [micro_batch_size((8, 3, 512 // k, 1024 // k), "group", device) for k in (1, 2) for device in (gpu, cpu)]
     assert sizes == [1, 1, 4, 1]
     assert micro_batch_size((8, 3, 80, 160), "group", cpu) == 2
     assert micro_batch_size((32, 3, 80, 160), "batch", cpu) is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_norms_of_dark_images_are_exact(norm):
-    """Channels-last norms of many pixels lose digits where the mean is large against the deviation.
-
-    Batch norm would be off by 3e-5; group norm gets that layout here, at the most pixels it does.
-    """
-    torch.manual_seed(0)
-    net = build(Discriminator, 1, 1, 64, norm, seed=0).train()
-    image = 0.1 * torch.randn(2, 3, 128, 256) - 0.7
-    seen = []
-    net.body[0].actvn.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].detach().double().clone()))
-    run = Runner(layout=image_layout)
-    for dtype in (torch.float32, torch.float64):
-        run(copy.deepcopy(net).to(dtype), image.to(dtype))
-    assert float((seen[0] - seen[1]).norm() / seen[1].norm()) < 5e-6

@@ -14,7 +14,6 @@ import train_procst
 import train_semseg_on_source
 from commands import (
     assert_same_tensors,
-    at_step,
     label_flags,
     logged,
     metrics_of,
@@ -195,33 +194,6 @@ def test_the_line_that_uses_the_net_fits_it(world, tmp_path, run_script, source,
     dry_run = label_flags(world, tmp_path / "procst", None, **of_net)
     result = run_script(train_procst, *dry_run, *words.split(), "--dry_run")
     assert result.code == 0, result.err
-
-
-def test_an_output_that_another_run_takes_meanwhile_stays(world, tmp_path, run_script, monkeypatch):
-    output = tmp_path / "source.pth"
-    at_step(monkeypatch, SourceTraining, 0, 2, lambda: output.write_text("another run's net"))
-    result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
-    assert result.code == 0, result.err
-    assert output.read_text() == "another run's net"
-    assert f"now a file of another run and stays; the best net is {only_run(tmp_path) / 'best.pth'}" in result.err
-    assert f"--semseg_weights {only_run(tmp_path)}\n" in result.out
-
-
-def test_a_copy_of_a_run_does_not_own_its_output(world, tmp_path, run_script):
-    """A run of the same name is another run, too; a continued one knows its own file."""
-    flags = source_flags(world, tmp_path, checkpoints_dir=None, num_steps=2)
-    assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/run").code == 0
-    assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/run").code == 0
-    shutil.copytree(tmp_path / "a/run", tmp_path / "a/copy")
-    for other in ("a/copy", "b/run"):
-        refused = run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / other)
-        check_refusal(refused, f"--output {tmp_path / 'source.pth'}", "is not of this run")
-    shutil.rmtree(tmp_path / "a/copy")
-    (tmp_path / "a/run").rename(tmp_path / "a/renamed")
-    assert run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/renamed").code == 0
-    shutil.copytree(tmp_path / "a/renamed", tmp_path / "a/copy")
-    refused = run_script(train_semseg_on_source, *flags, "--run_dir", tmp_path / "a/copy")
-    check_refusal(refused, "is not of this run")
 
 
 def test_a_copied_checkpoint_finds_its_own_best_state(world, tmp_path, run_script, monkeypatch):

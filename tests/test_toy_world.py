@@ -16,11 +16,11 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
 import make_toy_data
-from data_handlers.choices import TOY_DOMAINS as DOMAINS
 from data_handlers.classes import CITYSCAPES_IDS, SYNTHIA_IDS
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import read_image, read_label
 from data_handlers.lists import list_images
+from data_handlers.toy import TOY_DOMAINS as DOMAINS
 from data_handlers.toy.files import draw_frame, encode_label, encode_png16
 from data_handlers.toy.looks import LOOKS, Id, Material
 from data_handlers.toy.world import draw_scene

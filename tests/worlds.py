@@ -78,3 +78,10 @@ def write_cityscapes(root, count=5, size=(48, 32), seed=100, split="train", city
         if labels:
             Image.fromarray(index_label(size, seed + k)).save(targets / f"{stem}_gtFine_labelIds.png")
     return root
+
+
+def is_whole(path, size):
+    """Whether an image is an RGB picture of this size that can be decoded to its end."""
+    with Image.open(path) as image:
+        image.load()
+        return (image.mode, image.size) == ("RGB", size)

@@ -5,7 +5,6 @@ that a method keeps at the end of its stages, and `best.pth` (the best state by 
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,6 @@ FORMAT = "procst-checkpoint"
 VERSION = 2
 LATEST = "latest.pth"
 PREVIOUS = "previous.pth"
-DAMAGED = "damaged.pth"
 BEST = "best.pth"
 
 
@@ -41,7 +39,7 @@ class Checkpoint:
         method_state: `Method.state_dict`.
         inputs: fingerprints of what the run learns from (file lists, starting weights), by a name for messages.
         segmentation: the segmentation net that is validated: its `module` in `modules` and its `shape`, or empty.
-        info: the run that wrote it, `run` (its folder) and `run_id`, and `miou` and `label_free` of its best state.
+        info: `run`, the folder of the run that wrote it, and `miou` and `label_free` of its best state.
         validations: results of the validations, in order; see `training.validation.report`.
         skipped: what was wrong with images that were replaced (`--on_bad_image skip`).
     """
@@ -111,21 +109,12 @@ def checkpoint_from(content: Any, path: Path) -> Checkpoint:
     """The checkpoint in the content of a tensor file. Raises `UserError` for other content."""
     if not is_checkpoint(content):
         raise UserError(f"{path} is not a checkpoint of this toolkit")
-    version = content.get("version")
-    if not isinstance(version, int) or version != VERSION:
-        raise UserError(f"{path} has checkpoint version {version}; this program reads {VERSION}")
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} has checkpoint version {content.get('version')}; this program reads {VERSION}")
     try:
-        checkpoint = Checkpoint(**{f.name: content[f.name] for f in dataclasses.fields(Checkpoint)})
+        return Checkpoint(**{f.name: content[f.name] for f in dataclasses.fields(Checkpoint)})
     except KeyError as error:
         raise UserError(f"{path} is incomplete: {error} is missing") from None
-    kinds = {"method": str, "stage": int, "step": int, "stage_finished": bool, "validations": list, "skipped": list}
-    for name, value in vars(checkpoint).items():
-        kind = kinds.get(name, dict)
-        if not isinstance(value, kind):
-            raise UserError(f"{path} is incomplete: its {name} is no {kind.__name__}")
-    if checkpoint.stage < 0 or checkpoint.step < 0:
-        raise UserError(f"{path} claims step {checkpoint.step} of stage {checkpoint.stage}, which no run has")
-    return checkpoint
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -136,10 +125,7 @@ def has_checkpoint(folder: Path) -> bool:
 def read_newest(folder: Path) -> tuple[Checkpoint, Path]:
     """A run's newest undamaged checkpoint, and its path; a line on stderr says if that is not `latest.pth`.
 
-    Call `set_damaged_aside` before the next save.
-
-    Raises:
-        UserError: none can be read.
+    Raises `UserError`: none can be read.
     """
     latest, previous = folder / LATEST, folder / PREVIOUS
     problem = f"{latest} is missing"  # the run was killed between the two names of a save
@@ -159,10 +145,3 @@ def read_newest(folder: Path) -> tuple[Checkpoint, Path]:
         ) from None
     say(f"WARNING: {problem}; continuing from the checkpoint before it, {previous}")
     return checkpoint, previous
-
-
-def set_damaged_aside(used: Path) -> None:
-    """Rename the `latest.pth` that `read_newest` could not use, which the next save would keep as `previous.pth`."""
-    latest = used.parent / LATEST
-    if used.name == PREVIOUS and latest.is_file():
-        os.replace(latest, used.parent / DAMAGED)

@@ -6,15 +6,7 @@ from typing import Any
 
 from data_handlers.choices import LABELS, ON_BAD_IMAGE, RESAMPLINGS
 from data_handlers.datasets import find_data_set
-from models.shapes import (
-    MODEL_BACKBONES,
-    SMALLEST_CROP,
-    SMP_MODELS,
-    SegmentationShape,
-    default_backbone,
-    known_backbone,
-    known_model,
-)
+from models.shapes import MODEL_BACKBONES, SMALLEST_CROP, SMP_MODELS, SegmentationShape, default_backbone, model_called
 from training.flags import (
     Size,
     as_given,
@@ -160,12 +152,11 @@ class NetConfig:
 
     model: str = option(
         "DeepLabV2", f"segmentation net: {', '.join(MODEL_BACKBONES)}, or of segmentation_models_pytorch "
-        f"{', '.join(SMP_MODELS)}", type=known_model,
+        f"{', '.join(SMP_MODELS)}", type=model_called,
     )  # fmt: skip
     backbone: str = option(
         "", "its backbone: of the DeepLab nets resnet101, resnet50, resnet34 or resnet18; of smp: nets an encoder "
         "of the package, such as mit_b2 (default: the published one; of smp: nets the package's, of Segformer mit_b2)",
-        type=known_backbone,
     )  # fmt: skip
     aspp_branches: int = option(
         2, "of the two-headed nets, branches of the heads that are computed, of which the published nets have 2",

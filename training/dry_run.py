@@ -4,16 +4,13 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data_handlers.images import check_label_header, image_size
 from data_handlers.lists import FileList
-from training.checkpoint import DAMAGED
 from training.loop import Loop
 from utils.errors import UserError
 
@@ -21,14 +18,11 @@ STEPS = 3  # measured in every stage, after one that is not
 
 
 def dry_run(loop: Loop, *, continued: bool) -> None:
-    """Check every file, measure every stage, and print what a run takes.
+    """Check every file, measure every stage, and print what a run takes. Raises `UserError`.
 
     Args:
         loop: a new one; its folder is where checkpoints would go. Its method cannot be used afterwards.
-        continued: the run has checkpoints there.
-
-    Raises:
-        UserError: a file cannot be used, or disk space does not suffice.
+        continued: the run has checkpoints there, which take some of the space.
     """
     method, stages, is_main = loop.method, loop.stages, loop.rank.is_main
     domains = method.domains.values()
@@ -55,11 +49,12 @@ def dry_run(loop: Loop, *, continued: bool) -> None:
         return
     print(f"whole run, without validations: {tqdm.format_interval(total)}")
     # Besides those that are kept: the newest, the one before, one being written, and the best.
-    needed = kept + (4 if method.validator else 3) * size - (bytes_in(loop.folder) if continued else 0)
-    wanted = {"checkpoints": (loop.folder, max(0, needed))}
-    if cache := sum(domain.bytes_to_cache() for domain in domains):
-        wanted["cache"] = (Path(next(iter(domains)).cache_dir), cache)
-    require_space(wanted)
+    needed = kept + (4 if method.validator else 3) * size
+    path = loop.folder.absolute()
+    free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+    print(f"checkpoints: up to {needed / 1e6:,.1f} MB in {path}, where {free / 1e6:,.0f} MB are free")
+    if needed > free and not continued:
+        raise UserError(f"{path}: too little space for the checkpoints; free some, or choose a folder on another disk")
     print("dry run finished, nothing was written")
 
 
@@ -113,22 +108,3 @@ def _measure(loop: Loop, index: int) -> tuple[float, int, int]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def bytes_in(folder: Path) -> int:
-    """Disk space of the checkpoints of a run to be continued, which it will keep or replace."""
-    return sum(path.stat().st_size for path in folder.glob("*.pth") if path.name != DAMAGED)
-
-
-def require_space(wanted: Mapping[str, tuple[Path, int]]) -> None:
-    """Print the bytes wanted and free in each folder, some on one disk. Raises `UserError` if they do not fit."""
-    taken: dict[int, int] = {}
-    for what, (folder, size) in wanted.items():
-        path = folder.absolute()
-        home = next(p for p in (path, *path.parents) if p.exists())
-        disk = home.stat().st_dev
-        free = shutil.disk_usage(home).free - taken.get(disk, 0)
-        print(f"{what}: up to {size / 1e6:,.1f} MB more in {folder}, where {max(0, free) / 1e6:,.0f} MB are free")
-        if size > free:
-            raise UserError(f"{folder}: too little space for the {what}; free some, or choose a folder on another disk")
-        taken[disk] = taken.get(disk, 0) + size

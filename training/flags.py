@@ -185,8 +185,7 @@ def _spelled(argument: str, spellings: Mapping[str, str]) -> str:
 def section_from(section: type[Section], flags: Mapping[str, Any]) -> Section:
     """A section with the given values, paths made absolute, and defaults for the rest.
 
-    Raises:
-        UserError: a required flag is missing or empty, or the section refuses a value.
+    Raises `UserError`: a required flag is missing or empty, or the section refuses a value.
     """
     values = {}
     for name, field in options_of(section).items():

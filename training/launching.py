@@ -1,43 +1,39 @@
 """Starting the processes that work together, connecting them, and ending them in good order.
 
-`launch` starts those of this machine with PyTorch's elastic launcher, which ends all when one has died and starts all
-again, up to `RESTARTS` times; a training then continues from the last checkpoint. A process that ends for a reason that
-a restart cannot mend (bad input, a requested stop) writes its exit code into a folder of the launcher and ends with 0,
-so that nothing is restarted. `torchrun` or a batch system may start the processes instead, with `RANK`, `WORLD_SIZE`
-and `LOCAL_RANK` in the environment.
+`launch` starts those of this machine, ends all when one has died and starts all again, up to `RESTARTS` times; a
+training then continues from the last checkpoint. What a restart cannot mend (bad input, a requested stop) has an exit
+code above 1 and ends them for good. `torchrun` or a batch system may start the processes instead, with `RANK`,
+`WORLD_SIZE` and `LOCAL_RANK` in the environment.
 """
 
-import logging
 import math
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from training.distributed import Rank, environment_number
-from utils.errors import UserError, run_cli
-from utils.stopping import SAME_REQUEST, STOP_SIGNALS, STOPPED, Stopped, announce
+from utils.errors import UserError
+from utils.stopping import STOP_SIGNALS, STOPPED, Stopped, announce, signal_at_parents_end
 
 RESTARTS = 3
-FOLDER = "PROCST_LAUNCHER_FOLDER"  # environment variable: the folder for process numbers and exit codes
-LAUNCHER = "PROCST_LAUNCHER"  # environment variable: the launcher, which may be gone when a process has started
+FOLDER = "PROCST_LAUNCHER_FOLDER"  # environment variable: folder of `launch` for what its processes share
+RESTART = "TORCHELASTIC_RESTART_COUNT"  # environment variable of torchrun, and of `launch`
 # Processes wait for each other while one builds a cache or writes a checkpoint. A dead process is noticed at once.
 TIMEOUT = timedelta(hours=3)
 CLOSING = 5.0  # seconds in which connections are closed after an error
+ENDING = 30.0  # seconds in which the others end when one has ended with an error
 
 
 def is_launched() -> bool:
@@ -58,17 +54,13 @@ def remembered() -> str:
 
 
 def is_restarted() -> bool:
-    """Whether the elastic launcher started this process again after a process of the group had died."""
-    return _restarts() != "0"
-
-
-def _restarts() -> str:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    """Whether a launcher started this process again after a process of the group had died."""
+    return os.environ.get(RESTART, "0") != "0"
 
 
 def _has_launcher() -> bool:
     """Whether `launch` or torchrun started this process and watches it."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return is_launched() or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
@@ -83,27 +75,19 @@ def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
         SystemExit: another process, or the launcher, reports the reason.
         Stopped: in the main process, when all have been asked to stop.
     """
-
-    def main() -> None:
-        is_main = True
-        try:
-            with _joined(if_lost) as rank:
-                is_main = rank.is_main
-                body(rank)
-        except UserError:
-            if not is_main:
-                print(file=sys.stderr)  # ends the line of the main process's progress bar
+    is_main = True
+    try:
+        with _joined(if_lost) as rank:
+            is_main = rank.is_main
+            body(rank)
+    except UserError:
+        if not is_main:
+            print(file=sys.stderr)  # ends the line of the main process's progress bar
+        raise
+    except Stopped:
+        if is_main:
             raise
-        except Stopped:
-            if is_main:
-                raise
-            raise SystemExit(STOPPED) from None
-
-    if is_launched():
-        with _reporting_to_launcher():
-            run_cli(main)
-    else:
-        main()
+        raise SystemExit(STOPPED) from None
 
 
 def launch(
@@ -112,8 +96,7 @@ def launch(
 ) -> None:  # fmt: skip
     """Run a script with this command line in one process for each device of this machine, and wait for all.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the processes; a second signal kills them. This process is
-    only fit to end afterwards: its environment, logging and signal handlers stay changed.
+    A stop signal asks all of them to stop. This process is only fit to end afterwards, as its handlers stay.
 
     Args:
         script: does its work inside `in_processes`.
@@ -124,61 +107,64 @@ def launch(
         SystemExit: with the exit code of the processes, unless it is 0.
         UserError: a process was killed more often than it was restarted.
     """
-    if Path("/sys/class/net/lo").exists():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    logging.disable(logging.CRITICAL)  # PyTorch's launcher logs some thirty lines about a failure
-    with tempfile.TemporaryDirectory(prefix="procst_ranks_") as name:
-        folder, failure = Path(name), None
-        os.environ.update({FOLDER: name, LAUNCHER: str(os.getpid())})
-        received = _pass_signals_on(folder)
-        configuration = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=len(devices), run_id=uuid.uuid4().hex, max_restarts=restarts,
-            # A store on a free port of this machine, which needs no network and no name.
-            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-            monitor_interval=0.1, logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-            # By default it kills the processes 30 seconds after a stop signal, in the middle of saving.
-            signals_to_handle="SIGUSR2",
-        )  # fmt: skip
-        try:
-            elastic_launch(configuration, sys.executable)(str(script), *sys.argv[1:])
-        except ChildFailedError as error:
-            index, failure = next(iter(error.failures.items()))  # the first one noticed; the others followed
-        codes = sorted(int(path.read_text()) for path in folder.glob("*.code"))
-    if codes:
-        raise SystemExit(codes[0])
-    if failure is None:
+    group: list[subprocess.Popen] = []
+    received = _pass_signals_on(group)
+    with tempfile.TemporaryDirectory(prefix="procst_ranks_") as folder:
+        for restart in range(restarts + 1):
+            group[:] = [_started(script, folder, index, len(devices), restart) for index in range(len(devices))]
+            if received:  # while they were started
+                _ask_to_stop(group)
+            first = _first_failed(group)
+            codes = [process.wait() for process in group]
+            if first is None or received or max(codes) > 1:
+                break
+    if first is None:
         return
-    if received or failure.exitcode > 0:
-        raise SystemExit(128 + received[-1] if received else failure.exitcode)
-    signal_name = signal.Signals(-failure.exitcode).name
+    code = min((code for code in codes if code > 1), default=128 + received[0] if received else codes[first])
+    if code > 0:
+        raise SystemExit(code)
+    signal_name = signal.Signals(-code).name
     hint = ", as the system does where memory runs out" if signal_name == "SIGKILL" else ""
     often = f" after {restarts} restarts" if restarts else ""
     raise UserError(
-        f"process {index} ({devices[index]}) was ended by signal {-failure.exitcode} ({signal_name}{hint}){often}; "
-        f"{if_killed}"
+        f"process {first} ({devices[first]}) was ended by signal {-code} ({signal_name}{hint}){often}; {if_killed}"
     )
 
 
-def _pass_signals_on(folder: Path) -> list[int]:
-    """Pass signals on to the processes with a file in `folder`, not to their loaders; returns those received so far."""
+def _started(script: Path, folder: str, index: int, count: int, restart: int) -> subprocess.Popen:
+    """A process of the group, in a session of its own, so that the terminal's signals reach the launcher alone."""
+    places = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, RESTART: restart}
+    environment = {**os.environ, FOLDER: folder, **{name: str(value) for name, value in places.items()}}
+    if Path("/sys/class/net/lo").exists():
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    command = [sys.executable, str(script), *sys.argv[1:]]
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def _first_failed(group: Sequence[subprocess.Popen]) -> int | None:
+    """Wait for the end of all, and end them soon after one has failed; the index of that one, or None."""
+    first, deadline = None, math.inf
+    while any(process.poll() is None for process in group) and time.monotonic() < deadline:
+        failed = [index for index, process in enumerate(group) if process.returncode]
+        if first is None and failed:
+            first = min(failed, key=lambda index: group[index].returncode)  # a killed one rather than one that lost it
+            # One that ended by itself may not be the first that met the reason; after a kill there is none to wait for.
+            deadline = time.monotonic() + (ENDING if group[first].returncode > 0 else 0.0)
+        time.sleep(0.1)
+    for process in group:
+        process.kill()
+    return first if first is not None else next((k for k, process in enumerate(group) if process.wait()), None)
+
+
+def _pass_signals_on(group: Sequence[subprocess.Popen]) -> list[int]:
+    """Ask the processes to stop at a stop signal; returns the signals received so far."""
     received: list[int] = []
-    deadline = math.inf  # a signal that comes later is another request
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal deadline
-        again = time.monotonic() > deadline
         if not received:
             announce(signal.Signals(number))
-            deadline = time.monotonic() + SAME_REQUEST
         received.append(number)
-        with suppress(FileNotFoundError):  # all processes have ended
-            (folder / "signal").write_text(str(int(number)))
-            if again:
-                (folder / "killed.code").write_text(str(128 + number))
-        for path in folder.glob("*.rank"):
-            # A process that is gone, or that has not yet written its number and will look for the signal.
-            with suppress(ProcessLookupError, PermissionError, ValueError):
-                os.kill(int(path.read_text()), signal.SIGKILL if again else number)
+        _ask_to_stop(group)
 
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # an ignored signal stays ignored, as with nohup
@@ -186,24 +172,9 @@ def _pass_signals_on(folder: Path) -> list[int]:
     return received
 
 
-@contextmanager
-def _reporting_to_launcher() -> Iterator[None]:
-    """In a process of `launch`: receive its signals; report exit codes that a restart cannot mend, and exit with 0."""
-    folder = Path(os.environ[FOLDER])
-    if any(folder.glob("*.code")):
-        raise SystemExit(0)  # all were restarted because others lost their connection to one that ended for good
-    (folder / f"{os.environ['LOCAL_RANK']}.rank").write_text(str(os.getpid()))
-    try:
-        if (folder / "signal").exists():  # sent before this process had its file
-            raise SystemExit(128 + int((folder / "signal").read_text()))
-        yield
-    except SystemExit as end:
-        if end.code in (0, 1, None):
-            raise
-        (folder / f"{os.getpid()}.code").write_text(str(end.code))
-        if os.environ["TORCHELASTIC_MAX_RESTARTS"] == "0":
-            raise
-        raise SystemExit(0) from None
+def _ask_to_stop(group: Sequence[subprocess.Popen]) -> None:
+    for process in group:
+        process.send_signal(signal.SIGTERM)  # nothing, if it has ended
 
 
 @contextmanager
@@ -224,8 +195,7 @@ def _joined(if_lost: str) -> Iterator[Rank]:
         return
     rank = Rank(environment_number("RANK"), environment_number("WORLD_SIZE"))
     if _has_launcher():
-        launcher = environment_number(LAUNCHER) if is_launched() else os.getppid()
-        threading.Thread(target=_stop_without, args=(launcher,), daemon=True).start()
+        signal_at_parents_end(signal.SIGTERM)
     store = _connect(rank)
     with _disconnected_at_the_end():
         try:
@@ -249,13 +219,6 @@ def _joined(if_lost: str) -> Iterator[Rank]:
             ) from None
 
 
-def _stop_without(launcher: int) -> None:
-    """Ask this process to stop when its launcher has been killed."""
-    while os.getppid() == launcher:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 @contextmanager
 def _disconnected_at_the_end() -> Iterator[None]:
     """Close all connections; otherwise gloo's threads end the process by SIGABRT."""
@@ -274,9 +237,13 @@ def _connect(rank: Rank) -> dist.Store:
     # NCCL for GPU tensors, gloo for those in memory, whatever --gpus will say.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank.index, rank.count, timeout=timedelta(minutes=10)))
-        # The launcher's store outlives a restart; gloo would look for the processes that were connected before it.
-        store = dist.PrefixStore(f"start_{_restarts()}", store)
+        # A store outlives a restart; gloo would look for the processes that were connected before it.
+        name = f"start_{os.environ.get(RESTART, '0')}"
+        if is_launched():
+            store = dist.FileStore(str(Path(os.environ[FOLDER]) / name), rank.count)
+        else:
+            store, _, _ = next(dist.rendezvous("env://", rank.index, rank.count, timeout=timedelta(minutes=10)))
+            store = dist.PrefixStore(name, store)
         dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.count, timeout=TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:150]

@@ -81,27 +81,18 @@ class Loop:
         for name, fingerprint in checkpoint.inputs.items():
             if inputs.get(name, fingerprint) != fingerprint:
                 raise UserError(f"{origin}: the {name} is not the one the run was started with; restore it to continue")
-        where = f"step {checkpoint.step} of stage {checkpoint.stage}"
-        if checkpoint.stage >= len(self.stages) or checkpoint.step > self.stages[checkpoint.stage].steps:
-            raise UserError(f"{origin} claims {where}, which its configuration does not have")
-        for stage in range(checkpoint.stage + 1):
-            self.begin_stage(stage, resumed=True)
-            if stage < checkpoint.stage or checkpoint.stage_finished:
-                self.method.end_stage(stage)
-        modules, optimizers = self.method.modules, self.method.optimizers
-        if checkpoint.modules.keys() != modules.keys() or checkpoint.optimizers.keys() != optimizers.keys():
-            raise UserError(f"{origin} does not hold the networks and optimisers of {where}")
-        for name, module in modules.items():
-            load_network(module, checkpoint.modules[name], f"{origin}, {name},")
-        for name, optimizer in optimizers.items():
-            try:
-                _load_optimizer(optimizer, checkpoint.optimizers[name])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{origin}: the optimiser {name} does not fit its network ({error})") from None
         try:
+            for stage in range(checkpoint.stage + 1):
+                self.begin_stage(stage, resumed=True)
+                if stage < checkpoint.stage or checkpoint.stage_finished:
+                    self.method.end_stage(stage)
+            for name, module in self.method.modules.items():
+                load_network(module, checkpoint.modules[name], f"{origin}, {name},")
+            for name, optimizer in self.method.optimizers.items():
+                _load_optimizer(optimizer, checkpoint.optimizers[name])
             self.method.load_state_dict(checkpoint.method_state)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{origin}: the state of the method is incomplete ({error})") from None
+        except (LookupError, ValueError) as error:
+            raise UserError(f"{origin} does not fit its configuration ({error})") from None
         self.step, self.stage_finished = checkpoint.step, checkpoint.stage_finished
         self.info = {**checkpoint.info, **self.info}
         self.validations, self.skipped = list(checkpoint.validations), list(checkpoint.skipped)

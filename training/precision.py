@@ -6,7 +6,7 @@ is needed); losses convert the outputs to float32.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,9 +18,6 @@ from utils.devices import cpu_property
 from utils.errors import UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
-
-# Chooses the memory format of the images that a network is given; None leaves them as they are.
-Layout = Callable[[nn.Module, Tensor], torch.memory_format | None]
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -101,19 +98,13 @@ class Runner:
     Attributes:
         precision: bf16 runs networks under autocast; fp32 and tf32 differ in `set_convolution_precision` alone.
         keep_float32: classes of networks that compute in float32 in a bf16 run, too.
-        layout: memory format of the tensors given to a network that computes in float32, chosen by the network and its
-            first input.
     """
 
     precision: Precision = "fp32"
     keep_float32: tuple[type, ...] = ()
-    layout: Layout | None = None
 
     def __call__(self, network: nn.Module, *inputs: Any) -> Any:
         rounds = self.precision == "bf16" and not isinstance(network, self.keep_float32)
-        layout = self.layout(network, inputs[0]) if self.layout and not rounds else None
-        if layout is not None:
-            inputs = [x.contiguous(memory_format=layout) if isinstance(x, Tensor) else x for x in inputs]
         device = next(x.device for x in inputs if isinstance(x, Tensor))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=rounds):
             return network(*inputs)

@@ -14,7 +14,7 @@ from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_images, require_labels
 from data_handlers.splits import val_split
 from models.segmentation import require_classes
-from training.config import SourceFiles, TargetFiles
+from training.config import SourceFiles, TargetImages
 from training.distributed import Rank
 from training.validation import Validator, scored_classes
 from utils.devices import workers_for
@@ -57,9 +57,11 @@ def source_files(data: SourceFiles, num_classes: int | None, label_dir: str = ""
     return files
 
 
-def target_files(data: TargetFiles, num_classes: int | None = None, split: str = "train") -> FileList:
-    """The target images of a split, with the classes that a net of `num_classes` knows."""
-    data_set = with_labels(find_data_set(data.target, "--target"), data.trg_labels, "--trg_labels")
+def target_files(
+    data: TargetImages, num_classes: int | None = None, split: str = "train", labels: str = ""
+) -> FileList:  # fmt: skip
+    """The target images of a split, with the classes that a net of `num_classes` knows; `labels`: `--trg_labels`."""
+    data_set = with_labels(find_data_set(data.target, "--target"), labels, "--trg_labels")
     data_set = data_set if num_classes is None else for_net_of(data_set, num_classes)
     root = data.trg_data_dir or data_set.default_root
     return list_images(data_set, root, "--trg_data_dir", split=split, list_file=data.trg_list)

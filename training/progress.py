@@ -2,9 +2,8 @@
 
 import json
 import math
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,8 @@ class Progress:
             total=sum(stage.steps for stage in self.stages), initial=first, disable=quiet, unit="step",
             dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
         )  # fmt: skip
-        # purge_step hides what an interrupted run logged after the checkpoint that this one continues from.
-        self.writer = TensorBoardLog(log_dir, purge_step=first + 1)
+        self.log_dir, self.first = log_dir, first
+        self.writer: SummaryWriter | None = None
         self.metrics = folder / METRICS if folder else None
         if self.metrics and self.metrics.exists():
             _drop_later_lines(self.metrics, first)
@@ -115,7 +114,7 @@ class Progress:
         logged = {_tag(stage, name): value for name, value in values.items()}
         logged |= {f"{stage.tag}LearningRate/{name}": rate for name, rate in rates.items()}
         for name, value in {**logged, f"{stage.tag}Time/SecondsPerStep": seconds}.items():
-            self.writer.write("add_scalar", name, value, overall)
+            self.board("add_scalar", name, value, overall)
         self._write(index, step, {"seconds_per_step": seconds, "losses": values, "learning_rates": rates})
         eta = tqdm.format_interval(int(seconds * (stage.steps - step)))
         text = f"{seconds:.3g} s/step, ETA {eta}"
@@ -134,17 +133,29 @@ class Progress:
         except OSError as error:
             raise UserError(f"cannot write {self.metrics}: {error.strerror}; free some space") from None
 
+    def board(self, method: str, *arguments: Any, **named: Any) -> None:
+        """Call a method of the `SummaryWriter`; logging ends, with a line, where the disk is full."""
+        if self.log_dir is None:
+            return
+        try:
+            if self.writer is None:  # purge_step hides what was logged after the checkpoint that is continued
+                self.writer = SummaryWriter(str(self.log_dir), purge_step=self.first + 1)
+            getattr(self.writer, method)(*arguments, **named)
+        except OSError as error:
+            self.log_dir = None
+            say(f"WARNING: cannot log to TensorBoard ({error}); the run continues without it")
+
     def pictures(self, stage: int, step: int, images: Mapping[str, Tensor]) -> None:
         """Log the first sample of the batch as a row of pictures; images (B,3,h,w) in [-1,1] by name."""
         if images:
             row = torch.cat([((image[0].float() + 1.0) / 2.0).clamp(0.0, 1.0) for image in images.values()], dim=2)
             tag = f"{self.stages[stage].tag}{'-'.join(images)}"
-            self.writer.write("add_image", tag, row, self._overall(stage, step))
+            self.board("add_image", tag, row, self._overall(stage, step))
 
     def validation(self, stage: int, step: int, validation: Validation, names: Sequence[str]) -> None:
         """Print and log a validation of the segmentation net; `names` are those of the classes."""
         self.say(f"{self.stages[stage].name}, step {step}: {summary(validation, names)}")
-        log_validation(self.writer, validation, self._overall(stage, step), names)
+        log_validation(self.board, validation, self._overall(stage, step), names)
         self._write(stage, step, {"validation": report(validation, names)})
 
     def say(self, text: str) -> None:
@@ -155,7 +166,7 @@ class Progress:
     def close(self) -> None:
         """Finish the bar and flush TensorBoard."""
         self.bar.close()
-        self.writer.write("close")
+        self.board("close")
 
 
 def _drop_later_lines(path: Path, overall_step: int) -> None:
@@ -176,63 +187,21 @@ def _tag(stage: Stage, loss_name: str) -> str:
     return loss_name if loss_name.startswith("Semseg/") else f"{stage.tag}{loss_name}"
 
 
-# --- TensorBoard -----------------------------------------------------------------------------------------------------
-
-
-class TensorBoardLog:
-    """A `SummaryWriter` that stops logging, with one line on stderr, at the first `OSError`, as of a full disk.
-
-    Args:
-        folder: of the event files; None logs nothing.
-        purge_step: entries of this step and later ones, which an interrupted run logged after its last checkpoint, are
-            not shown.
-    """
-
-    def __init__(self, folder: Path | None, purge_step: int) -> None:
-        self.folder = folder
-        self._writer: SummaryWriter | None = None
-        if folder is None:
-            return
-        threading.excepthook = _without_writer_errors
-        try:
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
-        except OSError as error:
-            self._give_up(error)
-
-    def write(self, method: str, *arguments: Any, **named: Any) -> None:
-        """Call a method of the `SummaryWriter`, such as `add_scalar`."""
-        if self._writer is not None:
-            try:
-                getattr(self._writer, method)(*arguments, **named)
-            except OSError as error:
-                self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        self._writer = None
-        say(f"WARNING: cannot log to {self.folder} ({error.strerror or error}); the run continues without TensorBoard")
-
-
-def _without_writer_errors(args: threading.ExceptHookArgs) -> None:
-    """Print no traceback of TensorBoard's writer thread: the next call on its log raises the same error."""
-    if not type(args.thread).__module__.startswith("tensorboard.") or not issubclass(args.exc_type, OSError):
-        threading.__excepthook__(args)
-
-
-def log_validation(writer: TensorBoardLog, validation: Validation, step: int, names: Sequence[str]) -> None:
+def log_validation(board: Callable[..., None], validation: Validation, step: int, names: Sequence[str]) -> None:
     """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
     found = report(validation, names)
     values = {"LabelFree": found["label_free"], "MeanConfidence": found["mean_confidence"], "mIoU": found["miou"]}
     values |= {"PixelAccuracy": found["pixel_accuracy"], **{f"IoU/{n}": value for n, value in found["iou"].items()}}
     for name, value in values.items():
         if value is not None:
-            writer.write("add_scalar", f"Validation/{name}", value, step)
+            board("add_scalar", f"Validation/{name}", value, step)
     counts = validation.statistics.confidence_histogram.cpu().numpy()
     edges = np.linspace(0.0, 1.0, CONFIDENCE_BINS + 1)
     centres = (edges[:-1] + edges[1:]) / 2
-    writer.write(
+    board(
         "add_histogram_raw", "Validation/Confidence", min=0.0, max=1.0, num=counts.sum(), sum=(counts * centres).sum(),
         sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(),
         global_step=step,
     )  # fmt: skip
     for index, picture in enumerate(validation.pictures):
-        writer.write("add_image", f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")
+        board("add_image", f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")

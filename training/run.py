@@ -1,11 +1,9 @@
 """A run from its flags to its end: configuration, devices, folder, loop. The same for every method."""
 
 import json
-import re
-import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from training.method import Method
 from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
 from training.progress import Progress
 from training.run_folder import Continued, environment, lock_run_folder, log_name, run_to_continue, write_record
-from utils.devices import keep_freed_memory, resolve_devices
+from utils.devices import resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder
 from utils.stopping import LoaderDied, StopRequests, is_loader_death
@@ -36,10 +34,6 @@ def train(*, script: str, method: type[Method], prepare: Prepare, given: Mapping
     Args:
         script: file of the command.
         given: the flags on the command line.
-
-    Raises:
-        UserError: bad input; the checkpoints stay.
-        Stopped: the run was asked to stop, and its state is saved.
     """
 
     def run(rank: Rank) -> None:
@@ -72,19 +66,16 @@ def _start(
     rank = rank.at(devices)
     if not config.run.gpus and rank.is_main:
         print(f"computing on {rank.device} (choose with --gpus)")
-    if rank.device.type == "cpu":
-        keep_freed_memory()
     # Until the training begins there is nothing to save; several processes decide together when they are trained.
     stop.at_once = rank.count == 1
     stack.enter_context(stop)
-    with _naming_stored_flags(continued, given):
-        set_determinism(config.run.deterministic)
-        precision = agreed_precision(config.run.precision, rank)
-        set_convolution_precision(precision)
-        config = replace(config, run=replace(config.run, precision=precision))
-        prepared = prepare(config, rank, continued)
-        for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
-            check_folder(Path(getattr(config.run, name)), f"--{name}")
+    set_determinism(config.run.deterministic)
+    precision = agreed_precision(config.run.precision, rank)
+    set_convolution_precision(precision)
+    config = replace(config, run=replace(config.run, precision=precision))
+    prepared = prepare(config, rank, continued)
+    for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
+        check_folder(Path(getattr(config.run, name)), f"--{name}")
     _require_one_run(prepared)
     if flags.dry_run:
         folder = continued.origin.parent if continued else Path(run_dir or config.run.checkpoints_dir)
@@ -102,18 +93,6 @@ def _config(method: type[Method], given: Mapping[str, Any], rank: Rank, continue
     return stored.continued({name: value for name, value in given.items() if name not in starting})
 
 
-@contextmanager
-def _naming_stored_flags(continued: Continued | None, given: Mapping[str, Any]) -> Iterator[None]:
-    """In messages about a flag that the run's configuration gives, and not the command line, say so."""
-    try:
-        yield
-    except UserError as error:
-        flag = re.match(r"--([\w-]+)", str(error))
-        if continued is None or flag is None or flag[1].replace("-", "_") in given:
-            raise
-        raise UserError(f"{flag[0]} of the run's configuration{str(error)[flag.end() :]}") from None
-
-
 def _require_one_run(method: Method) -> None:
     """Check that all processes have the same configuration and see the same files."""
     config = method.config
@@ -128,6 +107,7 @@ def _require_one_run(method: Method) -> None:
 
 
 def _dry_run(method: Method, folder: Path, continued: bool) -> None:
+    method.domains = {name: replace(domain, cache_dir="") for name, domain in method.domains.items()}
     loop = Loop(method=method, folder=folder)
     if method.rank.is_main:
         _print_description(method)
@@ -140,20 +120,13 @@ def _train(
     stack: ExitStack,
 ) -> None:  # fmt: skip
     rank, config, folder = method.rank, method.config, None
-    # The main process builds the caches, the others open them.
-    if not rank.is_main:
-        rank.barrier()
-    method.domains = {name: domain.with_cache() for name, domain in method.domains.items()}
     if rank.is_main:
-        rank.barrier()
         # All input has been checked; only now is a run folder made.
         parent = Path(config.run.checkpoints_dir)
         folder = lock_run_folder(continued, run_dir=run_dir, parent=parent, task=method.task(), stack=stack)
         remember(str(folder))
     folder = rank.broadcast(folder)
-    run_id = continued.checkpoint.info.get("run_id") if continued else secrets.token_hex(8)
-    info = {"run": str(folder), "run_id": run_id}
-    loop = Loop(method=method, folder=folder, info=info, stop=stop)
+    loop = Loop(method=method, folder=folder, info={"run": str(folder)}, stop=stop)
     if continued:
         loop.restore(continued.checkpoint, continued.origin)
         if resume_to_epoch and not is_restarted():

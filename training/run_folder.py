@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torchvision
 
-from training.checkpoint import LATEST, PREVIOUS, Checkpoint, has_checkpoint, read_newest, set_damaged_aside
+from training.checkpoint import LATEST, Checkpoint, has_checkpoint, read_newest
 from utils.errors import UserError
 from utils.files import TEMPORARY, atomic_write_json, check_folder, make_folder, read_json, remove_leftovers
 from utils.locks import LOCK, locked
@@ -26,23 +26,17 @@ STARTS = "starts"
 
 @dataclass(frozen=True, kw_only=True)
 class Continued:
-    """The run that is continued: its newest checkpoint, the file that holds it, and `_checkpoint_ids` of its folder."""
+    """The run that is continued: its newest checkpoint, and the file that holds it."""
 
     checkpoint: Checkpoint
     origin: Path
-    ids_before: dict[str, tuple[int, int]]
 
 
 def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
-    """The run that `--continue_train_from_path` or `--run_dir` continues, None for a new run.
-
-    Raises:
-        UserError: the path holds no checkpoint of this method with a training state, or `--run_dir` holds other files.
-    """
+    """The run that `--continue_train_from_path` or `--run_dir` continues, None for a new run. Raises `UserError`."""
     folder = _folder_to_continue(path, run_dir)
     if folder is None:
         return None
-    ids_before = _checkpoint_ids(folder)
     checkpoint, origin = read_newest(folder)
     if checkpoint.method != method:
         raise UserError(
@@ -50,7 +44,7 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
         )
     if not checkpoint.optimizers:
         raise UserError(f"{origin} holds a finished net and no training state")
-    return Continued(checkpoint=checkpoint, origin=origin, ids_before=ids_before)
+    return Continued(checkpoint=checkpoint, origin=origin)
 
 
 def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
@@ -87,23 +81,10 @@ def log_name(folder: Path) -> str:
     return f"{folder.name}_{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}"
 
 
-def _checkpoint_ids(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of the checkpoints in a folder; they show whether another process has replaced one."""
-    found = {}
-    for name in (LATEST, PREVIOUS):
-        with suppress(FileNotFoundError):
-            status = (folder / name).stat()
-            found[name] = (status.st_ino, status.st_mtime_ns)
-    return found
-
-
 def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, task: str, stack: ExitStack) -> Path:
-    """The run's folder, locked for this process until `stack` is closed; made here for a new run.
+    """The run's folder, locked for this process until `stack` is closed; made here for a new run. Raises `UserError`.
 
     Without `run_dir` (`--run_dir`) a new run goes into a new folder in `parent`; `task` ends its name.
-
-    Raises:
-        UserError: another process works or has worked in it, or it cannot be made.
     """
     if continued:
         folder = continued.origin.parent
@@ -111,10 +92,6 @@ def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, 
         folder = (make_folder(Path(run_dir), "--run_dir") if run_dir else new_run_folder(parent, task)).resolve()
     flag = "--continue_train_from_path" if continued and not run_dir else "--run_dir"
     stack.enter_context(locked(folder, flag))
-    if _checkpoint_ids(folder) != (continued.ids_before if continued else {}):
-        raise UserError(f"{flag} {folder}: another process has trained this run meanwhile; run the command again")
-    if continued:
-        set_damaged_aside(continued.origin)
     remove_leftovers(folder)
     return folder
 

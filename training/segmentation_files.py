@@ -1,6 +1,5 @@
 """The segmentation net in a file: a checkpoint of this toolkit, or a net of the authors, pickled or of MXNet."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from models.legacy import load_legacy_segmentation
 from models.resnet38_files import classes_in_file, load_resnet38
 from models.segmentation import build_segmentation_net, load_backbone
 from models.shapes import TWO_HEADED, SegmentationShape
-from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint, load_checkpoint
+from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint
 from training.config import NetConfig
 from utils.errors import UserError
 from utils.mxnet_params import is_mxnet_file
@@ -55,20 +54,8 @@ def trainable_net(path: Path, **changes: Any) -> tuple[SegmentationShape, nn.Mod
     return shape, net
 
 
-def is_of_run(path: Path, run: Mapping[str, Any]) -> bool:
-    """Whether the run with this `Checkpoint.info` wrote a file; a copy of a run does not own the files of the first."""
-    try:
-        info = load_checkpoint(path).info
-    except UserError:
-        return False
-    if info.get("run_id") is None or info["run_id"] != run.get("run_id"):
-        return False
-    # The folder of a run may have been renamed; that of a run which was copied is still there.
-    return info["run"] == run["run"] or not os.path.exists(str(info["run"]))
-
-
 def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
-    """Load a trained net.
+    """Load a trained net. Raises `UserError`: missing, damaged, or holding no segmentation net.
 
     Args:
         path: a checkpoint of this toolkit (the net that it validates), the ProCST authors' pickle, the CBST authors'
@@ -77,9 +64,6 @@ def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.
 
     Returns:
         Its shape and the net, frozen and in eval mode, on the CPU.
-
-    Raises:
-        UserError: missing, damaged, or holding no segmentation net.
     """
     if path.is_dir():
         found = next((name for name in (BEST, LATEST) if (path / name).is_file()), None)
@@ -133,13 +117,7 @@ def _net_of(checkpoint: Checkpoint, origin: str) -> tuple[SegmentationShape, nn.
         raise UserError(
             f"{origin} holds no segmentation net: the run trains without label losses or has not reached its last scale"
         )
-    try:
-        shape = SegmentationShape(**checkpoint.segmentation["shape"])
-        weights = checkpoint.modules[checkpoint.segmentation["module"]]
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{origin} is incomplete: {error}") from None
+    shape = SegmentationShape(**checkpoint.segmentation["shape"])
     net = build_segmentation_net(shape)
-    load_network(net, weights, origin)
+    load_network(net, checkpoint.modules[checkpoint.segmentation["module"]], origin)
     return shape, net.eval().requires_grad_(False)

@@ -15,30 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from data_handlers.classes import IGNORE
-from data_handlers.datasets import DataSet, find_data_set, for_net_of, with_labels, with_split
+from data_handlers.datasets import DataSet
 from data_handlers.domain import Domain, DomainBatch, Samples
 from data_handlers.images import read_label, read_pixels
-from data_handlers.labelled import check_samples
-from data_handlers.lists import FileList, list_images, missing_labels, require_images, require_labels
+from data_handlers.lists import FileList
 from data_handlers.spatial_prior import read_spatial_prior
-from data_handlers.splits import val_split
 from models.resnet38 import OUTPUT_STRIDE, ResNet38
-from models.segmentation import build_segmentation_net, require_classes
+from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
-from training.config import TargetImages
 from training.distributed import Rank, all_reduce_and_step, backward_in_passes, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
+from training.preparation import make_domain, source_files, target_files, target_validator
 from training.run_folder import Continued
 from training.segmentation_files import load_segmentation_net, trainable_net
-from training.validation import Validator, scored_classes
 from uda.cbst_config import TRAIN_FIRST, CropsConfig, LabellingConfig, SelfTrainingConfig
 from uda.cbst_optimisation import freeze_statistics, mean_cross_entropy, self_training_optimizer
 from uda.cbst_schedule import Portion, rate_of_round, source_count, source_seed, source_subset
 from uda.labelling import LOST, RESTORE, Labelling, Probabilities, PseudoLabels
 from uda.mining import NOMINAL_SIZE, Cropping, MinedClasses, draw, make_sample, mined_classes
 from uda.thresholds import Policy
-from utils.devices import to_device, workers_for
+from utils.devices import to_device
 from utils.errors import UserError
 
 NET = "net"
@@ -268,31 +265,28 @@ def cropping_of(crops: CropsConfig, stride: int, mined: MinedClasses, reference:
 
 def prepare_self_training(config: SelfTrainingConfig, rank: Rank, continued: Continued | None) -> SelfTraining:
     """Check the input of a self-training and load the net. Raises `UserError`, which names file or flag."""
-    skip = config.loader.on_bad_image == "skip"
-    workers = workers_for(config.loader.num_workers, rank.device, rank.count)
     shape, net = _net(config, continued)
-    source, image_roots = _source_files(config, shape)
-    adaptation = config.adaptation
-    target = target_images(config.target, shape, adaptation.split_tgt, config.target.trg_labels)
-    target = replace(target, data_set=_of_source(target.data_set, source.data_set, shape.num_classes))
-    for files in (source.with_images_of(root) for root in image_roots or (source.root,)):
-        check_samples(files, labels=True, flag="--src_labels", skip=skip)
-    check_samples(target, labels=False, skip=skip)
+    adaptation, images, classes = config.adaptation, config.images, shape.num_classes
+    source = source_files(config.source, classes, images.src_label_dir, origin=f"--init {adaptation.init}")
+    target = target_files(config.target, classes, adaptation.split_tgt, config.target.trg_labels)
+    target = replace(target, data_set=_of_source(target.data_set, source.data_set, classes))
+    side = (config.crops.crop_size, config.crops.crop_size)
+    source_domain = make_domain(
+        config, rank, source, "source", resize=side, crop=side, labels=True, image_roots=images.source_images
+    )
+    target_domain = make_domain(config, rank, target, "target", resize=side, crop=side)
     labelling = labelling_of(
         adaptation, target, net, shape, policy="global" if config.method.method == "st" else "cb", rank=rank,
-        num_workers=workers, skips=skip,
+        num_workers=target_domain.num_workers, skips=target_domain.skips,
     )  # fmt: skip
-    side = (config.crops.crop_size, config.crops.crop_size)
-    shared = {
-        "seed": config.run.manual_seed, "resize": side, "crop": side, "skips": skip, "num_workers": workers,
-    }  # fmt: skip
     method = SelfTraining(
-        config=config, rank=rank, net=net, shape=shape, labelling=labelling,
-        source=Domain(files=source, name="source", labels=True, image_roots=image_roots, **shared),
-        target=Domain(files=target, name="target", **shared),
-    )  # fmt: skip
+        config=config, rank=rank, net=net, shape=shape, labelling=labelling, source=source_domain, target=target_domain
+    )
     _require_images(method)
-    method.validator, method.validation_line = _validator(config, source, target, shape, rank, workers)
+    known = replace(source.data_set, class_names=target.data_set.class_names)
+    method.validator, method.validation_line = target_validator(
+        config, rank, known, target, classes, adaptation.select_by, always=True
+    )
     return method
 
 
@@ -309,25 +303,6 @@ def _net(config: SelfTrainingConfig, continued: Continued | None) -> tuple[Segme
     return trainable_net(Path(given))
 
 
-def _source_files(config: SelfTrainingConfig, shape: SegmentationShape) -> tuple[FileList, tuple[Path, ...]]:
-    """The labelled source images, and the folders with images in place of theirs."""
-    data, images = config.source, config.images
-    data_set = with_split(find_data_set(data.source, "--source"), data.src_split)
-    data_set = for_net_of(with_labels(data_set, data.src_labels, "--src_labels"), shape.num_classes)
-    if not data_set.has_labels:
-        raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
-    origin = f"--init {config.adaptation.init}"
-    require_classes(shape.num_classes, data_set.name, data_set.value_map, origin)
-    files = list_images(data_set, data.src_data_dir or data_set.default_root, "--src_data_dir", list_file=data.src_list)
-    if images.src_label_dir:
-        files = replace(files, label_root=Path(images.src_label_dir))
-    require_labels(files, "--src_label_dir" if images.src_label_dir else "--src_data_dir")
-    roots = tuple(Path(root) for root in images.source_images)
-    for root in roots:
-        require_images(files.with_images_of(root), "--source_images")
-    return files, roots
-
-
 def _of_source(target: DataSet, source: DataSet, num_classes: int) -> DataSet:
     """The target's declaration with the source's classes, which the net predicts; labels of others are not read."""
     if target.class_names != source.class_names:
@@ -337,14 +312,6 @@ def _of_source(target: DataSet, source: DataSet, num_classes: int) -> DataSet:
         )  # fmt: skip
     more = (f"class {k}" for k in range(len(source.class_names), num_classes))
     return replace(target, class_names=(*source.class_names, *more))
-
-
-def target_images(target: TargetImages, shape: SegmentationShape, split: str, labels: str = "") -> FileList:
-    """The images to label, with the classes that a net of this shape knows; `labels` as `with_labels` takes them."""
-    known = with_labels(find_data_set(target.target, "--target"), labels, "--trg_labels")
-    data_set = for_net_of(known, shape.num_classes)
-    root = target.trg_data_dir or data_set.default_root
-    return list_images(data_set, root, "--trg_data_dir", split=split, list_file=target.trg_list)
 
 
 def labelling_of(
@@ -378,25 +345,3 @@ def _require_images(method: SelfTraining) -> None:
     if not method.stages()[0].steps:
         images = method.counts[0] + len(method.domains["target"])
         raise UserError(f"--batch_size {rounds.batch_size}: there are {images} images to train on in the first round")
-
-
-def _validator(
-    config: SelfTrainingConfig, source: FileList, target: FileList, shape: SegmentationShape, rank: Rank, workers: int
-) -> tuple[Validator | None, str]:
-    """What validates the net after each round on the target's val split, and a line that says so."""
-    select_by, files = config.adaptation.select_by, val_split(target)
-    labelled = bool(files and files.data_set.has_labels and not missing_labels(files))
-    if select_by != "none" and not (labelled if select_by == "miou" else files):
-        wanted = "a labelled val split" if select_by == "miou" else "a val split"
-        raise UserError(f"--select_by {select_by} needs {wanted} in --trg_data_dir {target.root}; use none")
-    if files is None:
-        return None, "no validation: the target has no val split"
-    skip = config.loader.on_bad_image == "skip"
-    check_samples(files, labels=labelled, flag="--trg_labels", skip=skip)
-    classes = scored_classes(shape.num_classes, files.data_set, source.data_set)
-    validator = Validator(
-        files=files, with_labels=labelled, select_by=select_by, classes=classes, num_classes=shape.num_classes,
-        num_workers=workers, rank=rank, skip_unusable=skip,
-    )  # fmt: skip
-    chosen = "which chooses nothing" if select_by == "none" else f"best by {select_by}"
-    return validator, f"validating each round on {files.describe()}, {chosen}"

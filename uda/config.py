@@ -47,8 +47,8 @@ class HeldOutConfig(SourceImages):
         "last 500, SYNTHIA the last 300)",
     )  # fmt: skip
     output: str | None = path_option(
-        None, "the best net (default: pretrained/pretrained_semseg_on_<source>.pth); never overwrites a file of "
-        "another run; '' writes to the run folder alone", metavar="FILE", type=str, may_change=True,
+        None, "the best net (default: pretrained/pretrained_semseg_on_<source>.pth); a new run never "
+        "overwrites a file; '' writes to the run folder alone", metavar="FILE", type=str, may_change=True,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

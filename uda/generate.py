@@ -13,8 +13,9 @@ from data_handlers.labelled import check_samples
 from training.distributed import Rank
 from training.launching import in_processes, launch
 from training.precision import channels_last
+from training.preparation import target_files
 from training.segmentation_files import load_segmentation_net
-from uda.cbst import labelling_of, probabilities_of, target_images
+from uda.cbst import labelling_of, probabilities_of
 from uda.cbst_config import LabellingFlags
 from uda.labelling import PseudoLabels, label_path, read_manifest
 from utils.devices import resolve_devices, workers_for
@@ -40,7 +41,7 @@ def _generate(flags: LabellingFlags, script: Path, rank: Rank) -> None:
         return
     rank = rank.at(devices)
     shape, net = load_segmentation_net(Path(flags.weights), "--weights")
-    files = target_images(flags, shape, flags.split_tgt)
+    files = target_files(flags, shape.num_classes, flags.split_tgt)
     check_samples(files, labels=False, skip=skips)
     workers = workers_for(flags.num_workers, rank.device, rank.count)
     labelling = labelling_of(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from data_handlers.datasets import find_data_set
-from models.shapes import known_model
+from models.shapes import model_called
 from training.config import (
     InitConfig,
     LoaderConfig,
@@ -52,7 +52,7 @@ class TargetLossConfig(InitConfig):
 
     model: str = option(
         "", "the net, if it is not that of --init: deeplabv2_multi_snr gives a deeplabv2_multi a new restitution",
-        type=lambda name: name and known_model(name),
+        type=model_called,
     )  # fmt: skip
     aspp_branches: int | None = option(
         None, "branches of the heads of a two-headed net that are computed (default: those of --init's, published 2)",

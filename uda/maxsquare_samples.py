@@ -13,7 +13,7 @@ BLUR = 4  # purpose of the random numbers
 
 def blurred(pixels: np.ndarray, radius: float) -> np.ndarray:
     """Pixels uint8 (H,W,3) under Pillow's Gaussian blur of this standard deviation, of the same shape."""
-    return np.array(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
+    return np.array(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(float(radius))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,23 +11,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from data_handlers.datasets import find_data_set, for_net_of, with_labels, with_split
 from data_handlers.domain import Domain, DomainBatch, Samples
-from data_handlers.labelled import check_samples
 from data_handlers.lists import require_images
 from data_handlers.splits import train_and_validation
 from models.losses import cross_entropy
-from models.segmentation import HEAD_RATE, require_classes, segmentation_optimizer
-from training.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS, load_checkpoint
+from models.segmentation import HEAD_RATE, segmentation_optimizer
+from training.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint
 from training.distributed import Rank, all_reduce_and_step, backward_in_passes, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
+from training.preparation import make_domain, make_validator, source_set
 from training.run_folder import Continued
-from training.segmentation_files import is_of_run, load_segmentation_net, net_to_train
+from training.segmentation_files import load_segmentation_net, net_to_train
 from training.synchronised_norm import synchronise_batch_norms
-from training.validation import Validator, scored_classes
+from training.validation import scored_classes
 from uda.config import SourceTrainingConfig
-from utils.devices import to_device, workers_for
+from utils.devices import to_device
 from utils.errors import UserError
 from utils.files import check_output_file, make_folder
 from utils.locks import say
@@ -73,10 +72,9 @@ class SourceTraining(Method):
     def stages(self) -> list[Stage]:
         """One stage of `--num_steps` steps."""
         config = self.config
-        validates = 0 if config.validation.select_by == "none" else config.validation.validation_rate
         return [Stage(
             name="training", steps=config.poly.num_steps, steps_per_epoch=self.steps_per_epoch,
-            batch_size=config.poly.batch_size, validate_every=validates,
+            batch_size=config.poly.batch_size, validate_every=config.validation.validation_rate or self.steps_per_epoch,
         )]  # fmt: skip
 
     def begin_stage(self, stage: int, resumed: bool) -> None:
@@ -118,13 +116,9 @@ class SourceTraining(Method):
     # --- the net for use ---------------------------------------------------------------------------------------------
 
     def publish(self, path: Path, info: Mapping[str, Any]) -> None:
-        """Copy the net to the configured output, unless a file of another run is there by now."""
+        """Copy the net to the configured output."""
         output = Path(self.config.held_out.output)
         if not self.config.held_out.output:
-            return
-        self.published = False
-        if output.exists() and not is_of_run(output, info):
-            say(f"{output} is now a file of another run and stays; the best net is {path}")
             return
         try:
             best = load_checkpoint(path).for_use()
@@ -162,63 +156,46 @@ class SourceTraining(Method):
 
 def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continued | None) -> SourceTraining:
     """Check the input of a training on source and build its net. Raises `UserError`, which names file or flag."""
-    data, held_out, net_config = config.source, config.held_out, config.net
-    data_set = with_split(find_data_set(data.source, "--source"), data.src_split)
-    data_set = for_net_of(with_labels(data_set, data.src_labels, "--src_labels"), net_config.num_classes)
-    if not data_set.has_labels:
-        raise UserError(f"--source {data.source} has no labels to train on; choose a labelled data set")
-    require_classes(net_config.num_classes, data_set.name, data_set.value_map)
+    data, held_out, classes = config.source, config.held_out, config.net.num_classes
+    data_set = source_set(data, classes)
     train, val = train_and_validation(
         data_set, data.src_data_dir, "--src_data_dir", list_file=data.src_list, val_list=held_out.val_list,
         val_count=held_out.val_count, label_root=held_out.src_label_dir,
     )  # fmt: skip
-    image_roots = tuple(Path(root) for root in held_out.source_images)
-    for root in image_roots:
-        require_images(train.with_images_of(root), "--source_images")
-    if image_roots:
-        val = val.with_images_of(image_roots[0])
-        require_images(val, "--source_images")
     if len(train) < config.poly.batch_size:
         raise UserError(f"--batch_size {config.poly.batch_size}: there are {len(train)} images to train on")
-    skip = config.loader.on_bad_image == "skip"
-    for files in (*(train.with_images_of(root) for root in image_roots or (train.root,)), val):
-        check_samples(files, labels=True, flag="--src_labels", skip=skip)
-    _check_output(held_out.output, continued)
-    net = net_to_train(net_config, config.run.manual_seed, fresh=continued is None, init=config.start.init)
-    workers = workers_for(config.loader.num_workers, rank.device, rank.count)
-    validation = config.validation
-    select_by = "miou" if validation.select_by == "auto" else validation.select_by
-    rate = validation.validation_rate or len(train) // config.poly.batch_size
-    config = replace(config, validation=replace(validation, select_by=select_by, validation_rate=rate))
-    source = Domain(
-        files=train, name="source", seed=config.run.manual_seed, resize=data.src_resize, crop=data.crop_size,
-        labels=True, flip=True, resample=config.loader.resample, skips=skip,
-        num_workers=workers, cache_dir=config.loader.cache_dir, image_roots=image_roots,
+    if held_out.source_images:
+        val = val.with_images_of(Path(held_out.source_images[0]))
+        require_images(val, "--source_images")
+    source = make_domain(
+        config, rank, train, "source", resize=data.src_resize, crop=data.crop_size, labels=True, flip=True,
+        image_roots=held_out.source_images,
     )  # fmt: skip
+    _check_output(held_out.output, continued)
+    net = net_to_train(config.net, config.run.manual_seed, fresh=continued is None, init=config.start.init)
     method = SourceTraining(config=config, rank=rank, source=source, net=net)
+    select_by = "miou" if config.validation.select_by == "auto" else config.validation.select_by
     if select_by == "none":
         method.validation_line = "no validation, as --select_by none says"
         return method
-    method.validator = Validator(
-        files=val, with_labels=True, select_by=select_by, classes=scored_classes(net_config.num_classes, data_set),
-        num_classes=net_config.num_classes, num_workers=workers, rank=rank, skip_unusable=skip,
+    method.validator, method.validation_line = make_validator(
+        config, rank, val, flag="--src_labels", with_labels=True, select_by=select_by, num_classes=classes,
+        classes=scored_classes(classes, data_set),
     )  # fmt: skip
-    method.validation_line = f"validating on {val.describe()}, best by {select_by}"
     return method
 
 
 def _check_output(output: str, continued: Continued | None) -> None:
-    """Require an output that can be written and is no file of another run or of the authors: these stay."""
+    """Require an output that can be written and, for a new run, is not there: files of others stay."""
     if not output:
         return
     path = Path(output)
     check_output_file(path, "--output")
-    if path.name in (LATEST, PREVIOUS, BEST, DAMAGED):
+    if path.name in (LATEST, PREVIOUS, BEST):
         # In the run's own folder, the net would take the place of the training state.
         raise UserError(f"--output {path}: {path.name} is the name of a file of run folders; choose another name")
-    own = continued and {**continued.checkpoint.info, "run": str(continued.origin.parent)}
-    if path.exists() and not (own and is_of_run(path, own)):
+    if path.exists() and not continued:
         raise UserError(
-            f"--output {path} exists and is not of this run; continue the run that wrote it "
-            "(--continue_train_from_path), move it away, or name another file"
+            f"--output {path} exists; continue the run that wrote it (--continue_train_from_path), move it away, or "
+            "name another file"
         )

@@ -1,6 +1,5 @@
 """Devices: those of `--gpus`, the CPU's features, loader processes for each, memory, and transfer."""
 
-import ctypes
 import os
 import re
 from collections.abc import Sequence
@@ -12,8 +11,6 @@ from torch import Tensor
 from utils.errors import UserError
 
 CPU_DESCRIPTION = Path("/proc/cpuinfo")
-# Of glibc's malloc.h; larger blocks always come from the system.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_THRESHOLD = -1, -3, 32 * 2**20
 
 
 def resolve_device(gpus: Sequence[str]) -> torch.device:
@@ -73,19 +70,6 @@ def workers_for(wanted: int | None, device: torch.device, processes: int = 1) ->
     """
     cpus = cpus_per_device([device] * processes)
     return min(6, cpus if device.type == "cuda" else max(1, cpus // 2)) if wanted is None else wanted
-
-
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees in blocks of up to 32 MiB, for the next step on a CPU.
-
-    Otherwise glibc returns it to the system, which zeroes every page again: 3 to 7% of the time on small images. The
-    process may need more memory; 18% after a scale of smaller images was measured.
-
-    Returns:
-        Whether the C library supports it; others than glibc may not.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD))
 
 
 def available_memory(device: torch.device) -> int:

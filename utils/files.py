@@ -15,15 +15,12 @@ TEMPORARY = ".procst-tmp"
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
-    """Let `write` fill a temporary file beside `path`, fsync it, then rename it to `path`.
+    """Let `write` fill a temporary file beside `path`, fsync it, then rename it to `path`. Raises `UserError`.
 
     The temporary file is hidden, and is removed on any failure, when `path` keeps its former content.
 
     Args:
-        keep: another name in the same folder, under which a former file at `path` is kept.
-
-    Raises:
-        UserError: the folder cannot be written to, or the disk is full.
+        keep: another name in the same folder, which a former file at `path` gets once the new one is complete.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{TEMPORARY}")
@@ -33,7 +30,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            _keep_as(path, keep)
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
@@ -41,18 +38,6 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
     finally:
         with suppress(OSError):  # it has been renamed, or the folder is gone
             temporary.unlink()
-
-
-def _keep_as(path: Path, keep: Path) -> None:
-    """Give a file the name `keep` as well; without hard links it loses its own name until it is replaced."""
-    second = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{TEMPORARY}")
-    try:
-        os.link(path, second)
-    except OSError:
-        os.replace(path, keep)
-        return
-    os.replace(second, keep)
-    second.unlink(missing_ok=True)  # the replacement does nothing where `keep` is this very file
 
 
 def remove_leftovers(folder: Path) -> None:

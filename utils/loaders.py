@@ -1,24 +1,17 @@
 """Loading samples in worker processes, in order. When a worker dies, the run saves and exits with code 75."""
 
-import multiprocessing
-import os
 import signal
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
-from utils.stopping import LoaderDied, is_loader_death
+from utils.stopping import STOP_SIGNALS, LoaderDied, is_loader_death, signal_at_parents_end
 
 MOST_SKIPPED = 10  # so many unusable samples in a row are a fault of the disk, not of the files
 TIMEOUT = 300  # seconds for a batch: a batch that a worker could not send is missing without an error
-GRACE = 5.0  # seconds in which workers end by themselves
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ def load_in_order(
 
     Raises:
         UserError: a sample cannot be used; with `skip_unusable`, `MOST_SKIPPED` in a row.
-        LoaderDied: a worker died, cannot be started, or has sent nothing for `TIMEOUT` seconds.
+        LoaderDied: a worker died or has sent nothing for `TIMEOUT` seconds.
     """
     loader = DataLoader(
         _Loading(load),
@@ -81,17 +74,7 @@ def disk_fault(error: UserError) -> UserError:
 
 def _from_workers(loader: DataLoader) -> Iterator[Any]:
     """The samples of a loader with worker processes; raises `LoaderDied` when one has died."""
-    before = set(multiprocessing.active_children())
-    try:
-        batches = iter(loader)
-    except (OSError, RuntimeError) as error:
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        traceback.clear_frames(error.__traceback__)  # deletes a half-made loader, which fails to end its workers
-        sys.unraisablehook = hook
-        _end(set(multiprocessing.active_children()) - before)
-        reason = getattr(error, "strerror", None) or error
-        raise LoaderDied.because(f"loader processes cannot be started ({reason})") from None
-    workers = set(multiprocessing.active_children()) - before
+    batches = iter(loader)
     try:
         yield from batches
     except Exception as error:
@@ -99,7 +82,7 @@ def _from_workers(loader: DataLoader) -> Iterator[Any]:
             raise LoaderDied.because(reason) from None
         raise
     finally:
-        _end(workers)
+        batches.__del__()  # ends the workers; the object itself is part of a cycle and would live on
 
 
 def _death(error: Exception) -> str:
@@ -112,29 +95,11 @@ def _death(error: Exception) -> str:
     return text or "a loader process is gone" if lost else ""
 
 
-def _end(workers: Collection[BaseProcess]) -> None:
-    for worker in workers:
-        worker.terminate()  # see `_follow_parent`
-    for worker in workers:
-        worker.join(GRACE)
-
-
 def _init_worker(worker_id: int) -> None:
-    """Make a worker end with its parent, and ignore signals to the process group: the parent finishes its step."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process().pid
-    threading.Thread(target=_follow_parent, args=(parent,), daemon=True).start()
-
-
-def _follow_parent(parent: int) -> None:
-    """End this process when the parent sends SIGTERM or is gone.
+    """Make a worker end with its parent, and ignore signals to the process group: the parent finishes its step.
 
     PyTorch's own check misses the end of the parent while the worker waits for room in its pipe.
     """
-    while os.getppid() == parent:
-        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-        if received is not None and received.si_pid == parent:
-            os._exit(0)  # PyTorch reports any other exit code
-    os._exit(1)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal_at_parents_end(signal.SIGKILL)

@@ -21,31 +21,23 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path, flag: str, waiting: str = "") -> Iterator[None]:
+def locked(folder: Path, flag: str) -> Iterator[None]:
     """Inside the block no other process can lock the folder.
 
-    Args:
-        waiting: printed before this process waits for another one that holds the lock; '' raises instead of waiting.
-
-    Raises:
-        UserError: names `flag`; another process holds the lock, or the folder cannot be written to.
+    Raises `UserError`, which names `flag`, where another process holds the lock or the folder cannot be written to.
     """
-    path = Path(folder) / LOCK
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot write to this folder ({error.strerror})") from None
     try:
-        try:
-            # Processes forked from this one do not hold the lock.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise the file system has no locks
-                if not waiting:
-                    message = f"{flag} {folder}: another process is at work in this folder; wait or stop it"
-                    raise UserError(message) from None
-                say(waiting)
-                fcntl.lockf(handle, fcntl.LOCK_EX)
+        # Processes forked from this one do not hold the lock.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise the file system has no locks
+            os.close(handle)
+            raise UserError(f"{flag} {folder}: another process is at work in this folder; wait or stop it") from None
+    try:
         yield
     finally:
         os.close(handle)

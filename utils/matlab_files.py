@@ -21,8 +21,7 @@ _UNREADABLE = (
 def read_matlab_variable(path: Path, name: str) -> np.ndarray:
     """A variable as it is stored. Compressed files hold checksums; scipy does not survive all damage to others.
 
-    Raises:
-        UserError: missing, no MATLAB file, one of version 7.3, or without the variable.
+    Raises `UserError`: missing, no MATLAB file, one of version 7.3, or without the variable.
     """
     try:
         with open(path, "rb") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.errors import UserError
 from utils.tensor_files import read_tensor_file
@@ -66,36 +66,14 @@ class Record:
                         tensors[prefix + name] = value.detach()
         return tensors
 
-    def _check(self) -> None:
-        """Raise `ValueError` unless this record and those in it have the tables of a module."""
-        for kind in ("_parameters", "_buffers", "_modules"):
-            table = self.attributes.setdefault(kind, {})
-            if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
-                raise ValueError(f"a {self.class_name} of it is malformed")
-            if any(isinstance(value, Tensor) and not _is_plain(value) for value in table.values()):
-                raise ValueError(f"a tensor of a {self.class_name} of it is malformed")
-        for _, child in self.children():
-            child._check()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has a value of its own for each of its elements."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
 def read_pickled_modules(path: Path, class_names: Collection[str]) -> Any:
-    """Read a file in which `torch.save` pickled a module, or a list of modules.
+    """Read a file in which `torch.save` pickled a module, or a list of modules. Raises `UserError`.
 
     Args:
         class_names: full names of allowed classes, besides layers of PyTorch. They need not exist.
 
     Returns:
         What the file holds, with `Record`s in place of modules, and of what DataParallel wraps in place of it.
-
-    Raises:
-        UserError: missing, damaged, malformed, or naming any other class or function.
     """
     stubs = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in (*class_names, *_TORCH_CLASSES)]
     with torch.serialization.safe_globals(stubs):
@@ -103,16 +81,15 @@ def read_pickled_modules(path: Path, class_names: Collection[str]) -> Any:
         if content is None:
             raise UserError(f"{path}: cannot be read as a trained model: {_refused(path)}; nothing was executed")
     try:
-        return [_checked(entry) for entry in content] if isinstance(content, list) else _checked(content)
-    except (ValueError, RecursionError) as error:
-        reason = "a module of it contains itself, or many others" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path}: cannot be read as a trained model: {reason}") from None
+        return [_unwrapped(entry) for entry in content] if isinstance(content, list) else _unwrapped(content)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as a trained model: a module of it is malformed ({error})") from None
 
 
-def _checked(entry: Any) -> Any:
+def _unwrapped(entry: Any) -> Any:
     if not isinstance(entry, Record):
         return entry
-    entry._check()
+    entry.state_dict()  # fails here where a part of it is malformed
     return entry.child("module") if entry.class_name == "DataParallel" else entry
 
 

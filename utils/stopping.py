@@ -1,9 +1,8 @@
 """Ending a long run with its state saved: at a signal of its user or of a scheduler, or when a loader process died."""
 
+import ctypes
 import os
 import signal
-import sys
-import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 
@@ -11,7 +10,7 @@ from types import FrameType, TracebackType
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # EX_TEMPFAIL of sysexits.h: not finished, to be started again.
 STOPPED = 75
-SAME_REQUEST = 1.0  # seconds in which a signal that was sent to a process and to its group counts as one
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class Stopped(BaseException):
@@ -48,11 +47,10 @@ def is_loader_death(error: BaseException | None) -> bool:
 
 
 class StopRequests:
-    """Inside the block the first stop signal is remembered, and a second one ends the process with 128 + its number.
+    """Inside the block the first stop signal is remembered, and others are ignored.
 
     Calling the object tells whether a stop was requested. It must be entered in the main thread. After a request the
-    handlers stay when the block ends, so that the same request, sent twice, does not kill a process that has saved and
-    is about to exit.
+    handlers stay when the block ends: a request that is sent twice does not kill a process that is about to exit.
 
     Args:
         quiet: print nothing about the first signal.
@@ -65,7 +63,6 @@ class StopRequests:
         self.quiet = quiet
         self.at_once = False
         self.received: signal.Signals | None = None
-        self._time = 0.0
 
     def __call__(self) -> bool:
         return self.received is not None
@@ -82,28 +79,23 @@ class StopRequests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now, name = time.monotonic(), signal.Signals(number).name
         if self.received is not None:
-            if now - self._time > SAME_REQUEST:
-                _say(f"{name} again: ended without saving; the last checkpoint stays")
-                os._exit(128 + number)
             return
-        self.received, self._time = signal.Signals(number), now
+        self.received = signal.Signals(number)
         if self.at_once and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.at_once:
-            raise Stopped(f"{name}: stopped with nothing to save yet; run the command again")
+            raise Stopped(f"{self.received.name}: stopped with nothing to save yet; run the command again")
         if not self.quiet:
             announce(self.received)
 
 
 def announce(number: signal.Signals) -> None:
-    """Print what follows a first signal."""
-    _say(f"{number.name}: finishing this step and saving; once more ends at once")
+    """Print what follows a first signal, not through Python's streams: the interrupted code may be using them."""
+    with suppress(OSError):  # the reader may have been ended by the same Ctrl-C
+        os.write(2, f"\n{number.name}: finishing this step and saving; Ctrl-\\ ends at once, without\n".encode())
 
 
-def _say(line: str) -> None:
-    # Not through Python's buffered streams: the interrupted code may be using them.
-    if sys.__stderr__ is not None:  # None where the program was started with stderr closed
-        with suppress(OSError):  # the reader may have been ended by the same Ctrl-C
-            os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())
+def signal_at_parents_end(number: signal.Signals) -> None:
+    """Let Linux send this process a signal when its parent has ended, also by SIGKILL."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

@@ -36,18 +36,12 @@ class _SafeStream:
 @contextmanager
 def safe_streams() -> Iterator[None]:
     """Inside the block printing never fails, neither for characters the terminal lacks nor for a broken pipe."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # started with it closed: a file opened later would get the number, and the output
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = safe = [_SafeStream(s or open(os.devnull, "w")) for s in before]  # noqa: SIM115
+    sys.stdout, sys.stderr = map(_SafeStream, before)
     if isinstance(before[0], io.TextIOWrapper):
         before[0].reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
-        for stream in safe:
-            stream.flush()
+        sys.stdout.flush()
         sys.stdout, sys.stderr = before

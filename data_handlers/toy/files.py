@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import label as connected_parts
 
-from data_handlers.choices import TOY_DOMAINS, TOY_SPLITS
 from data_handlers.classes import CITYSCAPES_IDS, IGNORE, SYNTHIA_IDS
+from data_handlers.toy import TOY_DOMAINS, TOY_SPLITS
 from data_handlers.toy.looks import LOOKS, Id
 from data_handlers.toy.world import draw_scene
 from utils.errors import UserError
