@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -40,6 +41,7 @@ from uda.target_losses import (
 )
 from utils.devices import to_device
 from utils.errors import UserError
+from utils.seeds import NET_WEIGHTS, seed_for
 
 NET, HEADS = "net", "restitution_heads"
 SOFT: Mapping[str, Callable[[Tensor, float], Tensor]] = {
@@ -219,6 +221,7 @@ class MaxSquareTraining(Method):
 def prepare_maxsquare(config: MaxSquareConfig, rank: Rank, continued: Continued | None) -> MaxSquareTraining:
     """Check the input of an adaptation and load the net. Raises `UserError`, which names file or flag."""
     images, sizes, batch = config.images, config.target, config.schedule.batch_size
+    torch.manual_seed(seed_for(config.run.manual_seed, NET_WEIGHTS))  # of a new restitution, and of its heads
     shape, net = _net(config, continued)
     files = source_files(
         config.source, shape.num_classes, images.src_label_dir, origin=f"--init {config.adaptation.init}"
