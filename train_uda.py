@@ -10,8 +10,9 @@ import sys
 from itertools import pairwise
 
 from training.flags import build_parser, parse
-from uda.cbst_config import MethodConfig, SelfTrainingConfig
+from uda.cbst_config import MAXSQUARE_METHODS, MethodConfig, SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.maxsquare_config import MaxSquareConfig
 from uda.presets import listing
 from utils.errors import run_cli
 
@@ -21,22 +22,30 @@ GROUPS, FIRST = SelfTrainingConfig.groups, SelfTrainingConfig.first
 def main() -> None:
     """Command line entry: alone, or as one of several processes."""
     words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]
-    on_source = ("--method", "source") in pairwise(words)  # its flags are others
+    chosen = {value for flag, value in pairwise(words) if flag == "--method"}  # the flags of methods differ
     groups, first = GROUPS, FIRST
-    if on_source:
+    if on_source := "source" in chosen:
         groups, first = {"method": [MethodConfig], **SourceTrainingConfig.groups}, SourceTrainingConfig.first
+    elif on_predictions := bool(chosen.intersection(MAXSQUARE_METHODS)):
+        groups, first = MaxSquareConfig.groups, MaxSquareConfig.first
     given = parse(build_parser(__doc__, groups, first))
     if given.pop("list_presets", False):
         print(listing())
         return
     # Imported after the flags are read: a mistyped flag is answered at once.
     from training.run import train
-    from uda.cbst import SelfTraining, prepare_self_training
-    from uda.source import SourceTraining, prepare_source
 
-    method, prepare = (SourceTraining, prepare_source) if on_source else (SelfTraining, prepare_self_training)
     if on_source:
+        from uda.source import SourceTraining as method
+        from uda.source import prepare_source as prepare
+
         del given["method"]
+    elif on_predictions:
+        from uda.maxsquare import MaxSquareTraining as method
+        from uda.maxsquare import prepare_maxsquare as prepare
+    else:
+        from uda.cbst import SelfTraining as method
+        from uda.cbst import prepare_self_training as prepare
     train(script=__file__, method=method, prepare=prepare, given=given)
 
 

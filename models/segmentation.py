@@ -14,11 +14,13 @@ from torch.optim import SGD
 
 from data_handlers.images import IMAGENET_INPUT, PROCST_INPUT
 from models.deeplab import DeepLab, DilatedSumHead, FiveBranchHead
+from models.deeplab_multi import CAFFE_INPUT, DeepLabMulti
+from models.deeplab_multi_files import load_two_headed_backbone
 from models.fcn8s import FCN8s
 from models.resnet import ResNet
 from models.resnet38 import ResNet38
 from models.resnet38_files import load_resnet38_backbone
-from models.shapes import SMP_MODELS, SegmentationShape
+from models.shapes import SMP_MODELS, TWO_HEADED, SegmentationShape
 from models.smp import SmpNet
 from models.unet import UNet
 from models.vgg import starting_weights
@@ -43,13 +45,19 @@ def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
         net = ResNet38(shape.num_classes)
     elif shape.model in SMP_MODELS:
         net = SmpNet(shape)
+    elif shape.model in TWO_HEADED:
+        net = DeepLabMulti(
+            backbone=shape.backbone, num_classes=shape.num_classes, restitutes=shape.model == TWO_HEADED[1],
+            aspp_branches=shape.aspp_branches,
+        )  # fmt: skip
     else:
         backbone = ResNet(shape.backbone, frozen_norm_affine=shape.model == "DeepLab")
         head = FiveBranchHead if shape.model == "DeepLabV2" else DilatedSumHead
         net = DeepLab(backbone, head(backbone.out_channels, shape.num_classes))
     net.start = ""
     if shape.model not in SMP_MODELS:
-        net.network_input = IMAGENET_INPUT if shape.model == "ResNet38" else PROCST_INPUT
+        inputs = {"ResNet38": IMAGENET_INPUT, **dict.fromkeys(TWO_HEADED, CAFFE_INPUT)}
+        net.network_input = inputs.get(shape.model, PROCST_INPUT)
     return net
 
 
@@ -90,8 +98,11 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> str:
     if is_mxnet_file(Path(weights)):
         raise UserError(f"--backbone_weights {weights}: a file of MXNet, from which --model ResNet38 alone starts")
     origin = f"torchvision's {backbone}" if weights == "imagenet" else f"--backbone_weights {weights}"
+    found = starting_weights(weights, backbone, "--backbone_weights", "--no_pretrained_backbone")
+    if isinstance(net, DeepLabMulti):
+        return load_two_headed_backbone(net, found, origin)
     own, state = net.backbone.state_dict(), {}
-    for name, value in starting_weights(weights, backbone, "--backbone_weights", "--no_pretrained_backbone").items():
+    for name, value in found.items():
         ours = name.replace("classifier.0.", "fc6.").replace("classifier.3.", "fc7.")
         if ours in ("fc6.weight", "fc7.weight") and ours in own and value.numel() == own[ours].numel():
             value = value.reshape(own[ours].shape)  # the weights of a fully connected layer as those of a convolution

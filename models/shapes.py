@@ -13,7 +13,10 @@ _RESNETS = ("resnet101", "resnet50", "resnet34", "resnet18")
 # Backbones of each model, the published one first.
 MODEL_BACKBONES = {
     "DeepLabV2": _RESNETS, "DeepLab": _RESNETS, "VGG": ("vgg16",), "UNet": ("none",), "ResNet38": ("resnet38",),
+    "DeepLabV2Multi": _RESNETS, "DeepLabV2MultiSNR": _RESNETS,
 }  # fmt: skip
+TWO_HEADED = ("DeepLabV2Multi", "DeepLabV2MultiSNR")
+_PUBLISHED = {"deeplabv2_multi": "DeepLabV2Multi", "deeplabv2_multi_snr": "DeepLabV2MultiSNR"}
 
 # The nets of segmentation_models_pytorch, each with the encoder that it gets by default, and the package's encoders;
 # TIMM before a name of the package timm is an encoder as well.
@@ -47,11 +50,16 @@ VGG16_RELUS = tuple(index + 1 for index in VGG16_CONVS)
 
 @dataclass(frozen=True)
 class SegmentationShape:
-    """Which net, on which backbone, with how many classes. Raises `UserError` for what cannot be built."""
+    """Which net, on which backbone, with how many classes. Raises `UserError` for what cannot be built.
+
+    Attributes:
+        aspp_branches: 2 or 4, branches of the heads of a two-headed net that are computed; the published nets have 2.
+    """
 
     model: str = "DeepLabV2"
     backbone: str = "resnet101"
     num_classes: int = 19
+    aspp_branches: int = 2
 
     def __post_init__(self) -> None:
         models = (*MODEL_BACKBONES, *SMP_MODELS)
@@ -64,12 +72,16 @@ class SegmentationShape:
             raise UserError(f"--backbone {self.backbone}: {self.model} is built on {known}")
         if not isinstance(self.num_classes, int) or not 2 <= self.num_classes <= 255:
             raise UserError(f"--num_classes is {self.num_classes}; it must be 2 to 255")
+        if self.aspp_branches != 2 and (self.aspp_branches != 4 or self.model not in TWO_HEADED):
+            raise UserError(f"--aspp_branches {self.aspp_branches}: 2 or 4, the latter of {' and '.join(TWO_HEADED)}")
 
     def flags(self, source: str) -> list[str]:
         """The command line flags that ask for this shape beside `--source`; those at their defaults are omitted."""
         words = ["--model", self.model]
         if self.backbone != default_backbone(self.model):
             words += ["--backbone", self.backbone]
+        if self.aspp_branches != 2:
+            words += ["--aspp_branches", str(self.aspp_branches)]
         default = len(find_data_set(source, "--source").class_names)
         return words if self.num_classes == default else [*words, "--num_classes", str(self.num_classes)]
 
@@ -81,6 +93,11 @@ class SegmentationShape:
 def default_backbone(model: str) -> str:
     """The backbone of a model where none is named, '' if there is no such model."""
     return SMP_MODELS.get(model) or MODEL_BACKBONES.get(model, ("",))[0]
+
+
+def model_called(name: str) -> str:
+    """Our name of a net that may be called by its published one."""
+    return _PUBLISHED.get(name, name)
 
 
 def _closest_first(name: str, known: Sequence[str]) -> str:

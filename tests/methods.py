@@ -18,6 +18,7 @@ from torch import nn
 from core.config import ProCSTConfig
 from core.preparation import prepare as prepare_procst
 from data_handlers.spatial_prior import write_spatial_prior
+from models.deeplab_multi import PartialSumHead, Restitution
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from nets import checkpoint_of
@@ -27,11 +28,14 @@ from training.progress import Progress
 from uda.cbst import prepare_self_training
 from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.maxsquare import prepare_maxsquare
+from uda.maxsquare_config import MaxSquareConfig
+from uda.restitution import RestitutionHeads
 from uda.source import prepare_source
 from utils.seeds import seed_for
 from worlds import write_cityscapes, write_gta5
 
-SOURCE_NET = "source_net.pth"
+SOURCE_NET, TWO_HEADED_NET = "source_net.pth", "two_headed_net.pth"
 
 
 def write_world(root: Path) -> Path:
@@ -39,9 +43,10 @@ def write_world(root: Path) -> Path:
     write_gta5(root / "gta", count=7, size=(40, 32))
     write_cityscapes(root / "cityscapes", count=5, size=(40, 32), labels=False)
     write_cityscapes(root / "cityscapes", count=2, size=(40, 32), seed=300, split="val")
-    shape = SegmentationShape("UNet", "none")
-    torch.manual_seed(5)
-    checkpoint_of(shape, build_segmentation_net(shape).state_dict()).save(root / SOURCE_NET)
+    for name, shape in ((SOURCE_NET, ("UNet", "none")), (TWO_HEADED_NET, ("DeepLabV2MultiSNR", "resnet18"))):
+        shape = SegmentationShape(*shape)
+        torch.manual_seed(5)
+        checkpoint_of(shape, build_segmentation_net(shape).state_dict()).save(root / name)
     write_spatial_prior(root / "prior.mat", np.random.default_rng(3).random((19, 16, 20)))
     return root
 
@@ -158,6 +163,18 @@ def _with_batch_norm(method: Any) -> None:
                 setattr(parent, name, nn.BatchNorm2d(norm.num_channels))
 
 
+def _narrow(method: Any) -> None:
+    """A two-headed net of a few channels, for its size; its weights follow from the run's seed, as those of a new
+    restitution do."""
+    net = method.net
+    for stage in range(1, 5):
+        conv = nn.Conv2d(64 if stage == 1 else 16, 16, 3, padding=1, bias=False)
+        setattr(net.backbone, f"layer{stage}", nn.Sequential(nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU())))
+    net.backbone.snr = nn.ModuleList(Restitution(16, reduction=4) for _ in range(3))
+    net.head = nn.ModuleDict({name: PartialSumHead(16, 19, 2) for name in ("main", "aux")})
+    method.heads = RestitutionHeads((16, 16, 16), 19)
+
+
 COMMON = {
     "gpus": ("cpu",), "src_data_dir": "{world}/gta", "src_resize": (40, 32), "crop_size": (24, 20), "num_workers": 0,
     "precision": "fp32", "resample": "exact",
@@ -202,6 +219,20 @@ def self_training(method: str, flags: Mapping[str, Any] | None = None, **more: A
     )  # fmt: skip
 
 
+MAXSQUARE = {
+    "trg_data_dir": "{world}/cityscapes", "init": f"{{world}}/{SOURCE_NET}", "trg_resize": (40, 32), "round_num": 2,
+    "epoch_each_round": 3, "batch_size": 3, "lr_semseg": 1e-2,
+}  # fmt: skip
+
+
+def maxsquare(method: str, flags: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    """Adaptation by a loss on predictions, of six epochs with one step."""
+    return Case(
+        config=MaxSquareConfig, prepare=prepare_maxsquare, flags={**MAXSQUARE, "method": method, **(flags or {})},
+        stops=((0, 1), (0, 4)), **more,
+    )  # fmt: skip
+
+
 SHORT = {"batch_size": 4, "val_count": 4, "validation_rate": 15, "lr_semseg": 2e-2}
 LEARNABLE = {"src_resize": (48, 32), "crop_size": (48, 32)}
 ADAPTABLE = {
@@ -224,6 +255,12 @@ CASES = {
     "st": self_training("st", learning=ADAPTABLE),
     "cbst": self_training("cbst", {"select_by": "miou"}, learning=ADAPTABLE),
     "cbst-dropout": self_training("cbst", change=_with_dropout, has_dropout=True),
+    "maxsquare": maxsquare("maxsquare"),
+    "iw_entropy-reference": maxsquare("iw_entropy", {"mode": "reference"}, change=_with_batch_norm),
+    "hard-multi": maxsquare("hard", {
+        "init": f"{{world}}/{TWO_HEADED_NET}", "multi": True, "threshold": 0.3, "lambda_restitution": 0.1,
+        "select_by": "miou",
+    }, change=_narrow),
     "cbst-sp-reference": self_training(
         "cbst-sp", {"spatial_prior": "{world}/prior.mat", "mode": "reference"}, change=_with_batch_norm
     ),

@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.meters import Meter
 from models.resnet import ResNet, recompute_blocks
 from models.segmentation import build_segmentation_net, load_backbone, parameter_groups
-from models.shapes import MODEL_BACKBONES, SegmentationShape
+from models.shapes import MODEL_BACKBONES, TWO_HEADED, SegmentationShape
 from nets import randomise
 from refusals import check_refused
 
@@ -28,6 +28,7 @@ RESNET_COUNTS = {
 VGG16_COUNT = 138_357_544 - 4_097_000
 NETS = [(model, backbone) for model in ("DeepLabV2", "DeepLab") for backbone in RESNET_COUNTS]
 NETS += [("VGG", "vgg16"), ("UNet", "none"), ("ResNet38", "resnet38")]
+NETS += [(model, backbone) for model in TWO_HEADED for backbone in RESNET_COUNTS]
 
 
 def meta_net(model, backbone, num_classes=19):
@@ -49,6 +50,10 @@ def expected_count(model, backbone, classes):
     if model == "ResNet38":
         return 105_070_912 + conv(4096, 512, 3) + conv(512, classes, 3)
     features = 2048 if backbone in ("resnet50", "resnet101") else 512
+    if model in TWO_HEADED:
+        heads = 4 * (conv(features, classes, 3) + conv(features // 2, classes, 3))
+        gates = sum(2 * c + conv(c, c // 16, 1) + conv(c // 16, c, 1) for c in (features // 2**k for k in (3, 2, 1)))
+        return RESNET_COUNTS[backbone] + heads + (gates if model == TWO_HEADED[1] else 0)
     if model == "DeepLab":
         return RESNET_COUNTS[backbone] + 4 * conv(features, classes, 3)
     branches = conv(features, 256, 1) + 4 * conv(features, 256, 3) + 5 * 2 * 256
@@ -60,6 +65,7 @@ def test_known_parameter_counts():
     assert sorted(NETS) == sorted((name, backbone) for name, names in MODEL_BACKBONES.items() for backbone in names)
     known = {("DeepLabV2", "resnet101"): 65_063_568, ("DeepLab", "resnet101"): 43_901_068}
     known |= {("VGG", "vgg16"): 134_353_017, ("UNet", "none"): 488_307, ("ResNet38", "resnet38"): 124_033_363}
+    known |= {(TWO_HEADED[0], "resnet101"): 44_601_560, (TWO_HEADED[1], "resnet101"): 44_779_080}
     assert {net: expected_count(*net, 19) for net in known} == known
 
 
@@ -196,9 +202,8 @@ def test_parameter_groups(model, backbone):
     assert {id(p) for p in fast["params"]} == {id(p) for p in net.head.parameters()}
     norms = [p for m in net.backbone.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
     assert bool(norms) == backbone.startswith("resnet")
-    assert all(p.requires_grad == (model != "DeepLab") for p in norms)
-    frozen = {id(p) for p in net.parameters() if not p.requires_grad}
-    assert frozen == ({id(p) for p in norms} if model == "DeepLab" else set())
+    expected = norms[:2] if model in TWO_HEADED else norms if model == "DeepLab" else []
+    assert {id(p) for p in net.parameters() if not p.requires_grad} == {id(p) for p in expected}
 
 
 def test_impossible_shapes():

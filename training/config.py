@@ -6,7 +6,7 @@ from typing import Any
 
 from data_handlers.choices import LABELS, ON_BAD_IMAGE, RESAMPLINGS
 from data_handlers.datasets import find_data_set
-from models.shapes import MODEL_BACKBONES, SMALLEST_CROP, SMP_MODELS, SegmentationShape, default_backbone
+from models.shapes import MODEL_BACKBONES, SMALLEST_CROP, SMP_MODELS, SegmentationShape, default_backbone, model_called
 from training.flags import (
     Size,
     as_given,
@@ -152,11 +152,15 @@ class NetConfig:
 
     model: str = option(
         "DeepLabV2", f"segmentation net: {', '.join(MODEL_BACKBONES)}, or of segmentation_models_pytorch "
-        f"{', '.join(SMP_MODELS)}",
+        f"{', '.join(SMP_MODELS)}", type=model_called,
     )  # fmt: skip
     backbone: str = option(
-        "", "its backbone: of DeepLabV2 and DeepLab resnet101, resnet50, resnet34 or resnet18; of smp: nets an encoder "
+        "", "its backbone: of the DeepLab nets resnet101, resnet50, resnet34 or resnet18; of smp: nets an encoder "
         "of the package, such as mit_b2 (default: the published one; of smp: nets the package's, of Segformer mit_b2)",
+    )  # fmt: skip
+    aspp_branches: int = option(
+        2, "of the two-headed nets, branches of the heads that are computed, of which the published nets have 2",
+        choices=(2, 4),
     )  # fmt: skip
     num_classes: int | None = option(None, "its classes (default: those of the source, 19 of the known sets)", type=int)
     backbone_weights: str = path_option(
@@ -171,7 +175,8 @@ class NetConfig:
 
     def shape(self) -> SegmentationShape:
         """The net's shape."""
-        return SegmentationShape(self.model, self.backbone or default_backbone(self.model), self.num_classes)
+        backbone = self.backbone or default_backbone(self.model)
+        return SegmentationShape(self.model, backbone, self.num_classes, self.aspp_branches)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
 """The segmentation net in a file: a checkpoint of this toolkit, or a net of the authors, pickled or of MXNet."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from models.deeplab_multi_files import fill, new_tensors, read_two_headed, traits_of
 from models.legacy import load_legacy_segmentation
 from models.resnet38_files import classes_in_file, load_resnet38
 from models.segmentation import build_segmentation_net, load_backbone
-from models.shapes import SegmentationShape
+from models.shapes import TWO_HEADED, SegmentationShape
 from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint
 from training.config import NetConfig
 from utils.errors import UserError
@@ -34,11 +38,19 @@ def net_to_train(config: NetConfig, seed: int, fresh: bool, init: str = "") -> n
     return net
 
 
-def trainable_net(path: Path) -> tuple[SegmentationShape, nn.Module]:
-    """The net of `--init` and its shape, with what it learns trainable. Raises as `load_segmentation_net`."""
+def trainable_net(path: Path, **changes: Any) -> tuple[SegmentationShape, nn.Module]:
+    """The net of `--init` and its shape, with what it learns trainable; it may get a restitution that is new.
+
+    Args:
+        changes: fields of the shape that differ; None and '' leave them.
+
+    Raises:
+        UserError: as `load_segmentation_net`, or the weights are of another net than the changed one.
+    """
     shape, trained = load_segmentation_net(path, "--init")
+    shape = replace(shape, **{name: value for name, value in changes.items() if value})
     net = build_segmentation_net(shape)
-    net.load_state_dict(trained.state_dict())
+    net.start = new_tensors(fill(net, trained.state_dict(), f"--init {path}"), f"--init {path}")
     return shape, net
 
 
@@ -79,14 +91,25 @@ def _net_of_mxnet(path: Path) -> tuple[SegmentationShape, nn.Module]:
 
 def _net_of_torch(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
     content = read_tensor_file(path)
-    if content is None:
-        return load_legacy_segmentation(path)
     if is_checkpoint(content):
         return _net_of(checkpoint_from(content, path), f"{flag} {path}")
+    if (state := read_two_headed(path)) is not None:
+        return _two_headed(state, f"{flag} {path}")
+    if content is None:
+        return load_legacy_segmentation(path)
     raise UserError(
         f"{flag} {path}: holds no segmentation net this program knows (a checkpoint of its own, the ProCST authors' "
-        "pretrained_semseg_on_*.pth, or the CBST authors' .params)"
+        "pretrained_semseg_on_*.pth, the CBST authors' .params, or a two-headed net of the MaxSquare, SNR or "
+        "AdaptSegNet authors)"
     )
+
+
+def _two_headed(state: Mapping[str, torch.Tensor], origin: str) -> tuple[SegmentationShape, nn.Module]:
+    backbone, classes, restitutes = traits_of(state, origin)
+    shape = SegmentationShape(TWO_HEADED[restitutes], backbone, classes)
+    net = build_segmentation_net(shape)
+    fill(net, state, origin)
+    return shape, net.eval().requires_grad_(False)
 
 
 def _net_of(checkpoint: Checkpoint, origin: str) -> tuple[SegmentationShape, nn.Module]:

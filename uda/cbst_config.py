@@ -32,6 +32,8 @@ from uda.config import SourceImages
 from uda.presets import PresetFlags
 
 METHODS = ("st", "cbst", "cbst-sp")
+IMAGE_WISE = ("iw_maxsquare", "iw_entropy")
+MAXSQUARE_METHODS = ("maxsquare", "entropy", *IMAGE_WISE, "hard")
 TRAIN_FIRST = "train one first with train_semseg_on_source.py"
 
 
@@ -41,8 +43,9 @@ class MethodConfig:
 
     method: str = option(
         "cbst", "source: on labelled source images alone, with the flags of train_semseg_on_source.py; st: "
-        "self-training with one threshold for all classes; cbst: with one for each class; cbst-sp: and a spatial prior",
-        choices=("source", *METHODS),
+        "self-training with one threshold for all classes; cbst: with one for each class; cbst-sp: and a spatial "
+        "prior; maxsquare, entropy, iw_maxsquare, iw_entropy, hard: a loss on the predictions",
+        choices=("source", *METHODS, *MAXSQUARE_METHODS),
     )  # fmt: skip
 
 

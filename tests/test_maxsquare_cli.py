@@ -1,0 +1,72 @@
+"""The flags of the methods that learn from predictions: what contradicts, what is refused, what follows."""
+
+import pytest
+
+import train_uda
+from methods import MAXSQUARE, SOURCE_NET, TWO_HEADED_NET, write_world
+from refusals import check_refusal, check_refused, tree
+from uda.maxsquare_config import MaxSquareConfig
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("methods"))
+
+
+def words_of(world, out, **changes):
+    flags = {
+        "method": "maxsquare", **MAXSQUARE, "gpus": "cpu", "src_data_dir": world / "gta", "src_resize": (40, 32),
+        "num_workers": 0, "run_dir": out / "run", "tb_logs_dir": out / "tb", **changes,
+    }  # fmt: skip
+    for name, value in flags.items():
+        if value is True:
+            yield f"--{name}"
+        elif value is not None:
+            yield from (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))
+
+
+def test_what_is_refused(small_world, tmp_path, run_script):
+    before = tree(tmp_path)
+    init = small_world / SOURCE_NET
+    cases = (
+        ({"IW_ratio": 0.3}, "--IW_ratio acts only with iw_maxsquare and iw_entropy"),
+        ({"threshold": 0.3}, "--threshold acts only with hard or --multi"),
+        ({"lambda_seg": 0.3, "method": "hard"}, "--lambda_seg acts only with --multi"),
+        ({"IW_ratio": 1.2, "method": "iw_entropy"}, "--IW_ratio is 1.2; it must be in [0, 1]"),
+        ({"lambda_target": -1}, "--lambda_target"),
+        ({"init": None}, "--init is required"),
+        ({"init": tmp_path / "missing.pth"}, "--init", "missing.pth: no such file"),
+        ({"multi": True}, "--multi needs a net of DeepLabV2Multi", "is UNet with 19 classes"),
+        ({"lambda_restitution": 0.01}, "--lambda_restitution 0.01 needs a net of DeepLabV2MultiSNR"),
+        ({"aspp_branches": 4}, "--aspp_branches 4"),
+        ({"model": "DeepLabV2Multi"}, "--backbone none: DeepLabV2Multi is built on"),
+        ({"batch_size": 6}, "--batch_size 6: there are 5 target images"),
+        ({"crop_size": (64, 20)}, "--crop_size 64 20 does not fit into --src_resize 40 32"),
+        ({"src_resize": (12, 32)}, "both sides must be at least 16"),
+    )
+    for changes, *parts in cases:
+        flags = {"init": init, "trg_data_dir": small_world / "cityscapes", **changes}
+        check_refusal(run_script(train_uda, *words_of(small_world, tmp_path, **flags)), *parts)
+    assert tree(tmp_path) == before
+
+
+def test_a_run(small_world, tmp_path, run_script):
+    flags = {
+        "init": small_world / TWO_HEADED_NET, "trg_data_dir": small_world / "cityscapes", "method": "hard",
+        "multi": True, "threshold": 0.5, "round_num": 1, "epoch_each_round": 1, "aspp_branches": 4, "freeze_bn": True,
+        "no_gaussian_blur": True,
+    }  # fmt: skip
+    words = list(words_of(small_world, tmp_path, **flags))
+    result = run_script(train_uda, *words)
+    assert result.code == 0, result.err
+    assert "adapted by hard with both heads" in result.out
+    assert run_script(train_uda, *words).code == 0  # it is finished
+    check_refusal(run_script(train_uda, *words, "--threshold", 0.6), "--threshold", "was started with 0.5")
+
+
+def test_sizes_that_follow_from_the_data_sets():
+    published = {"gta5": (1280, 720), "synthia": (1280, 760), "cityscapes": (1024, 512)}
+    for source, size in published.items():
+        config = MaxSquareConfig.from_flags({"method": "maxsquare", "source": source}).target
+        assert (config.src_resize, config.trg_resize, config.crop_size) == (size, (1024, 512), None)
+    check_refused(lambda: MaxSquareConfig.from_flags({"method": "cbst"}), "--method cbst has another configuration")

@@ -1,0 +1,299 @@
+"""Schedule, steps, repeated entries and scores of MaxSquare against the published code's numbers.
+
+See `test_maxsquare_golden.py`.
+"""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.optim import SGD
+
+import uda.maxsquare
+from data_handlers.classes import CITYSCAPES_IDS, IGNORE, SYNTHIA_13, SYNTHIA_16, SYNTHIA_IDS
+from data_handlers.domain import DomainBatch, PairBatch
+from data_handlers.images import resized
+from data_handlers.label_maps import to_train_ids
+from models.deeplab_multi import CAFFE_INPUT
+from steps import relative_l2
+from training.distributed import ALONE
+from training.metrics import confusion_matrix
+from training.published_scores import published_scores
+from training.validation import predict
+from uda.maxsquare import NET, MaxSquareTraining, schedule_of
+from uda.maxsquare_config import MaxSquareConfig
+from uda.maxsquare_samples import blurred
+from uda.repeated_sgd import RepeatedSGD, repeats_of
+from uda.source import poly_rate
+from uda_golden import indices, load, over
+
+
+def tensor(data, name):
+    return torch.from_numpy(data[name])
+
+
+def with_ignored(label):
+    """A published label, in which -1 is ignored."""
+    return torch.where(label < 0, IGNORE, label).long()
+
+
+# --- schedule --------------------------------------------------------------------------------------------------------
+
+
+@over("maxsquare_schedule", indices("poly"))
+def test_poly_schedule(path, item):
+    data, meta = load(path)
+    poly = meta["poly"][item]
+    for step, expected in zip(data[f"poly{item}/iteration"], data[f"poly{item}/lr"], strict=True):
+        rate = poly["lr"] * poly_rate(int(step), poly["iter_max"], poly["power"])
+        np.testing.assert_allclose((rate, 10 * rate), expected, rtol=1e-12)
+
+
+@over("maxsquare_schedule", indices("rounds"))
+def test_rounds(path, item):
+    case = load(path)[1]["rounds"][item]
+    config = MaxSquareConfig.from_flags({
+        "method": "maxsquare", "round_num": case["round_num"], "epoch_each_round": case["epoch_each_round"],
+        "batch_size": case["batch"],
+    }).schedule  # fmt: skip
+    images = case["target_images"]
+    steps, horizon = schedule_of(config, 10 * images, images, reference=True)
+    assert (steps, horizon) == (images // case["batch"], case["iter_max"])
+    assert horizon == config.epochs * case["num_iterations"]
+    # A round that is skipped makes the first that is run the longer: all run the same number of epochs.
+    assert sum(run["epochs_run"] for run in case["rounds_run"]) == config.epochs
+    assert schedule_of(config, 10, images, reference=False) == (steps, steps * config.epochs)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+class StandIn(nn.Module):
+    """The files' small net with two heads."""
+
+    def __init__(self, meta):
+        super().__init__()
+        width = meta["width"]
+        norm = [nn.BatchNorm2d(width)] if meta.get("batch_norm") else []
+        self.backbone = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), *norm, nn.ReLU())
+        self.head = nn.ModuleDict({name: nn.Conv2d(width, meta["num_classes"], 1) for name in ("main", "aux")})
+        self.start = ""
+
+    def network_input(self, image, dtype):
+        return image
+
+    def forward(self, image):
+        return self.head["main"](self.backbone(image))
+
+    def both_logits(self, image, parts=None):
+        features = self.backbone(image)
+        return self.head["main"](features), self.head["aux"](features)
+
+
+def our_name(name):
+    layer, _, kind = name.partition(".")
+    ours = {"conv": "backbone.0", "bn": "backbone.1", "head_a": "head.main", "head_b": "head.aux"}
+    return f"{ours[layer]}.{kind}"
+
+
+def tensors(data, prefix):
+    """Arrays of a file below a prefix, by our names."""
+    names = (name for name in data if name.startswith(f"{prefix}/"))
+    return {our_name(name.removeprefix(f"{prefix}/")): tensor(data, name) for name in names}
+
+
+def method_of(data, meta, mode, multi):
+    """The method of a run of a file, ready for its first step."""
+    hyper = meta["hyper"]
+    flags = {name: hyper[name] for name in ("lambda_seg", "lambda_target", "threshold", "IW_ratio", "freeze_bn",
+                                            "momentum", "weight_decay")}  # fmt: skip
+    config = MaxSquareConfig.from_flags({
+        **flags, "method": mode.lower(), "multi": multi, "lr_semseg": hyper["lr"], "power": hyper["poly_power"],
+        "batch_size": meta["batch"], "mode": "reference", "precision": "fp32",
+    })  # fmt: skip
+    net = StandIn(meta)
+    method = MaxSquareTraining(
+        config=config, rank=ALONE, source=range(9), target=range(9), net=net, shape=None
+    )  # fmt: skip
+    method.horizon = hyper["iter_max"]
+    net.load_state_dict(tensors(data, "init"), strict=False)
+    method.begin_stage(0, resumed=False)
+    return method
+
+
+def runs(data, meta):
+    return sorted(meta["runs"])
+
+
+@over("maxsquare_step", runs)
+def test_steps(path, item, monkeypatch):
+    data, meta = load(path)
+    mode, _, multi = item.rpartition("_multi")
+    method = method_of(data, meta, mode, multi == "1")
+    net, init, labels = method.net, tensors(data, "init"), {}
+    for kind in ("ensemble_label", "confident_label"):
+        function = getattr(uda.maxsquare, kind)
+        monkeypatch.setattr(uda.maxsquare, kind, lambda *a, f=function, k=kind: labels.setdefault(k, f(*a)))
+    learn_target, after_source = method.learn_target, {}
+
+    def recording(image):
+        after_source.update({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
+        return learn_target(image)
+
+    method.learn_target = recording
+    bias = {"backbone.0.bias"} if meta["batch_norm"] else set()  # has no gradient but rounding before a batch norm
+    for k in range(meta["steps"]):
+        after_source.clear()
+        labels.clear()
+        source = DomainBatch([tensor(data, f"source_{k}/image")], with_ignored(tensor(data, f"source_{k}/label")))
+        batch = PairBatch(source, DomainBatch([tensor(data, f"target_{k}/image")], None))
+        losses = method.step(batch, 0, meta["first_iteration"] + k)
+        expected = {name.rpartition("/")[2]: data[name] for name in data if name.startswith(f"{item}/step{k}/")}
+        rates = [group["lr"] for group in method.optimizers[NET].param_groups]
+        np.testing.assert_allclose(rates, expected["lr"], rtol=1e-12)
+        for ours, theirs in (
+            ("Source/Main", "loss_source_main"), ("Source/Auxiliary", "loss_source_aux"),
+            ("Target/Main", "loss_target_main"), ("Target/Auxiliary", "loss_target_aux"),
+        ):  # fmt: skip
+            assert (ours in losses) == (theirs in expected)
+            if ours in losses:
+                assert float(losses[ours]) == pytest.approx(float(expected[theirs]), rel=1e-4, abs=1e-9), theirs
+        for ours, theirs in (("ensemble_label", "guidance_label"), ("confident_label", "hard_label")):
+            if theirs in expected:
+                assert torch.equal(labels[ours], with_ignored(torch.from_numpy(expected[theirs]))), theirs
+        found = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+        for kind, gradients in ((f"grad_source{'' if k == 0 else k}", after_source),
+                                ("grad" if k == 0 else f"grad_step{k}", found)):  # fmt: skip
+            for name, value in (wanted := tensors(data, f"{item}/{kind}")).items():
+                if name not in bias:
+                    assert relative_l2(gradients[name], value) <= 1e-4, (kind, name)
+            assert not wanted or wanted.keys() == gradients.keys()
+        for name, value in tensors(data, f"{item}/after{k + 1}").items():
+            ours = net.state_dict()[name]
+            assert relative_l2(ours, value) <= 1e-6 or name in bias, name
+            if value.is_floating_point() and name not in bias:
+                change = value.double() - init[name].double() if name in init else None
+                if change is not None and change.norm() > 0:
+                    assert relative_l2(ours.double() - init[name].double(), change) <= 1e-2, name
+    for name in meta["runs"][item]["no_gradient"]:
+        assert torch.equal(net.state_dict()[our_name(name)], init[our_name(name)])
+
+
+@over("maxsquare_duplicate_entries")
+def test_repeated_entries(path):
+    data, meta = load(path)
+    hyper, names = meta["hyper"], sorted(meta["group_of"])
+    root = nn.Module()
+    for name in names:
+        module, parts = root, name.split(".")
+        for part in parts[:-1]:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(parts[-1], nn.Parameter(tensor(data, f"init/{name}")))
+    parameters = dict(root.named_parameters())
+    repeats = repeats_of(root)
+    assert all(repeats[parameters[n]] == times for n, times in meta["appearances"].items() if meta["group_of"][n] == 0)
+    rates = (hyper["lr"], meta["group1_lr"])
+    groups = [
+        {"params": [parameters[n] for n in names if meta["group_of"][n] == k], "lr": rate}
+        for k, rate in enumerate(rates)
+    ]
+    settings = {"momentum": hyper["momentum"], "weight_decay": hyper["weight_decay"]}
+    heads = {parameters[n] for n in names if meta["group_of"][n] == 1}
+    optimizer = RepeatedSGD(groups, {p: n for p, n in repeats.items() if p not in heads}, **settings)
+    for k in range(3):
+        for name in names:
+            parameters[name].grad = tensor(data, f"grad{k}/{name}") if f"grad{k}/{name}" in data else None
+        optimizer.step()
+        for name in names:
+            assert relative_l2(parameters[name].detach(), tensor(data, f"after{k + 1}/{name}")) <= 1e-5, (k, name)
+
+
+def test_without_repeats_it_is_sgd():
+    weights = [nn.Parameter(torch.arange(3.0)) for _ in range(2)]
+    one = SGD([{"params": weights[:1]}], lr=0.1, momentum=0.9, weight_decay=0.01)
+    other = RepeatedSGD([{"params": weights[1:]}], {}, lr=0.1, momentum=0.9, weight_decay=0.01)
+    for k in range(3):
+        for weight, optimizer in zip(weights, (one, other), strict=True):
+            weight.grad = torch.full((3,), float(k + 1))
+            optimizer.step()
+    assert torch.equal(*weights)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+def id_map_of(name, classes):
+    """Label ids of a data set to the trainIds of 19, 16 or 13 classes."""
+    ids = SYNTHIA_IDS if name == "synthia" else CITYSCAPES_IDS
+    kept = {19: range(19), 16: SYNTHIA_16, 13: SYNTHIA_13}[classes]
+    return {label_id: list(kept).index(train_id) for label_id, train_id in ids.items() if train_id in kept}
+
+
+@over("maxsquare_transforms", lambda data, meta: sorted(name for name in data if name.startswith("lut/")))
+def test_classes(path, item):
+    name, _, classes = item.removeprefix("lut/").partition("_")
+    ours = to_train_ids(np.arange(256), id_map_of(name, int(classes)))
+    np.testing.assert_array_equal(ours, with_ignored(tensor(load(path)[0], item).long()))
+
+
+@over("maxsquare_transforms", lambda data, meta: sorted(n for n, c in meta["cases"].items() if not c["random_crop"]))
+def test_samples(path, item):
+    data, meta = load(path)
+    case, step = meta["cases"][item], -1 if meta["cases"][item].get("mirror") else 1
+    pixels = np.ascontiguousarray(data[f"{case['picture']}/image"][:, ::step])
+    size = tuple(case["crop_size_wh"])
+    pixels = resized(pixels, size, "exact")
+    if case.get("blur_radius") is not None:
+        pixels = blurred(pixels, case["blur_radius"])
+    ours = CAFFE_INPUT(torch.from_numpy(pixels)).flip(0).numpy()  # theirs is blue, green and red
+    assert np.abs(ours - data[f"{item}/image"]).max() <= 1e-4
+    if f"{item}/label" in data:
+        label = Image.fromarray(np.ascontiguousarray(data[f"{case['picture']}/label"][:, ::step]))
+        classes = 16 if case["class_16"] else 13 if case["class_13"] else 19
+        ids = np.array(label.resize(size, Image.Resampling.NEAREST))
+        found = to_train_ids(ids, id_map_of(case["picture"], classes))
+        np.testing.assert_array_equal(found, with_ignored(tensor(data, f"{item}/label").long()))
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+SCORES = {"PA": "pixel_accuracy", "MPA": "mean_accuracy", "mIoU": "mean_iou", "FWIoU": "frequency_weighted_iou",
+          "MPC": "mean_precision"}  # fmt: skip
+
+
+@over("maxsquare_metrics", lambda data, meta: sorted(meta["cases"]))
+def test_scores(path, item):
+    data, meta = load(path)
+    classes = meta["cases"][item]["K"]
+    subsets = {"": None, "_16": None, "_13": meta["subset_13_of_16"]}
+    subsets |= {f"_{name}": kept for name, kept in meta["subsets_of_19"].items()}
+    matrix = confusion_matrix(tensor(data, f"{item}/pred"), with_ignored(tensor(data, f"{item}/gt")), classes)
+    np.testing.assert_array_equal(matrix.numpy(), data[f"{item}/confusion"])
+    for name in data:
+        case, _, key = name.partition("/")
+        kind, _, suffix = key.partition("_")
+        if case == item and kind in SCORES:
+            scores = published_scores(matrix, subsets[f"_{suffix}" if suffix else ""])
+            assert getattr(scores, SCORES[kind]) == pytest.approx(float(data[name]), abs=1e-9, nan_ok=True), key
+    printed = 100 * published_scores(matrix).per_class.numpy()
+    np.testing.assert_allclose(printed, data[f"{item}/per_class_printed"], rtol=0, atol=0.011)
+
+
+@over("snr_evaluate", lambda data, meta: [int(n[4]) for n in data if n.startswith("flip") and "confusion" in n])
+def test_evaluation(path, item):
+    data, meta = load(path)
+    net = StandIn(meta).eval()
+    net.load_state_dict(tensors(data, "init"))
+    total = torch.zeros(meta["num_classes"], meta["num_classes"], dtype=torch.int64)
+    for k in range(sum(name.startswith("image_") for name in data)):
+        probability = predict(net, tensor(data, f"image_{k}"), flip=bool(item))[None]
+        scores = tensor(data, f"flip{item}/scores_{k}")
+        assert relative_l2(probability, scores if item else scores.softmax(1)) <= 1e-5
+        assert torch.equal(probability.argmax(1), tensor(data, f"flip{item}/argmax_{k}"))
+        total += confusion_matrix(probability.argmax(1), with_ignored(tensor(data, f"label_{k}")), meta["num_classes"])
+    np.testing.assert_array_equal(total.numpy(), data[f"flip{item}/confusion"])
+    scores = published_scores(total)
+    ours = [getattr(scores, SCORES[name]) for name in ("PA", "MPA", "mIoU", "FWIoU")]
+    np.testing.assert_allclose(ours, data[f"flip{item}/PA_MPA_mIoU_FWIoU"], rtol=0, atol=1e-9)

@@ -1,0 +1,261 @@
+"""Adaptation of a segmentation net by a loss on its own predictions (docs/uda.md, section MaxSquare).
+
+A step learns the labels of source images, and from target images MaxSquare, entropy, both with image-wise weights, or
+hard pseudo-labels; an auxiliary head may learn the labels that both heads agree on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from data_handlers.domain import DOMAINS, Domain, PairBatch, Samples
+from models.deeplab_multi import Restituted
+from models.losses import cross_entropy
+from models.segmentation import HEAD_RATE, build_segmentation_net, parameter_groups
+from models.shapes import TWO_HEADED, SegmentationShape
+from training.distributed import Rank, all_reduce_and_step, zero_gradients
+from training.method import Method, Stage
+from training.precision import Runner, channels_last
+from training.preparation import make_domain, source_files, target_files, target_validator
+from training.run_folder import Continued
+from training.segmentation_files import trainable_net
+from training.synchronised_norm import synchronise_batch_norms
+from uda.cbst_config import TRAIN_FIRST
+from uda.cbst_optimisation import freeze_statistics
+from uda.maxsquare_config import MaxSquareConfig, ScheduleConfig
+from uda.maxsquare_samples import BlurredSamples
+from uda.repeated_sgd import RepeatedSGD, repeats_of
+from uda.restitution import RestitutionHeads, restitution_loss
+from uda.source import poly_rate
+from uda.target_losses import (
+    confident_label,
+    ensemble_label,
+    entropy,
+    image_wise_entropy,
+    image_wise_maxsquare,
+    maxsquare,
+)
+from utils.devices import to_device
+from utils.errors import UserError
+from utils.seeds import NET_WEIGHTS, seed_for
+
+NET, HEADS = "net", "restitution_heads"
+SOFT: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "maxsquare": lambda logits, ratio: maxsquare(logits), "entropy": lambda logits, ratio: entropy(logits),
+    "iw_maxsquare": image_wise_maxsquare, "iw_entropy": image_wise_entropy,
+}  # fmt: skip
+
+
+def schedule_of(config: ScheduleConfig, source: int, target: int, reference: bool) -> tuple[int, int]:
+    """Steps of an epoch, and the step at which the poly schedule would reach 0.
+
+    The published epoch also ends with the source images, and its schedule is made for a step more in each epoch.
+
+    Args:
+        source, target: numbers of images.
+    """
+    batch = config.batch_size
+    if reference:
+        return min(source, target) // batch, (target + batch) // batch * config.epochs
+    return target // batch, target // batch * config.epochs
+
+
+class MaxSquareTraining(Method):
+    """Adapts a net (on the CPU) to the target, in a single stage.
+
+    Attributes:
+        horizon: see `schedule_of`.
+    """
+
+    name: ClassVar[str] = "maxsquare"
+    config_class: ClassVar[type[MaxSquareConfig]] = MaxSquareConfig
+    config: MaxSquareConfig
+
+    def __init__(
+        self, *, config: MaxSquareConfig, rank: Rank, source: Domain, target: Domain, net: nn.Module,
+        shape: SegmentationShape,
+    ) -> None:  # fmt: skip
+        super().__init__(config=config, rank=rank, domains={"source": source, "target": target})
+        self.net, self.shape = net, shape
+        self.run = Runner(config.run.precision)
+        self.reference = config.adaptation.mode == "reference"
+        self.steps_per_epoch, self.horizon = schedule_of(config.schedule, len(source), len(target), self.reference)
+        self.heads: RestitutionHeads | None = None
+        if config.adaptation.lambda_restitution:
+            self.heads = RestitutionHeads(net.backbone.stage_channels, shape.num_classes)
+        if hasattr(net, "idle"):
+            self.unused = {f"{NET}.{name}": why for name, why in net.idle(config.adaptation.multi).items()}
+
+    def task(self) -> str:
+        """End of the name of a new run folder."""
+        config = self.config
+        return f"{config.method.method}_{config.source.source}_to_{config.target.target}"
+
+    def stages(self) -> list[Stage]:
+        """One stage of all rounds, which differ in nothing; it is validated after each epoch."""
+        schedule, epoch = self.config.schedule, self.steps_per_epoch
+        return [Stage(
+            name="training", steps=schedule.epochs * epoch, steps_per_epoch=epoch, batch_size=schedule.batch_size,
+            validate_every=epoch,
+        )]  # fmt: skip
+
+    def begin_stage(self, stage: int, resumed: bool) -> None:
+        """Move the networks to the device and make their optimiser."""
+        config = self.config.schedule
+        self.modules = {NET: self.net} if self.heads is None else {NET: self.net, HEADS: self.heads}
+        for module in self.modules.values():
+            channels_last(module.to(self.device, self.dtype).train())
+        if self.config.adaptation.freeze_bn:
+            freeze_statistics(self.net)
+        elif self.rank.count > 1:
+            synchronise_batch_norms(self.net)
+        groups = parameter_groups(self.net, config.lr_semseg)
+        groups[1]["params"] += [] if self.heads is None else list(self.heads.parameters())
+        settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+        if self.reference:
+            optimizer = RepeatedSGD(groups, repeats_of(self.net.backbone), **settings)
+        else:
+            optimizer = SGD(groups, fused=True, **settings)
+        self.optimizers = {NET: optimizer}
+
+    def eval_net(self) -> nn.Module | None:
+        """The net in training."""
+        return self.modules.get(NET)
+
+    def batches(self, stage: int, steps: range) -> Iterator[PairBatch]:
+        """Source images with labels, and target images; of a larger source each epoch has other images."""
+        size = self.config.schedule.batch_size
+        per_epoch = self.steps_per_epoch * size
+        kind = Samples if self.config.target.no_gaussian_blur else BlurredSamples
+        source, target = (
+            kind(
+                domain=self.domains[name], stage=stage, per_epoch=per_epoch,
+                epoch_length=max(per_epoch, len(self.domains[name])),
+            ).batches(steps, size, self.rank.part(size))
+            for name in DOMAINS
+        )  # fmt: skip
+        for one, other in zip(source, target, strict=True):
+            yield PairBatch(one, other)
+
+    def step(self, batch: PairBatch, stage: int, step: int) -> Mapping[str, Tensor]:
+        """The gradients of source and target add up; each has its own batch statistics."""
+        schedule, optimizer = self.config.schedule, self.optimizers[NET]
+        rate = schedule.lr_semseg * poly_rate(step, self.horizon, schedule.power)
+        for group, multiple in zip(optimizer.param_groups, (1.0, HEAD_RATE), strict=True):
+            group["lr"] = rate * multiple
+        source, target = (
+            self.net.network_input(to_device(domain.levels[0], self.device), self.dtype)
+            for domain in (batch.source, batch.target)
+        )
+        zero_gradients(optimizer)
+        losses = self.learn_source(source, to_device(batch.source.label, self.device)) | self.learn_target(target)
+        all_reduce_and_step(self.rank, optimizer)
+        return losses
+
+    def learn_source(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of cross-entropy on labelled images (B,3,h,w), with labels (B,h,w)."""
+        config, parts = self.config.adaptation, [] if self.heads is not None else None
+        main, aux = self._logits(image, parts)
+        share = self.rank.labelled_fraction(label)
+        losses = {"Source/Main": (1.0, share * cross_entropy(main, label))}
+        if config.multi:
+            losses["Source/Auxiliary"] = (config.lambda_seg, share * cross_entropy(aux, label))
+        dual = {}
+        if parts is not None:
+            fraction = self.rank.fraction(self.config.schedule.batch_size)
+            loss, supervised = restitution_loss(self.heads, parts, label, rank=self.rank, fraction=fraction)
+            losses |= {"Source/Restitution": (config.lambda_restitution, loss)}
+            losses |= {"Source/RestitutionHeads": (config.lambda_restitution, supervised)}
+            dual = {"Source/Restitution": fraction * loss.detach()}
+        return self._backward(losses) | dual
+
+    def learn_target(self, image: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of the losses on images (B,3,h,w) without labels."""
+        config, method = self.config.adaptation, self.config.method.method
+        main, aux = self._logits(image, None)
+        if method in SOFT:
+            loss = self.rank.fraction(self.config.schedule.batch_size) * SOFT[method](main, config.IW_ratio)
+        else:
+            loss = self._on_labels(main, confident_label(main, config.threshold))
+        losses = {"Target/Main": (config.lambda_target, loss)}
+        if config.multi:
+            guidance = self._on_labels(aux, ensemble_label(main, aux, config.threshold))
+            losses["Target/Auxiliary"] = (config.lambda_seg * config.lambda_target, guidance)
+        return self._backward(losses)
+
+    def _logits(self, image: Tensor, parts: list[Restituted] | None) -> tuple[Tensor, Tensor | None]:
+        if self.config.adaptation.multi or parts is not None:
+            return self.run(self.net.both_logits, image, parts)
+        return self.run(self.net, image), None
+
+    def _on_labels(self, logits: Tensor, label: Tensor) -> Tensor:
+        return self.rank.labelled_fraction(label) * cross_entropy(logits, label)
+
+    def _backward(self, losses: Mapping[str, tuple[float, Tensor]]) -> dict[str, Tensor]:
+        """Add the gradients of weighted losses, and return them without their weights."""
+        sum(weight * loss for weight, loss in losses.values()).backward()
+        return {name: loss.detach() for name, (_, loss) in losses.items()}
+
+    def describe(self) -> list[str]:
+        """What is adapted on what."""
+        config, schedule = self.config, self.config.schedule
+        two = " with both heads" if config.adaptation.multi else ""
+        lines = [*super().describe(), f"{self.shape}, adapted by {config.method.method}{two}", self.net.start]
+        lines.append(f"{schedule.epochs} epochs of {self.steps_per_epoch} steps")
+        if self.rank.count > 1:
+            lines.append(f"{self.rank.count} processes share every batch")
+        return [*filter(None, lines), f"precision {config.run.precision}"]
+
+    def conclusion(self, folder: Path) -> str:
+        """The command that scores the net."""
+        return f"score the net with: python evaluate.py --weights {folder / 'latest.pth'}"
+
+
+# --- checks of the input, before anything is written ------------------------------------------------------------------
+
+
+def prepare_maxsquare(config: MaxSquareConfig, rank: Rank, continued: Continued | None) -> MaxSquareTraining:
+    """Check the input of an adaptation and load the net. Raises `UserError`, which names file or flag."""
+    images, sizes, batch = config.images, config.target, config.schedule.batch_size
+    torch.manual_seed(seed_for(config.run.manual_seed, NET_WEIGHTS))  # of a new restitution, and of its heads
+    shape, net = _net(config, continued)
+    files = source_files(
+        config.source, shape.num_classes, images.src_label_dir, origin=f"--init {config.adaptation.init}"
+    )
+    target = target_files(config.target, shape.num_classes)
+    for name, found in (("source", files), ("target", target)):
+        if len(found) < batch:
+            raise UserError(f"--batch_size {batch}: there are {len(found)} {name} images")
+    domains = {
+        name: make_domain(
+            config, rank, listed, name, resize=resize, crop=sizes.crop_size or resize, flip=True,
+            labels=name == "source", image_roots=images.source_images if name == "source" else (),
+        )
+        for name, listed, resize in (("source", files, sizes.src_resize), ("target", target, sizes.trg_resize))
+    }  # fmt: skip
+    method = MaxSquareTraining(config=config, rank=rank, net=net, shape=shape, **domains)
+    method.validator, method.validation_line = target_validator(
+        config, rank, files.data_set, target, shape.num_classes, config.adaptation.select_by, always=True
+    )
+    return method
+
+
+def _net(config: MaxSquareConfig, continued: Continued | None) -> tuple[SegmentationShape, nn.Module]:
+    """The net to adapt, with what it learns trainable; a continued run gets its weights from the checkpoint."""
+    given = config.adaptation
+    if continued is not None:
+        shape = SegmentationShape(**continued.checkpoint.segmentation["shape"])
+        net = build_segmentation_net(shape)
+    elif given.init:
+        shape, net = trainable_net(Path(given.init), model=given.model, aspp_branches=given.aspp_branches)
+    else:
+        raise UserError(f"--init is required, the net to adapt; {TRAIN_FIRST}")
+    needed = TWO_HEADED[1:] if given.lambda_restitution else TWO_HEADED
+    if (given.multi or given.lambda_restitution) and shape.model not in needed:
+        flag = f"--lambda_restitution {given.lambda_restitution:g}" if given.lambda_restitution else "--multi"
+        raise UserError(f"{flag} needs a net of {' or '.join(needed)}; that of --init {given.init} is {shape}")
+    return shape, net
