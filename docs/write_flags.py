@@ -27,7 +27,8 @@ SCRIPTS = (
 )  # fmt: skip
 HEAD = """# All flags
 
-Made from the parsers by `python docs/write_flags.py`; `--help` of each script says the same. A flag marked "continue"
+Made from the parsers by `python docs/write_flags.py`; `--help` of each script says the same. Within a name, `-` and `_`
+are alike. A flag marked "continue"
 may differ when a run is continued; with any other, a continued run refuses another value than it was started with.
 Scripts that take `--source` or `--data_set` have `--print_data NAME`, too, which prints the description of a data set.
 """

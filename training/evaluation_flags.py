@@ -62,7 +62,8 @@ class EvaluationFlags:
         "", "Cityscapes label ids, trainIds or class colours (default: labelids; trainids of sets with other classes)",
         choices=ENCODINGS,
     )  # fmt: skip
-    error_maps: bool = option(False, "write NAME_errors.png, too: wrong pixels in the predicted class's colour")
+    error_maps: bool = option(False, "write NAME_errors.png, too: wrong pixels in the predicted class's colour, "
+        "others white, those without a label, too")
     num_workers: int | None = option(
         None, "loader processes (default: 6, or as many as CPUs; half of them on a CPU)", type=int
     )

@@ -63,11 +63,15 @@ class PseudoLabels:
     skipped: tuple[str, ...]
 
     def describe(self) -> str:
-        """The labelled share, and the classes that have a threshold."""
-        names = dict(enumerate(self.files.data_set.class_names))
-        reached = [(c, value) for c, value in enumerate(self.made["thresholds"]) if value is not None]
-        listed = ", ".join(f"{names.get(c, f'class {c}')} {value:.3f}" for c, value in reached)
-        return f"{100 * self.share:.1f}% of the target's pixels labelled; {listed}"
+        """The labelled share, the thresholds, and the classes that have none."""
+        names, thresholds = dict(enumerate(self.files.data_set.class_names)), dict(enumerate(self.made["thresholds"]))
+        listed = [f"{names.get(c, f'class {c}')} {value:.3f}" for c, value in thresholds.items() if value is not None]
+        if self.made["made_from"]["policy"] == "global":
+            listed = [f"threshold {value:.3f}" for value in list(thresholds.values())[:1] if value is not None]
+        without = [names.get(c, f"class {c}") for c, value in thresholds.items() if value is None]
+        if without:
+            listed.append(f"no label for {', '.join(without) if len(without) < 6 else f'{len(without)} classes'}")
+        return f"{100 * self.share:.1f}% of the target's pixels labelled; {', '.join(listed)}"
 
     def read(self, name: str, size: tuple[int, int]) -> np.ndarray:
         """The label of an image of (W,H), uint8 (H,W). Raises `UserError` as `read_label`."""

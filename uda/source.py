@@ -148,11 +148,15 @@ class SourceTraining(Method):
         return [*lines, f"precision {config.run.precision}"]
 
     def conclusion(self, folder: Path) -> str:
-        """The flags of train_procst.py that use the net."""
+        """The commands that use the net."""
         weights = self.config.held_out.output if self.published else str(folder)
         source = self.config.source.source
         words = ["train_procst.py", "--source", source, *self.shape.flags(source), "--semseg_weights", weights]
-        return f"use the net with: python {shlex.join(words)}"
+        return (
+            f"use the net with: python {shlex.join(words)}\n"
+            f"score it with: python evaluate.py --weights {weights}\n"
+            f"adapt it with: python train_uda.py --init {weights}"
+        )
 
 
 # --- checks of the input, before anything is written ------------------------------------------------------------------
