@@ -7,40 +7,46 @@ The net is the one that train_semseg_on_source.py trains, which is `--method sou
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from training.flags import build_parser, parse
+from training.flags import Config, build_parser, parse
 from uda.cbst_config import MAXSQUARE_METHODS, MethodConfig, SelfTrainingConfig
 from uda.config import SourceTrainingConfig
-from uda.maxsquare_config import MaxSquareConfig
+from uda.maxsquare_config import MaxSquareConfig, SizesConfig
 from uda.presets import listing
 from utils.errors import run_cli
 
 GROUPS, FIRST = SelfTrainingConfig.groups, SelfTrainingConfig.first
+MORE_GROUPS = {f"With --method {', '.join(MAXSQUARE_METHODS)}": [SizesConfig, *MaxSquareConfig.groups["method"]]}
+
+
+def flags_of(words: Sequence[str]) -> tuple[type[Config], Mapping[str, Sequence[type]]]:
+    """The configuration of the method that a command line names, and the groups of its flags."""
+    split = [word for argument in words for word in argument.split("=", 1)]
+    chosen = {value for flag, value in pairwise(split) if flag == "--method"}
+    if "source" in chosen:
+        return SourceTrainingConfig, {"method": [MethodConfig], **SourceTrainingConfig.groups}
+    config = MaxSquareConfig if chosen.intersection(MAXSQUARE_METHODS) else SelfTrainingConfig
+    return config, config.groups
 
 
 def main() -> None:
     """Command line entry: alone, or as one of several processes."""
-    words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]
-    chosen = {value for flag, value in pairwise(words) if flag == "--method"}  # the flags of methods differ
-    groups, first = GROUPS, FIRST
-    if on_source := "source" in chosen:
-        groups, first = {"method": [MethodConfig], **SourceTrainingConfig.groups}, SourceTrainingConfig.first
-    elif on_predictions := bool(chosen.intersection(MAXSQUARE_METHODS)):
-        groups, first = MaxSquareConfig.groups, MaxSquareConfig.first
-    given = parse(build_parser(__doc__, groups, first))
+    config, groups = flags_of(sys.argv[1:])
+    given = parse(build_parser(__doc__, groups, config.first))
     if given.pop("list_presets", False):
         print(listing())
         return
     # Imported after the flags are read: a mistyped flag is answered at once.
     from training.run import train
 
-    if on_source:
+    if config is SourceTrainingConfig:
         from uda.source import SourceTraining as method
         from uda.source import prepare_source as prepare
 
         del given["method"]
-    elif on_predictions:
+    elif config is MaxSquareConfig:
         from uda.maxsquare import MaxSquareTraining as method
         from uda.maxsquare import prepare_maxsquare as prepare
     else:

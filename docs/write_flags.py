@@ -28,8 +28,8 @@ SCRIPTS = (
 HEAD = """# All flags
 
 Made from the parsers by `python docs/write_flags.py`; `--help` of each script says the same. Within a name, `-` and `_`
-are alike. A flag marked "continue"
-may differ when a run is continued; with any other, a continued run refuses another value than it was started with.
+are alike. A flag marked "continue" may differ when a run is continued; with any other, a continued run refuses another
+value than it was started with.
 Scripts that take `--source` or `--data_set` have `--print_data NAME`, too, which prints the description of a data set.
 """
 
@@ -51,7 +51,7 @@ def page() -> str:
         name = Path(script.__file__).name
         summary = script.__doc__.strip().splitlines()[0]
         parts.append(f"\n## {name}\n\n{summary}\n")
-        for title, sections in script.GROUPS.items():
+        for title, sections in {**script.GROUPS, **getattr(script, "MORE_GROUPS", {})}.items():
             heading = "" if len(script.GROUPS) == 1 else f"\n### {title[0].upper()}{title[1:]}\n"
             table = "".join(rows(field) for field in options_of(*sections).values())
             parts.append(f"{heading}\n| flag | default | | meaning |\n| --- | --- | --- | --- |\n{table}")

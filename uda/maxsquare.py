@@ -226,7 +226,7 @@ def prepare_maxsquare(config: MaxSquareConfig, rank: Rank, continued: Continued 
     files = source_files(
         config.source, shape.num_classes, images.src_label_dir, origin=f"--init {config.adaptation.init}"
     )
-    target = target_files(config.target, shape.num_classes)
+    target = target_files(config.target, shape.num_classes, labels=config.target.trg_labels)
     for name, found in (("source", files), ("target", target)):
         if len(found) < batch:
             raise UserError(f"--batch_size {batch}: there are {len(found)} {name} images")
