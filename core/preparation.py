@@ -47,7 +47,7 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
         seg_sit=seg_sit,
         seg_sit_is_fresh=fresh,
     )
-    method.validator, method.validation_line = validator, line
+    method.validator, method.validation_line = validator, f"last scale: {line}" if line else ""
     return method
 
 

@@ -267,6 +267,7 @@ REFUSED = {
     "the cache": ({"cache_dir": "cache"}, "--cache_dir: self-training reads images at their own size"),
     "resampling": ({"resample": "exact"}, "--resample: self-training reads images at their own size"),
     "no prior": ({"method": "cbst-sp"}, "--method cbst-sp needs --spatial_prior"),
+    "a maximum": ({"init_src_port": 0.5, "max_src_port": 0.06}, "--init_src_port 0.5 is above --max_src_port 0.06"),
     "a prior": ({"spatial_prior": "x.mat"}, "acts only with cbst-sp"),
     "a missing prior": ({"method": "cbst-sp", "spatial_prior": "/x.mat"}, "/x.mat does not exist"),
     "a portion": ({"init_tgt_port": 1.5}, "--init_tgt_port is 1.5; it must be in [0, 1]"),

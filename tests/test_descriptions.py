@@ -96,6 +96,8 @@ TINY = {
         "src_resize": SIZE, "crop_size": (32, 32), "num_steps": 4, "batch_size": 2, "model": "UNet",
         "lr_semseg": 1e-2, "tb_logs_dir": "logs",
     },
+    "train_uda": {"crop_size": 32, "num_round": 1, "epoch_per_round": 1, "init_src_port": 0.5,
+                  "max_src_port": 0.5, "tb_logs_dir": "logs"},
     "evaluate": {}, "create_sit_dataset": {},
 }  # fmt: skip
 
@@ -401,7 +403,7 @@ def test_a_sit_set_of_jpeg_images_is_read_by_the_same_description(frames, run_sc
         result = run_script(train_semseg_on_source, *source_flags(frames, frames / "out", **flags))
         assert result.code == 0, result.err
         assert f"8 images in {frames / 'sit'}" in result.out
-        adapted = {"gpus": "cpu", "weights": "net", "source": "frames.toml", "target": "photos", "crop_size": 32,
+        adapted = {"gpus": "cpu", "init": "net", "source": "frames.toml", "target": "photos", "crop_size": 32,
                    "batch_size": 2, "num_round": 1, "init_src_port": 1, "max_src_port": 1, "num_workers": 0,
                    "run_dir": f"uda_{'src_label_dir' in changes}"}  # fmt: skip
         changes.pop("cache_dir", None)

@@ -41,7 +41,7 @@ def test_a_run_with_label_losses(world, tmp_path, run_script, source_net):
     run = only_run(tmp_path)
     found = validations(run)
     assert [(validation["stage"], validation["step"]) for validation in found] == [(2, 2), (2, 3)]
-    assert "validating the last scale on cityscapes: 2 images" in result.out
+    assert "last scale: validating on cityscapes: 2 images" in result.out
     best = max(found, key=lambda validation: validation["miou"])
     checkpoint = load_checkpoint(run / "best.pth")
     assert (checkpoint.stage, checkpoint.step, checkpoint.info["miou"]) == (2, best["step"], best["miou"])
@@ -113,7 +113,7 @@ def test_a_target_without_labels_is_not_validated(world, tmp_path, run_script, s
     changes = {"trg_data_dir": world / "unlabelled", "validation_rate": None, "num_scales": 0, "batch_size_list": 2}
     result = run_script(train_procst, *label_flags(world, tmp_path, source_net, **changes))
     assert result.code == 0, result.err
-    assert "no validation of the last scale: the target has no labelled val split" in result.out
+    assert "last scale: no validation: the target has no labelled val split" in result.out
     assert not {"validations.json", "best.pth"} & {path.name for path in only_run(tmp_path).iterdir()}
 
 

@@ -141,7 +141,6 @@ def test_files_that_are_refused(saved):
 
     for changes, part in (
         ({"version": 1}, "checkpoint version 1; this program reads"),
-        ({"version": torch.ones(2)}, "this program reads"),
         ({"format": "other"}, "holds no segmentation net"),
         ({"segmentation": {}}, "holds no segmentation net: the run trains without label losses"),
         ({"segmentation": {"module": "net"}}, "incomplete: 'shape'"),

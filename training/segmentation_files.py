@@ -117,7 +117,11 @@ def _net_of(checkpoint: Checkpoint, origin: str) -> tuple[SegmentationShape, nn.
         raise UserError(
             f"{origin} holds no segmentation net: the run trains without label losses or has not reached its last scale"
         )
-    shape = SegmentationShape(**checkpoint.segmentation["shape"])
+    try:
+        shape = SegmentationShape(**checkpoint.segmentation["shape"])
+        weights = checkpoint.modules[checkpoint.segmentation["module"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{origin} is incomplete: {error}") from None
     net = build_segmentation_net(shape)
-    load_network(net, checkpoint.modules[checkpoint.segmentation["module"]], origin)
+    load_network(net, weights, origin)
     return shape, net.eval().requires_grad_(False)

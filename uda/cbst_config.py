@@ -234,7 +234,12 @@ class SelfTrainingConfig(Config):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        name, prior = self.method.method, self.adaptation.spatial_prior
+        name, prior, rounds = self.method.method, self.adaptation.spatial_prior, self.rounds
+        for of, init, most in (
+            ("tgt", rounds.init_tgt_port, rounds.max_tgt_port), ("src", rounds.init_src_port, rounds.max_src_port)
+        ):  # fmt: skip
+            fits = init <= most or self.adaptation.mode == "reference"
+            check(fits, f"--init_{of}_port {init:g} is above --max_{of}_port {most:g}; raise that")
         check(name in METHODS, f"--method {name} has another configuration; start it with --method {name}")
         check(bool(prior) or name != "cbst-sp", "--method cbst-sp needs --spatial_prior: see make_spatial_prior.py")
         only = f"--spatial_prior (or a preset's) acts only with cbst-sp, not with --method {name}"
