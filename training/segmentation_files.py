@@ -120,6 +120,8 @@ def _net_of(checkpoint: Checkpoint, origin: str) -> tuple[SegmentationShape, nn.
     try:
         shape = SegmentationShape(**checkpoint.segmentation["shape"])
         weights = checkpoint.modules[checkpoint.segmentation["module"]]
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"{origin} is incomplete: {error}") from None
     net = build_segmentation_net(shape)
