@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training.checkpoint import load_checkpoint
+from utils.errors import UserError
 
 STEPS = 3  # of every scale
 
@@ -125,3 +126,16 @@ def at_step(monkeypatch, method, stage, step, happens):
 def stop_at(monkeypatch, method, stage, step, number=signal.SIGTERM):
     """Ask a run to stop while it takes a step; it takes it, saves and ends with exit code 75."""
     at_step(monkeypatch, method, stage, step, lambda: signal.raise_signal(number))
+
+
+def failing_at(call, function):
+    """The function, which raises an error at its n-th call."""
+    calls = []
+
+    def counted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == call:
+            raise UserError("killed")
+        return function(*arguments, **keywords)
+
+    return counted

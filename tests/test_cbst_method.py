@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate
 import make_spatial_prior
 import train_uda
-from commands import assert_same_tensors, command, source_flags, stop_at
+from commands import assert_same_tensors, command, failing_at, source_flags, stop_at
 from data_handlers.classes import CITYSCAPES_16_IDS, SYNTHIA_16, SYNTHIA_16_IDS
 from data_handlers.datasets import DATA_SETS, for_net_of, with_labels
 from data_handlers.spatial_prior import read_spatial_prior
@@ -101,16 +101,9 @@ def test_a_run_killed_in_a_labelling_pass_ends_with_the_same_bits(
     world, source_net, adapted, tmp_path, run_script, monkeypatch, calls
 ):
     """A pass calls the net for 4 images three times; the labels that a killed pass has written are kept."""
-    flags, real, seen = flags_for(world, source_net, tmp_path / "run"), labelling.confidence_map, []
-
-    def killed(*arguments, **keywords):
-        seen.append(1)
-        if len(seen) == calls:
-            raise UserError("killed")
-        return real(*arguments, **keywords)
-
+    flags = flags_for(world, source_net, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(labelling, "confidence_map", killed)
+        patch.setattr(labelling, "confidence_map", failing_at(calls, labelling.confidence_map))
         assert run_script(train_uda, *flags).code == 2
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("pseudo_labels/**/*.png")}
     assert len(kept) == {1: 0, 6: 0, 10: 1, 22: 5}[calls]

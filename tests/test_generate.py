@@ -12,13 +12,12 @@ from PIL import Image
 
 import generate_pseudo_labels
 import train_uda
-from commands import command
+from commands import command, failing_at
 from data_handlers.classes import CLASS_COLOURS
 from nets import save_net
 from processes import in_use
 from refusals import check_refusal, tree
 from uda import labelling
-from utils.errors import UserError
 from utils.locks import LOCK
 
 pytestmark = pytest.mark.slow
@@ -65,16 +64,9 @@ def test_they_are_those_of_a_round(world, source_net, tmp_path, run_script, poli
 
 @pytest.mark.parametrize("calls", [2, 6, 10])
 def test_a_killed_pass_continues(world, source_net, labels, tmp_path, run_script, monkeypatch, calls):
-    flags, real, seen = flags_for(world, source_net, tmp_path / "again"), labelling.confidence_map, []
-
-    def killed(*arguments, **keywords):
-        seen.append(1)
-        if len(seen) == calls:
-            raise UserError("killed")
-        return real(*arguments, **keywords)
-
+    flags = flags_for(world, source_net, tmp_path / "again")
     with monkeypatch.context() as patch:
-        patch.setattr(labelling, "confidence_map", killed)
+        patch.setattr(labelling, "confidence_map", failing_at(calls, labelling.confidence_map))
         assert run_script(generate_pseudo_labels, *flags).code == 2
     assert run_script(generate_pseudo_labels, *flags).code == 0
     assert files_of(tmp_path / "again") == files_of(labels)
