@@ -3,66 +3,17 @@
 The auxiliary head reads stage 3 of the backbone, the main head stage 4 (docs/uda.md, section MaxSquare).
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_handlers.images import NetworkInput
 from models.deeplab import DilatedSumHead
-from models.losses import at_least_float32
 from models.resnet import ResNet
+from models.restitution import IDLE_HEAD, Restituted, Restitution
 
-REDUCTION = 16
-RESTITUTED_STAGES = 3
 # The published nets are given levels less the mean of Caffe's ImageNet nets, and are not divided by any deviation.
 CAFFE_INPUT = NetworkInput(mean=(122.67891434, 116.66876762, 104.00698793), std=(1.0, 1.0, 1.0))
-
-
-class Restituted(NamedTuple):
-    """What restitution makes of features (B,C,h,w): the normalised ones, these with what of the style is relevant
-    for the task, which go on through the net, and with the rest of it, which only the dual loss reads."""
-
-    normalised: Tensor
-    restored: Tensor
-    contaminated: Tensor
-
-
-class Restitution(nn.Module):
-    """Instance normalisation whose residual is restored to the share a of a channel gate, in (0,1).
-
-    With the normalised features n = s x + t the restored ones are a x + (1-a) n, an affine map of x in each channel.
-    The mean of the residual, which the gate reads, is that of x less the bias of the normalisation.
-    """
-
-    def __init__(self, channels: int, reduction: int = REDUCTION) -> None:
-        super().__init__()
-        self.norm = nn.InstanceNorm2d(channels, affine=True)
-        self.reduce = nn.Conv2d(channels, channels // reduction, 1)
-        self.expand = nn.Conv2d(channels // reduction, channels, 1)
-        for layer in (self.reduce, self.expand):
-            nn.init.normal_(layer.weight, std=0.01)
-
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,C,h,w) -> scale s and offset t of the normalisation, and the gate a, each (B,C,1,1)."""
-        variance, mean = torch.var_mean(at_least_float32(x), dim=(2, 3), correction=0, keepdim=True)
-        weight, bias = (p[None, :, None, None] for p in (self.norm.weight, self.norm.bias))
-        scale = weight * (variance + self.norm.eps).rsqrt()
-        gate = torch.sigmoid(self.expand(F.relu(self.reduce(mean - bias))))
-        return scale, bias - mean * scale, gate.to(scale.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B,C,h,w) -> the restored features, of the same shape."""
-        scale, offset, gate = self.factors(x)
-        return x * (gate + (1 - gate) * scale).to(x.dtype) + ((1 - gate) * offset).to(x.dtype)
-
-    def parts(self, x: Tensor) -> Restituted:
-        """(B,C,h,w) -> all that restitution makes of it."""
-        scale, offset, gate = self.factors(x)
-        normalised = x * scale + offset
-        residual = x - normalised
-        return Restituted(normalised, normalised + gate * residual, normalised + (1 - gate) * residual)
 
 
 class StagedResNet(ResNet):
@@ -93,11 +44,7 @@ class StagedResNet(ResNet):
             for block in stage:
                 x = self._run(block, x)
             if number < len(self.snr):
-                if parts is None:
-                    x = self.snr[number](x)
-                else:
-                    parts.append(self.snr[number].parts(x))
-                    x = parts[-1].restored
+                x = self.snr[number].restore(x, parts)
         return third, x
 
 
@@ -152,7 +99,7 @@ class DeepLabMulti(nn.Module):
             f"head.{head}.branches.{k}.*": f"--aspp_branches {computed} computes the first branches of a head alone"
             for head in heads for k in range(computed, len(self.head[head].branches))
         }  # fmt: skip
-        return found if both else {**found, "head.aux.*": "the auxiliary head is trained with --multi alone"}
+        return found if both else {**found, "head.aux.*": IDLE_HEAD}
 
 
 def _upsampled(logits: Tensor, image: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from models.fcn8s import FCN8s
 from models.resnet import ResNet
 from models.resnet38 import ResNet38
 from models.resnet38_files import load_resnet38_backbone
-from models.shapes import SMP_MODELS, TWO_HEADED, SegmentationShape
+from models.shapes import RESTITUTED, SMP_MODELS, TWO_HEADED_DEEPLAB, TWO_HEADED_UNET, SegmentationShape
 from models.smp import SmpNet
-from models.unet import UNet
+from models.unet import UNet, UNetMulti
 from models.vgg import starting_weights
 from utils.errors import UserError
 from utils.mxnet_params import is_mxnet_file
@@ -45,9 +45,11 @@ def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
         net = ResNet38(shape.num_classes)
     elif shape.model in SMP_MODELS:
         net = SmpNet(shape)
-    elif shape.model in TWO_HEADED:
+    elif shape.model in TWO_HEADED_UNET:
+        net = UNetMulti(shape.num_classes, restitutes=shape.model in RESTITUTED)
+    elif shape.model in TWO_HEADED_DEEPLAB:
         net = DeepLabMulti(
-            backbone=shape.backbone, num_classes=shape.num_classes, restitutes=shape.model == TWO_HEADED[1],
+            backbone=shape.backbone, num_classes=shape.num_classes, restitutes=shape.model in RESTITUTED,
             aspp_branches=shape.aspp_branches,
         )  # fmt: skip
     else:
@@ -56,7 +58,7 @@ def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
         net = DeepLab(backbone, head(backbone.out_channels, shape.num_classes))
     net.start = ""
     if shape.model not in SMP_MODELS:
-        inputs = {"ResNet38": IMAGENET_INPUT, **dict.fromkeys(TWO_HEADED, CAFFE_INPUT)}
+        inputs = {"ResNet38": IMAGENET_INPUT, **dict.fromkeys(TWO_HEADED_DEEPLAB, CAFFE_INPUT)}
         net.network_input = inputs.get(shape.model, PROCST_INPUT)
     return net
 

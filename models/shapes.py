@@ -13,10 +13,12 @@ _RESNETS = ("resnet101", "resnet50", "resnet34", "resnet18")
 # Backbones of each model, the published one first.
 MODEL_BACKBONES = {
     "DeepLabV2": _RESNETS, "DeepLab": _RESNETS, "VGG": ("vgg16",), "UNet": ("none",), "ResNet38": ("resnet38",),
-    "DeepLabV2Multi": _RESNETS, "DeepLabV2MultiSNR": _RESNETS,
+    "DeepLabV2Multi": _RESNETS, "DeepLabV2MultiSNR": _RESNETS, "UNetMulti": ("none",), "UNetMultiSNR": ("none",),
 }  # fmt: skip
-TWO_HEADED = ("DeepLabV2Multi", "DeepLabV2MultiSNR")
-_PUBLISHED = {"deeplabv2_multi": "DeepLabV2Multi", "deeplabv2_multi_snr": "DeepLabV2MultiSNR"}
+TWO_HEADED_DEEPLAB, TWO_HEADED_UNET = ("DeepLabV2Multi", "DeepLabV2MultiSNR"), ("UNetMulti", "UNetMultiSNR")
+TWO_HEADED = (*TWO_HEADED_DEEPLAB, *TWO_HEADED_UNET)
+RESTITUTED = (TWO_HEADED_DEEPLAB[1], TWO_HEADED_UNET[1])
+_PUBLISHED = dict(zip(("deeplabv2_multi", "deeplabv2_multi_snr"), TWO_HEADED_DEEPLAB, strict=True))
 
 # The nets of segmentation_models_pytorch, each with the encoder that it gets by default, and the package's encoders;
 # TIMM before a name of the package timm is an encoder as well.
@@ -72,8 +74,9 @@ class SegmentationShape:
             raise UserError(f"--backbone {self.backbone}: {self.model} is built on {known}")
         if not isinstance(self.num_classes, int) or not 2 <= self.num_classes <= 255:
             raise UserError(f"--num_classes is {self.num_classes}; it must be 2 to 255")
-        if self.aspp_branches != 2 and (self.aspp_branches != 4 or self.model not in TWO_HEADED):
-            raise UserError(f"--aspp_branches {self.aspp_branches}: 2 or 4, the latter of {' and '.join(TWO_HEADED)}")
+        if self.aspp_branches != 2 and (self.aspp_branches != 4 or self.model not in TWO_HEADED_DEEPLAB):
+            of = " and ".join(TWO_HEADED_DEEPLAB)
+            raise UserError(f"--aspp_branches {self.aspp_branches}: 2 or 4, the latter of {of}")
 
     def flags(self, source: str) -> list[str]:
         """The command line flags that ask for this shape beside `--source`; those at their defaults are omitted."""

@@ -18,7 +18,8 @@ from torch import nn
 from core.config import ProCSTConfig
 from core.preparation import prepare as prepare_procst
 from data_handlers.spatial_prior import write_spatial_prior
-from models.deeplab_multi import PartialSumHead, Restitution
+from models.deeplab_multi import PartialSumHead
+from models.restitution import Restitution
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from nets import checkpoint_of

@@ -125,7 +125,8 @@ OTHER_VALUES = {
     "beta1": "0.5", "momentum": "0.5", "scale_factor": "0.75", "ker_size": "5", "num_workers": "3",
     "bf16_discriminators": "--precision bf16", "debug_stop_iteration": "3 --debug_run", "output": "other",
     "debug_stop_epoch": "2 --debug_run", "backbone_weights": "random", "source": "synthia", "target": "gta5",
-    "aspp_branches": "4 --model DeepLabV2Multi",
+    "aspp_branches": "4 --model DeepLabV2Multi", "multi": "--model UNetMulti",
+    "lambda_seg": "0.2 --multi --model UNetMulti", "trg_labels": "trainids --target gta5", "trg_data_dir": "other --target gta5",
     "spatial_prior": "other --method cbst-sp", "method": "st", "mine_port": "0.5", "scale_rate_range": "0.5 2",
 }  # fmt: skip
 
@@ -177,7 +178,7 @@ def test_what_may_change(config):
     }  # fmt: skip
     own = {
         ProCSTConfig: {"trg_data_dir", "vgg_weights", "semseg_weights", "bf16_discriminators"},
-        SourceTrainingConfig: {"src_label_dir", "source_images", "output"},
+        SourceTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images", "output"},
         SelfTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images"},
     }
     expected = (shared | own[config]) & options.keys()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data_handlers.classes import IGNORE
-from models.deeplab_multi import Restituted
 from models.losses import cross_entropy
+from models.restitution import Restituted
 from steps import relative_l2
 from training.distributed import ALONE
 from uda.restitution import RestitutionHeads, dual_loss, mean_entropy, restitution_loss

@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.meters import Meter
 from models.resnet import ResNet, recompute_blocks
 from models.segmentation import build_segmentation_net, load_backbone, parameter_groups
-from models.shapes import MODEL_BACKBONES, TWO_HEADED, SegmentationShape
+from models.shapes import MODEL_BACKBONES, TWO_HEADED_DEEPLAB, TWO_HEADED_UNET, SegmentationShape
 from nets import randomise
 from refusals import check_refused
 
@@ -28,7 +28,8 @@ RESNET_COUNTS = {
 VGG16_COUNT = 138_357_544 - 4_097_000
 NETS = [(model, backbone) for model in ("DeepLabV2", "DeepLab") for backbone in RESNET_COUNTS]
 NETS += [("VGG", "vgg16"), ("UNet", "none"), ("ResNet38", "resnet38")]
-NETS += [(model, backbone) for model in TWO_HEADED for backbone in RESNET_COUNTS]
+NETS += [(model, "none") for model in TWO_HEADED_UNET]
+NETS += [(model, backbone) for model in TWO_HEADED_DEEPLAB for backbone in RESNET_COUNTS]
 
 
 def meta_net(model, backbone, num_classes=19):
@@ -47,13 +48,17 @@ def expected_count(model, backbone, classes):
     if model == "UNet":
         pairs = ((3, 16), (16, 32), (32, 64), (64, 128), (64 + 128, 64), (32 + 64, 32), (16 + 32, 16))
         return sum(conv(i, o, 3, False) + conv(o, o, 3, False) + 4 * o for i, o in pairs) + conv(16, classes, 1)
+    if model in TWO_HEADED_UNET:
+        aux = 2 * conv(64, 64, 3, False) + 4 * 64 + conv(64, classes, 1)
+        gates = sum(2 * c + conv(c, c // 16, 1) + conv(c // 16, c, 1) for c in (16, 32, 64))
+        return expected_count("UNet", backbone, classes) + aux + (gates if model == TWO_HEADED_UNET[1] else 0)
     if model == "ResNet38":
         return 105_070_912 + conv(4096, 512, 3) + conv(512, classes, 3)
     features = 2048 if backbone in ("resnet50", "resnet101") else 512
-    if model in TWO_HEADED:
+    if model in TWO_HEADED_DEEPLAB:
         heads = 4 * (conv(features, classes, 3) + conv(features // 2, classes, 3))
         gates = sum(2 * c + conv(c, c // 16, 1) + conv(c // 16, c, 1) for c in (features // 2**k for k in (3, 2, 1)))
-        return RESNET_COUNTS[backbone] + heads + (gates if model == TWO_HEADED[1] else 0)
+        return RESNET_COUNTS[backbone] + heads + (gates if model == TWO_HEADED_DEEPLAB[1] else 0)
     if model == "DeepLab":
         return RESNET_COUNTS[backbone] + 4 * conv(features, classes, 3)
     branches = conv(features, 256, 1) + 4 * conv(features, 256, 3) + 5 * 2 * 256
@@ -65,7 +70,7 @@ def test_known_parameter_counts():
     assert sorted(NETS) == sorted((name, backbone) for name, names in MODEL_BACKBONES.items() for backbone in names)
     known = {("DeepLabV2", "resnet101"): 65_063_568, ("DeepLab", "resnet101"): 43_901_068}
     known |= {("VGG", "vgg16"): 134_353_017, ("UNet", "none"): 488_307, ("ResNet38", "resnet38"): 124_033_363}
-    known |= {(TWO_HEADED[0], "resnet101"): 44_601_560, (TWO_HEADED[1], "resnet101"): 44_779_080}
+    known |= {(TWO_HEADED_DEEPLAB[0], "resnet101"): 44_601_560, (TWO_HEADED_DEEPLAB[1], "resnet101"): 44_779_080}
     assert {net: expected_count(*net, 19) for net in known} == known
 
 
@@ -202,7 +207,7 @@ def test_parameter_groups(model, backbone):
     assert {id(p) for p in fast["params"]} == {id(p) for p in net.head.parameters()}
     norms = [p for m in net.backbone.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
     assert bool(norms) == backbone.startswith("resnet")
-    expected = norms[:2] if model in TWO_HEADED else norms if model == "DeepLab" else []
+    expected = norms[:2] if model in TWO_HEADED_DEEPLAB else norms if model == "DeepLab" else []
     assert {id(p) for p in net.parameters() if not p.requires_grad} == {id(p) for p in expected}
 
 

@@ -12,7 +12,7 @@ from data_handlers.datasets import DataSet, find_data_set, for_net_of, with_labe
 from data_handlers.domain import Domain
 from data_handlers.labelled import check_samples
 from data_handlers.lists import FileList, list_images, missing_labels, require_images, require_labels
-from data_handlers.splits import val_split
+from data_handlers.splits import val_split, validation_images
 from models.segmentation import require_classes
 from training.config import SourceFiles, TargetImages
 from training.distributed import Rank
@@ -65,6 +65,22 @@ def target_files(
     data_set = data_set if num_classes is None else for_net_of(data_set, num_classes)
     root = data.trg_data_dir or data_set.default_root
     return list_images(data_set, root, "--trg_data_dir", split=split, list_file=data.trg_list)
+
+
+def scored_target(data: Any, source: DataSet, num_classes: int) -> FileList:
+    """The labelled images that score a net which source alone trains.
+
+    Args:
+        data: with the fields `target`, `trg_data_dir` and `trg_labels` of the flags.
+    """
+    data_set = with_labels(find_data_set(data.target, "--target"), data.trg_labels, "--trg_labels")
+    data_set = for_net_of(data_set, num_classes)
+    if not data_set.has_labels or data_set.class_names != source.class_names:
+        lacks = "other classes than" if data_set.has_labels else "no labels of the classes of"
+        raise UserError(f"--target {data.target} has {lacks} --source {source.name}, so it scores nothing; omit it")
+    files = validation_images(data_set, data.trg_data_dir or data_set.default_root, "--trg_data_dir")
+    require_labels(files, "--trg_data_dir")
+    return files
 
 
 def make_domain(

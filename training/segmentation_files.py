@@ -12,7 +12,7 @@ from models.deeplab_multi_files import fill, new_tensors, read_two_headed, trait
 from models.legacy import load_legacy_segmentation
 from models.resnet38_files import classes_in_file, load_resnet38
 from models.segmentation import build_segmentation_net, load_backbone
-from models.shapes import TWO_HEADED, SegmentationShape
+from models.shapes import TWO_HEADED_DEEPLAB, SegmentationShape
 from training.checkpoint import BEST, LATEST, Checkpoint, checkpoint_from, is_checkpoint
 from training.config import NetConfig
 from utils.errors import UserError
@@ -106,7 +106,7 @@ def _net_of_torch(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
 
 def _two_headed(state: Mapping[str, torch.Tensor], origin: str) -> tuple[SegmentationShape, nn.Module]:
     backbone, classes, restitutes = traits_of(state, origin)
-    shape = SegmentationShape(TWO_HEADED[restitutes], backbone, classes)
+    shape = SegmentationShape(TWO_HEADED_DEEPLAB[restitutes], backbone, classes)
     net = build_segmentation_net(shape)
     fill(net, state, origin)
     return shape, net.eval().requires_grad_(False)

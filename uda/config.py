@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from data_handlers.choices import LABELS
+from models.shapes import TWO_HEADED
 from training.config import (
+    ROOT_HELP,
     InitConfig,
     LoaderConfig,
     NetConfig,
@@ -19,7 +22,7 @@ from training.config import (
     default_semseg_weights,
     resolve_common,
 )
-from training.flags import Config, check, check_not_negative, check_positive, option, path_option
+from training.flags import Config, check, check_not_negative, check_positive, data_set_option, option, path_option
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,36 @@ class HeldOutConfig(SourceImages):
 
 
 @dataclass(frozen=True)
+class ScoredTarget:
+    """The target that a net is scored on while source alone trains it (domain generalisation)."""
+
+    target: str = data_set_option(
+        "", "score the net on the val split of this data set, not on held-out source images; it chooses no state, "
+        "unless --select_by says so",
+    )  # fmt: skip
+    trg_data_dir: str = path_option("", ROOT_HELP, metavar="DIR", may_change=True)
+    trg_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
+
+
+@dataclass(frozen=True)
+class AuxiliaryConfig:
+    """Training of the auxiliary head of a two-headed net."""
+
+    multi: bool = option(
+        False, "train the auxiliary head, too; on the target with labels of both heads' mean"
+    )
+    lambda_seg: float = option(0.1, "of --multi: weight of the auxiliary head's losses")
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "lambda_seg")
+
+    @staticmethod
+    def check_flags(given: Mapping[str, Any]) -> None:
+        """Raise `UserError` for flags on the command line that do not act."""
+        check("lambda_seg" not in given or bool(given.get("multi")), "--lambda_seg acts only with --multi")
+
+
+@dataclass(frozen=True)
 class PolyConfig(PassesConfig):
     """Length of the training and its poly schedule: rate * (1 - step / num_steps) ** power."""
 
@@ -77,16 +110,18 @@ class SourceTrainingConfig(Config):
     loader: LoaderConfig
     source: SourceConfig
     held_out: HeldOutConfig
+    scored: ScoredTarget
     start: InitConfig
     net: NetConfig
     sgd: SGDConfig
     poly: PolyConfig
+    auxiliary: AuxiliaryConfig
     validation: ValidationConfig
 
     groups: ClassVar[Mapping[str, Sequence[type]]] = {
         "run": (StartFlags, RunConfig),
-        "data": (SourceConfig, HeldOutConfig, LoaderConfig),
-        "net and training": (InitConfig, NetConfig, SGDConfig, PolyConfig, ValidationConfig),
+        "data": (SourceConfig, HeldOutConfig, ScoredTarget, LoaderConfig),
+        "net and training": (InitConfig, NetConfig, SGDConfig, PolyConfig, AuxiliaryConfig, ValidationConfig),
     }
     first: ClassVar[Sequence[str]] = (
         "gpus", "source", "src_data_dir", "model", "num_steps", "batch_size", "crop_size", "output", "run_dir",
@@ -95,11 +130,16 @@ class SourceTrainingConfig(Config):
 
     def __post_init__(self) -> None:
         check_crop(self.source.crop_size)
+        found = not self.auxiliary.multi or self.net.model in TWO_HEADED
+        check(found, f"--multi needs a net of {', '.join(TWO_HEADED)}, not --model {self.net.model}")
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
         """See `Config.check_given`."""
         check_common(given)
+        AuxiliaryConfig.check_flags(given)
+        for name in () if given.get("target") else ("trg_data_dir", "trg_labels"):
+            check(name not in given, f"--{name} acts only with --target")
         both = given.get("val_list") and given.get("val_count")
         check(not both, "--val_list and --val_count contradict each other; give one")
         for name in ("backbone_weights", "no_pretrained_backbone"):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from data_handlers.domain import DOMAINS, Domain, PairBatch, Samples
-from models.deeplab_multi import Restituted
 from models.losses import cross_entropy
+from models.restitution import Restituted
 from models.segmentation import HEAD_RATE, build_segmentation_net, parameter_groups
-from models.shapes import TWO_HEADED, SegmentationShape
+from models.shapes import RESTITUTED, TWO_HEADED, SegmentationShape
 from training.distributed import Rank, all_reduce_and_step, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
@@ -254,7 +254,7 @@ def _net(config: MaxSquareConfig, continued: Continued | None) -> tuple[Segmenta
         shape, net = trainable_net(Path(given.init), model=given.model, aspp_branches=given.aspp_branches)
     else:
         raise UserError(f"--init is required, the net to adapt; {TRAIN_FIRST}")
-    needed = TWO_HEADED[1:] if given.lambda_restitution else TWO_HEADED
+    needed = RESTITUTED if given.lambda_restitution else TWO_HEADED
     if (given.multi or given.lambda_restitution) and shape.model not in needed:
         flag = f"--lambda_restitution {given.lambda_restitution:g}" if given.lambda_restitution else "--multi"
         raise UserError(f"{flag} needs a net of {' or '.join(needed)}; that of --init {given.init} is {shape}")

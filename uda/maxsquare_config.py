@@ -20,7 +20,7 @@ from training.config import (
 )
 from training.flags import Config, Size, check, check_not_negative, check_positive, option, size_option
 from uda.cbst_config import IMAGE_WISE, MAXSQUARE_METHODS, MethodConfig, check_shares
-from uda.config import SourceImages
+from uda.config import AuxiliaryConfig, SourceImages
 
 PUBLISHED_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "cityscapes": (1024, 512)}
 
@@ -47,7 +47,7 @@ class SizesConfig(TargetConfig):
 
 
 @dataclass(frozen=True)
-class TargetLossConfig(InitConfig):
+class TargetLossConfig(AuxiliaryConfig, InitConfig):
     """The net that is adapted, and what it learns from the target."""
 
     model: str = option(
@@ -65,8 +65,6 @@ class TargetLossConfig(InitConfig):
     lambda_target: float = option(0.1, "weight of the losses on the target")
     IW_ratio: float = option(0.2, "of iw_ methods: 0 weighs all pixels of an image alike, 1 all of its classes")
     threshold: float = option(0.95, "of hard and of --multi: probability above which a prediction is a label")
-    multi: bool = option(False, "train the auxiliary head, too, on the target with labels of both heads' mean")
-    lambda_seg: float = option(0.1, "of --multi: weight of the auxiliary head's losses")
     lambda_restitution: float = option(
         0.0, "weight of the dual restitution loss on source, and of the cross-entropy of its heads; needs SNR"
     )
@@ -78,7 +76,8 @@ class TargetLossConfig(InitConfig):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_not_negative(self, "lambda_target", "lambda_seg", "lambda_restitution")
+        super().__post_init__()
+        check_not_negative(self, "lambda_target", "lambda_restitution")
         check_shares(self, "IW_ratio", "threshold")
 
 
@@ -137,7 +136,7 @@ class MaxSquareConfig(Config):
         name, multi = given.get("method"), given.get("multi")
         check("IW_ratio" not in given or name in IMAGE_WISE, f"--IW_ratio acts only with {' and '.join(IMAGE_WISE)}")
         check("threshold" not in given or name == "hard" or multi, "--threshold acts only with hard or --multi")
-        check("lambda_seg" not in given or multi, "--lambda_seg acts only with --multi")
+        AuxiliaryConfig.check_flags(given)
 
     @classmethod
     def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.deeplab_multi import Restituted
 from models.losses import at_least_float32, cross_entropy
+from models.restitution import Restituted
 from training.distributed import Rank
 
 SMALLEST_PROBABILITY = 1e-6  # smaller ones are left out of the entropy

@@ -20,7 +20,7 @@ from training.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint
 from training.distributed import Rank, all_reduce_and_step, backward_in_passes, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
-from training.preparation import make_domain, make_validator, source_set
+from training.preparation import make_domain, make_validator, scored_target, source_set
 from training.run_folder import Continued
 from training.segmentation_files import load_segmentation_net, net_to_train
 from training.synchronised_norm import synchronise_batch_norms
@@ -53,6 +53,8 @@ class SourceTraining(Method):
         self.run = Runner(config.run.precision)
         self.steps_per_epoch = len(source) // config.poly.batch_size
         self.published = False
+        if hasattr(net, "idle"):
+            self.unused = {f"{NET}.{name}": why for name, why in net.idle(config.auxiliary.multi).items()}
 
     @classmethod
     def completed(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -98,7 +100,7 @@ class SourceTraining(Method):
         return samples.batches(steps, size, self.rank.part(size))
 
     def step(self, batch: DomainBatch, stage: int, step: int) -> Mapping[str, Tensor]:
-        """Cross-entropy at the rate of the poly schedule."""
+        """Cross-entropy, of both heads with `--multi`, at the rate of the poly schedule."""
         poly, optimizer = self.config.poly, self.optimizers[NET]
         rate = self.config.sgd.lr_semseg * poly_rate(step, poly.num_steps, poly.power)
         for group, multiple in zip(optimizer.param_groups, (1.0, HEAD_RATE), strict=True):
@@ -106,12 +108,17 @@ class SourceTraining(Method):
         image = self.net.network_input(to_device(batch.levels[0], self.device), self.dtype)
         label = to_device(batch.label, self.device)
         zero_gradients(optimizer)
-        loss = backward_in_passes(
-            lambda image, label: cross_entropy(self.run(self.net, image), label), image, label, rank=self.rank,
-            passes=self.rank.passes(poly.batch_size, poly.micro_batch),
-        )  # fmt: skip
+        passes = self.rank.passes(poly.batch_size, poly.micro_batch)
+        loss = backward_in_passes(self._loss, image, label, rank=self.rank, passes=passes)
         all_reduce_and_step(self.rank, optimizer)
         return {"Semseg/SemsegLoss": loss}
+
+    def _loss(self, image: Tensor, label: Tensor) -> Tensor:
+        given = self.config.auxiliary
+        if not given.multi:
+            return cross_entropy(self.run(self.net, image), label)
+        main, aux = self.run(self.net.both_logits, image)
+        return cross_entropy(main, label) + given.lambda_seg * cross_entropy(aux, label)
 
     # --- the net for use ---------------------------------------------------------------------------------------------
 
@@ -182,13 +189,18 @@ def prepare_source(config: SourceTrainingConfig, rank: Rank, continued: Continue
     _check_output(held_out.output, continued)
     net = net_to_train(config.net, config.run.manual_seed, fresh=continued is None, init=config.start.init)
     method = SourceTraining(config=config, rank=rank, source=source, net=net)
-    select_by = "miou" if config.validation.select_by == "auto" else config.validation.select_by
-    if select_by == "none":
+    select_by = config.validation.select_by
+    if config.scored.target:
+        select_by = "none" if select_by == "auto" else select_by
+        val = scored_target(config.scored, data_set, classes)
+    elif select_by == "auto":
+        select_by = "miou"
+    elif select_by == "none":
         method.validation_line = "no validation, as --select_by none says"
         return method
     method.validator, method.validation_line = make_validator(
-        config, rank, val, flag="--src_labels", with_labels=True, select_by=select_by, num_classes=classes,
-        classes=scored_classes(classes, data_set),
+        config, rank, val, flag="--trg_labels" if config.scored.target else "--src_labels", with_labels=True,
+        select_by=select_by, num_classes=classes, classes=scored_classes(classes, val.data_set, data_set),
     )  # fmt: skip
     return method
 
