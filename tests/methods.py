@@ -200,9 +200,12 @@ def procst(learning: Mapping[str, Any] | None = None, **flags: Any) -> Case:
     )  # fmt: skip
 
 
-def source(stops: tuple[tuple[int, int], ...] = ((0, 1), (0, 4)), **more: Any) -> Case:
+def source(
+    flags: Mapping[str, Any] | None = None, stops: tuple[tuple[int, int], ...] = ((0, 1), (0, 4)), **more: Any
+) -> Case:
     """Training on source."""
-    return Case(config=SourceTrainingConfig, prepare=prepare_source, flags=SOURCE, stops=stops, **more)
+    flags = {**SOURCE, **(flags or {})}
+    return Case(config=SourceTrainingConfig, prepare=prepare_source, flags=flags, stops=stops, **more)
 
 
 SELF_TRAINING = {
@@ -253,6 +256,10 @@ CASES = {
     }),
     "source-dropout": source(change=_with_dropout, has_dropout=True, stops=((0, 3), (0, 6))),
     "source-batchnorm": source(change=_with_batch_norm),
+    "source-two-heads": source({
+        "model": "UNetMultiSNR", "multi": True, "target": "cityscapes", "trg_data_dir": "{world}/cityscapes",
+    }),
+    "source-idle-head": source({"model": "UNetMulti"}),
     "st": self_training("st", learning=ADAPTABLE),
     "cbst": self_training("cbst", {"select_by": "miou"}, learning=ADAPTABLE),
     "cbst-dropout": self_training("cbst", change=_with_dropout, has_dropout=True),

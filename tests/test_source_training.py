@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import train_procst
 import train_semseg_on_source
 from commands import (
     assert_same_tensors,
     at_step,
+    command,
     label_flags,
     logged,
     metrics_of,
@@ -108,6 +110,41 @@ def test_a_run_stopped_in_a_step_and_in_a_validation_equals_an_uninterrupted_one
         for out in (tmp_path, whole.parent.parent)
     ]
     assert curves[0] == curves[1]
+
+
+def test_a_net_is_scored_on_a_target_that_it_does_not_see(world, tmp_path, run_script):
+    """Domain generalisation in one command: source alone trains, the target's val split chooses no state."""
+    target = {"target": "cityscapes", "trg_data_dir": world / "cityscapes"}
+    flags = source_flags(world, tmp_path, model="UNetMultiSNR", multi=(), **target)
+    result = run_script(train_semseg_on_source, *flags)
+    assert result.code == 0, result.err
+    assert "validating on" in result.out
+    assert f"{world / 'cityscapes'}, which chooses nothing" in result.out
+    run = only_run(tmp_path)
+    assert not (run / "best.pth").exists()
+    found = json.loads((run / "validations.json").read_text())
+    assert [entry["step"] for entry in found] == [2, 4, 6, 8]
+    words = command({"weights": run / "latest.pth", "data_dir": world / "cityscapes", "json": tmp_path / "scores.json"})
+    scored = run_script(evaluate, *words, "--num_workers", 0, "--gpus", "cpu")
+    assert scored.code == 0, scored.err
+    assert json.loads((tmp_path / "scores.json").read_text())["miou"] == pytest.approx(found[-1]["miou"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"multi": ()}, ("--multi", "UNetMulti", "--model UNet")),
+        ({"lambda_seg": 0.2}, ("--lambda_seg", "--multi")),
+        ({"trg_data_dir": "{world}/cityscapes"}, ("--trg_data_dir", "--target")),
+        ({"target": "{world}/pictures"}, ("--target", "no labels")),
+    ],
+)
+def test_what_cannot_act_is_refused(world, tmp_path, run_script, flags, words):
+    flags = {name: value.format(world=world) if isinstance(value, str) else value for name, value in flags.items()}
+    (world / "pictures").mkdir(exist_ok=True)
+    before = tree(tmp_path)
+    check_refusal(run_script(train_semseg_on_source, *source_flags(world, tmp_path, **flags)), *words)
+    assert tree(tmp_path) == before
 
 
 def test_a_dry_run_writes_nothing(world, tmp_path, run_script, monkeypatch):
