@@ -14,7 +14,7 @@ from training.flags import Config, build_parser, parse
 from uda.cbst_config import MAXSQUARE_METHODS, MethodConfig, SelfTrainingConfig
 from uda.config import SourceTrainingConfig
 from uda.maxsquare_config import MaxSquareConfig, SizesConfig
-from uda.presets import listing
+from uda.presets import PresetFlags, listing, preset
 from utils.errors import run_cli
 
 GROUPS, FIRST = SelfTrainingConfig.groups, SelfTrainingConfig.first
@@ -22,12 +22,12 @@ MORE_GROUPS = {f"With --method {', '.join(MAXSQUARE_METHODS)}": [SizesConfig, *M
 
 
 def flags_of(words: Sequence[str]) -> tuple[type[Config], Mapping[str, Sequence[type]]]:
-    """The configuration of the method that a command line names, and the groups of its flags."""
-    split = [word for argument in words for word in argument.split("=", 1)]
-    chosen = {value for flag, value in pairwise(split) if flag == "--method"}
-    if "source" in chosen:
-        return SourceTrainingConfig, {"method": [MethodConfig], **SourceTrainingConfig.groups}
-    config = MaxSquareConfig if chosen.intersection(MAXSQUARE_METHODS) else SelfTrainingConfig
+    """The configuration of the method that a command line or its preset names, and the groups of its flags."""
+    given = dict(pairwise(word for argument in words for word in argument.split("=", 1)))
+    method = given.get("--method") or (preset(given["--preset"])["method"] if "--preset" in given else "")
+    if method == "source":
+        return SourceTrainingConfig, {"method": [PresetFlags, MethodConfig], **SourceTrainingConfig.groups}
+    config = MaxSquareConfig if method in MAXSQUARE_METHODS else SelfTrainingConfig
     return config, config.groups
 
 

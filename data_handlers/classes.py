@@ -42,6 +42,12 @@ ID_MAPS = {
 }  # fmt: skip
 SUBSETS = {"synthia16": SYNTHIA_16, "synthia13": SYNTHIA_13}
 
+# Cityscapes' label id -> trainId, by the names of the classes: all of them, or those of a subset as 0, 1, ....
+LABEL_IDS = {
+    tuple(CLASS_NAMES[c] for c in kept): {i: kept.index(t) for i, t in CITYSCAPES_IDS.items() if t in kept}
+    for kept in (ALL_19, *SUBSETS.values())
+}
+
 # Cityscapes' categories of the classes.
 CATEGORIES = {
     "flat": (0, 1), "construction": (2, 3, 4), "object": (5, 6, 7), "nature": (8, 9), "sky": (10,), "human": (11, 12),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_handlers.choices import Labels
-from data_handlers.classes import ALL_19, CLASS_COLOURS, CLASS_NAMES, CLASS_NAMES_16, IGNORE, SYNTHIA_16
+from data_handlers.classes import ALL_19, CLASS_COLOURS, CLASS_NAMES, IGNORE, SUBSETS
 from data_handlers.descriptions import FOLDER as DESCRIPTIONS
 from data_handlers.descriptions import ListFile, read_description
 from utils.errors import UserError
@@ -120,28 +120,28 @@ def with_labels(data_set: DataSet, labels: str, flag: str) -> DataSet:
 
 
 def for_net_of(data_set: DataSet, num_classes: int) -> DataSet:
-    """The data set as a net of `num_classes` sees it: one of 16 has SYNTHIA's 16 of the 19 classes as 0..15.
+    """The data set as a net of `num_classes` sees it: one of 16 or 13 has SYNTHIA's of the 19 classes as 0, 1, ....
 
     Label files that hold trainIds hold those of the 19 classes, so they are mapped as ids.
     """
-    if num_classes != len(SYNTHIA_16) or data_set.class_names != CLASS_NAMES:
+    kept = next((subset for subset in SUBSETS.values() if len(subset) == num_classes), ())
+    if not kept or data_set.class_names != CLASS_NAMES:
         return data_set
-    own = {train_id: k for k, train_id in enumerate(SYNTHIA_16)}
     values, ignored = data_set.value_map, data_set.ignored_values
-    ids = {value: own[train_id] for value, train_id in values.items() if train_id in own}
-    groups = {name: tuple(own[c] for c in group if c in own) for name, group in data_set.categories.items()}
+    ids = {value: kept.index(c) for value, c in values.items() if c in kept}
+    groups = {name: tuple(kept.index(c) for c in of if c in kept) for name, of in data_set.categories.items()}
     return replace(
         data_set, labels="ids", label_encoding=data_set.storage, id_map=ids,
         void_ids=None if ignored is None else ignored | (values.keys() - ids.keys()),
-        classes=tuple(own[c] for c in data_set.classes if c in own), class_names=CLASS_NAMES_16,
-        colours=tuple(data_set.colours[c] for c in SYNTHIA_16), categories=groups,
+        classes=tuple(kept.index(c) for c in data_set.classes if c in kept), categories=groups,
+        class_names=tuple(CLASS_NAMES[c] for c in kept), colours=tuple(data_set.colours[c] for c in kept),
     )  # fmt: skip
 
 
 def with_split(data_set: DataSet, split: str) -> DataSet:
     """The data set with a split's images in the place of its training images, as `--src_split` says; '' keeps it.
 
-    Of a split file, `train` comes with the file's `val`, which is validated on.
+    Its other splits stay. Of a split file, `train` comes with the file's `val`, which is validated on.
 
     Raises:
         UserError: it declares no such split.
@@ -152,7 +152,8 @@ def with_split(data_set: DataSet, split: str) -> DataSet:
     if split not in splits:
         raise UserError(f"--src_split {split}: {data_set.name} has no such split; it has {', '.join(splits)}")
     val = {"val": splits["val"]} if split == "train" and "val" in splits else {}
-    return replace(data_set, images={"train": splits[split], **val})
+    others = {name: rule for name, rule in data_set.images.items() if name != split}
+    return replace(data_set, images={**others, "train": splits[split], **val})
 
 
 def _described(name: str, path: Path) -> DataSet:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_handlers.choices import OR_SKIP
-from data_handlers.classes import CITYSCAPES_16_IDS, CITYSCAPES_IDS, IGNORE
+from data_handlers.classes import CITYSCAPES_IDS, IGNORE, LABEL_IDS
 from data_handlers.images import image_size, label_values_to_train_ids, read_image, read_label, read_label_values
 from data_handlers.lists import FileList
 from utils.devices import to_device
@@ -91,7 +91,7 @@ def _check_encoding(files: FileList, values: np.ndarray, flag: str) -> None:
         values: sorted values that occur in the sampled labels.
     """
     data_set = files.data_set
-    if data_set.labels != "ids" or data_set.labels_flag or data_set.id_map not in (CITYSCAPES_IDS, CITYSCAPES_16_IDS):
+    if data_set.labels != "ids" or data_set.labels_flag or data_set.id_map not in LABEL_IDS.values():
         return
     known = values[values != IGNORE]
     if not len(known) or known.max() > max(CITYSCAPES_IDS.values()):

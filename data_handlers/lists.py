@@ -105,7 +105,8 @@ def list_images(
         root: folder of the data set.
         flag: command line flag that names `root`, for messages.
         list_file: text file with one image a line, relative to `root` or to a declared image folder, or a bare name
-            in one of them. The images are those of this file instead of those that the declared patterns match.
+            in one of them; `.jpg` and `.png` may be left out. The images are those of this file instead of those that
+            the declared patterns match.
         training: exclude the images whose labels are known not to fit as well.
     """
     root = Path(root)
@@ -293,6 +294,8 @@ def _read_list(data_set: DataSet, root: Path, split: str, list_file: Path) -> li
         name = posixpath.normpath(name)
         if name.startswith(("/", "..")) or len(name) > 1000 or "\0" in name:
             raise UserError(f"{list_file} line {number}: give the image relative to {root}, without '..'")
+        if "." not in name:
+            name = next((name + s for s in (".jpg", ".png") if any(f + name + s in present for f in folders)), name)
         held = (name, *([] if name.endswith(".png") else [str(as_png(Path(name)))]))  # a SiT set holds PNGs
         image = next((folder + name for folder in folders if any(folder + n in present for n in held)), None)
         if image is None:

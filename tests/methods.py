@@ -263,7 +263,7 @@ CASES = {
     "st": self_training("st", learning=ADAPTABLE),
     "cbst": self_training("cbst", {"select_by": "miou"}, learning=ADAPTABLE),
     "cbst-dropout": self_training("cbst", change=_with_dropout, has_dropout=True),
-    "maxsquare": maxsquare("maxsquare"),
+    "maxsquare": maxsquare("maxsquare", {"random_crop": True, "src_resize": (28, 20), "crop_size": (24, 24)}),
     "iw_entropy-reference": maxsquare("iw_entropy", {"mode": "reference"}, change=_with_batch_norm),
     "hard-multi": maxsquare("hard", {
         "init": f"{{world}}/{TWO_HEADED_NET}", "multi": True, "threshold": 0.3, "lambda_restitution": 0.1,

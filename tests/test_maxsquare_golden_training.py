@@ -3,6 +3,8 @@
 See `test_maxsquare_golden.py`.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,10 @@ from torch import nn
 from torch.optim import SGD
 
 import uda.maxsquare
-from data_handlers.classes import CITYSCAPES_IDS, IGNORE, SYNTHIA_13, SYNTHIA_16, SYNTHIA_IDS
+from data_handlers.classes import IGNORE
+from data_handlers.datasets import DATA_SETS, for_net_of
 from data_handlers.domain import DomainBatch, PairBatch
-from data_handlers.images import resized
+from data_handlers.images import label_values_to_train_ids, resized
 from data_handlers.label_maps import to_train_ids
 from models.deeplab_multi import CAFFE_INPUT
 from steps import relative_l2
@@ -23,7 +26,7 @@ from training.published_scores import published_scores
 from training.validation import predict
 from uda.maxsquare import NET, MaxSquareTraining, schedule_of
 from uda.maxsquare_config import MaxSquareConfig
-from uda.maxsquare_samples import blurred
+from uda.maxsquare_samples import blurred, random_crop
 from uda.repeated_sgd import RepeatedSGD, repeats_of
 from uda.source import poly_rate
 from uda_golden import indices, load, over
@@ -224,37 +227,60 @@ def test_without_repeats_it_is_sgd():
 
 # --- samples ---------------------------------------------------------------------------------------------------------
 
-def id_map_of(name, classes):
-    """Label ids of a data set to the trainIds of 19, 16 or 13 classes."""
-    ids = SYNTHIA_IDS if name == "synthia" else CITYSCAPES_IDS
-    kept = {19: range(19), 16: SYNTHIA_16, 13: SYNTHIA_13}[classes]
-    return {label_id: list(kept).index(train_id) for label_id, train_id in ids.items() if train_id in kept}
+NAMES = {"nthu": "crosscity"}
+
+
+def data_set_of(name, classes):
+    """A data set of the files as a net of 19, 16 or 13 classes sees it."""
+    return for_net_of(DATA_SETS[NAMES.get(name, name)], classes)
 
 
 @over("maxsquare_transforms", lambda data, meta: sorted(name for name in data if name.startswith("lut/")))
 def test_classes(path, item):
     name, _, classes = item.removeprefix("lut/").partition("_")
-    ours = to_train_ids(np.arange(256), id_map_of(name, int(classes)))
-    np.testing.assert_array_equal(ours, with_ignored(tensor(load(path)[0], item).long()))
+    data_set = data_set_of(name, int(classes))
+    assert len(data_set.class_names) == len(data_set.colours) == int(classes)
+    expected = with_ignored(tensor(load(path)[0], item).long()).numpy()
+    np.testing.assert_array_equal(to_train_ids(np.arange(256), data_set.value_map), expected)
+    assert all(expected[value] == IGNORE for value in data_set.ignored_values)
 
 
-@over("maxsquare_transforms", lambda data, meta: sorted(n for n, c in meta["cases"].items() if not c["random_crop"]))
+@over("maxsquare_transforms", lambda data, meta: sorted(meta["cases"]))
 def test_samples(path, item):
+    """The steps of `MaxSquareSamples` in its order with the draws of the file. A validation crops nothing here: the
+    published one takes the middle of the scaled picture, which is put together here of the same functions."""
     data, meta = load(path)
-    case, step = meta["cases"][item], -1 if meta["cases"][item].get("mirror") else 1
-    pixels = np.ascontiguousarray(data[f"{case['picture']}/image"][:, ::step])
-    size = tuple(case["crop_size_wh"])
-    pixels = resized(pixels, size, "exact")
+    case = meta["cases"][item]
+    step, base, crop = -1 if case.get("mirror") else 1, case["base_size_wh"], tuple(case["crop_size_wh"])
+    classes = 16 if case.get("class_16") else 13 if case.get("class_13") else 19
+    data_set = data_set_of(case["picture"], classes)
+    pixels, ids = (np.ascontiguousarray(data[f"{case['picture']}/{kind}"][:, ::step]) for kind in ("image", "label"))
+    label = label_values_to_train_ids(ids, item, replace(data_set, void_ids=None))  # noise: any id may occur
+    draws = [draw[1:] for draw in case.get("draws_in_order", ()) if draw[0] == "randint"]
+
+    def draw(*bounds):
+        *expected, value = draws.pop(0)
+        assert list(bounds) == expected
+        return value
+
+    width, height = size = pixels.shape[1::-1]
+    if case["random_crop"] and case["split"] == "train":
+        pixels, label = random_crop(pixels, label, base=base, crop=crop, draw=draw)
+        assert not draws
+    else:
+        size, corner = crop, (0, 0)
+        if case["random_crop"]:
+            size = (width * base[1] // height, base[1])
+            corner = tuple(round((whole - part) / 2) for whole, part in zip(size, crop, strict=True))
+        window = np.s_[corner[1] : corner[1] + crop[1], corner[0] : corner[0] + crop[0]]
+        pixels = resized(pixels, size, "exact")[window]
+        label = np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))[window]
     if case.get("blur_radius") is not None:
         pixels = blurred(pixels, case["blur_radius"])
     ours = CAFFE_INPUT(torch.from_numpy(pixels)).flip(0).numpy()  # theirs is blue, green and red
     assert np.abs(ours - data[f"{item}/image"]).max() <= 1e-4
     if f"{item}/label" in data:
-        label = Image.fromarray(np.ascontiguousarray(data[f"{case['picture']}/label"][:, ::step]))
-        classes = 16 if case["class_16"] else 13 if case["class_13"] else 19
-        ids = np.array(label.resize(size, Image.Resampling.NEAREST))
-        found = to_train_ids(ids, id_map_of(case["picture"], classes))
-        np.testing.assert_array_equal(found, with_ignored(tensor(data, f"{item}/label").long()))
+        np.testing.assert_array_equal(label, with_ignored(tensor(data, f"{item}/label").long()))
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

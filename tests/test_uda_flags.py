@@ -19,6 +19,7 @@ from training.checkpoint import load_checkpoint
 from training.distributed import Rank
 from training.flags import build_parser, parse
 from uda.cbst_config import SelfTrainingConfig
+from uda.maxsquare_config import MaxSquareConfig
 from uda.presets import NAMES, listing
 
 
@@ -120,30 +121,80 @@ PUBLISHED = {
 GTA5 = {**PUBLISHED, "source": "gta5", "init_tgt_port": 0.15, "init_src_port": 0.03}
 SYNTHIA = {**PUBLISHED, "source": "synthia", "init_tgt_port": 0.2, "init_src_port": 0.02}
 PRIOR = os.path.abspath("pretrained/prior_gta5.mat")
+MAXSQUARE = {
+    "method": "maxsquare", "source": "gta5", "target": "cityscapes", "src_split": "", "src_resize": (1280, 720),
+    "trg_resize": (1024, 512), "crop_size": None, "random_crop": False, "no_gaussian_blur": False, "batch_size": 1,
+    "round_num": 5, "epoch_each_round": 2, "lr_semseg": 2.5e-4, "weight_decay": 5e-4, "momentum": 0.9, "power": 0.9,
+    "lambda_target": 0.1, "IW_ratio": 0.2, "multi": False, "lambda_seg": 0.1, "threshold": 0.95, "model": "",
+    "aspp_branches": None, "freeze_bn": False, "mode": "clean", "select_by": "none", "lambda_restitution": 0,
+}  # fmt: skip
 EXPECTED = {
-    "gta5-cityscapes-cbst-sp": {**GTA5, "method": "cbst-sp", "spatial_prior": PRIOR},
     "gta5-cityscapes-cbst": {**GTA5, "method": "cbst", "spatial_prior": ""},
+    "gta5-cityscapes-cbst-sp": {**GTA5, "method": "cbst-sp", "spatial_prior": PRIOR},
     "gta5-cityscapes-st": {**GTA5, "method": "st", "spatial_prior": ""},
     "synthia-cityscapes-cbst": {**SYNTHIA, "method": "cbst", "spatial_prior": ""},
     "synthia-cityscapes-st": {**SYNTHIA, "method": "st", "spatial_prior": ""},
-}
+    "gta5-cityscapes-maxsquare": MAXSQUARE,
+    "gta5-cityscapes-iw-maxsquare": {**MAXSQUARE, "method": "iw_maxsquare"},
+    "gta5-cityscapes-iw-maxsquare-multi": {
+        **MAXSQUARE, "method": "iw_maxsquare", "multi": True, "lambda_target": 0.09, "trg_resize": (1280, 640),
+    },
+    "gta5-cityscapes-entropy": {**MAXSQUARE, "method": "entropy"},
+    "gta5-cityscapes-snr-maxsquare": {**MAXSQUARE, "model": "DeepLabV2MultiSNR"},
+    "synthia-cityscapes-maxsquare": {**MAXSQUARE, "source": "synthia", "src_resize": (1280, 760)},
+    "cityscapes-crosscity-maxsquare": {
+        **MAXSQUARE, "source": "cityscapes", "src_split": "fine", "src_resize": (1024, 512), "target": "crosscity",
+        "round_num": 1, "epoch_each_round": 10,
+    },
+}  # fmt: skip
 # Longer sides at the factor 1: None is that of each data set's images, which is the published one.
 EVERYWHERE = {"origin_size": None, "origin_size_tgt": None, "mode": "clean", "micro_batch": 0, "select_by": "none"}
 
 
 def parsed(*words):
-    return parse(build_parser("", SelfTrainingConfig.groups), [str(word) for word in words])
+    """The configuration of a command line, and the flags that count as given."""
+    words = [str(word) for word in words]
+    config, groups = train_uda.flags_of(words)
+    given = parse(build_parser("", groups), words)
+    config.check_given(given)
+    return config, given
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_is_the_published_command_line(name):
-    given = parsed("--preset", name)
-    flags = SelfTrainingConfig.from_flags(given).flags()
-    assert {key: flags[key] for key in (*EXPECTED[name], *EVERYWHERE)} == {**EXPECTED[name], **EVERYWHERE}
+    config, given = parsed("--preset", name)
+    expected = EXPECTED[name] if config is MaxSquareConfig else {**EXPECTED[name], **EVERYWHERE}
+    flags = config.from_flags(given).flags()
+    assert {key: flags[key] for key in expected} == expected
     assert given.keys() <= flags.keys()
-    (command,) = (line for line in listing().splitlines() if line.split("--method ")[-1].split()[0] == given["method"]
-                  and f"--source {given['source']} " in line)  # fmt: skip
-    assert parsed(*command.split()[2:]) == given
+    lines = listing().splitlines()
+    (command,) = (lines[k + 1] for k, line in enumerate(lines) if line.startswith(f"{name}: "))
+    assert parsed(*command.split()[2:]) == (config, given)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("gta5-cityscapes-cbst", "--method", "hard"), ("--method hard does not have --init_tgt_port",)),
+        (("gta5-cityscapes-maxsquare", "--method=cbst"), ("--method cbst does not have --src_resize",)),
+        (("gta5-cityscapes-entropy", "--method", "source"), ("--preset: --method source does not have --target",)),
+        (("gta5-cityscapes-iw-maxsquare", "--method", "hard"), ("--IW_ratio acts only with iw_maxsquare",)),
+        (("gta5-cityscapes-cbst-sp", "--method", "cbst"), ("--spatial_prior (or a preset's) acts only with cbst-sp",)),
+    ],
+)  # fmt: skip
+def test_a_method_that_a_preset_does_not_fit(tmp_path, run_script, monkeypatch, words, parts):
+    monkeypatch.chdir(tmp_path)
+    check_refusal(run_script(train_uda, "--preset", *words, "--print_config"), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_preset_with_another_method_that_takes_its_flags(run_script):
+    for words in (("--method", "hard", "--threshold", 0.9), ("--method=iw_entropy", "--IW_ratio", 0.1)):
+        result = run_script(train_uda, *words, "--preset", "gta5-cityscapes-entropy", "--print_config")
+        assert result.code == 0, result.err
+        config = json.loads(result.out)
+        assert config["method"]["method"] in str(words[:2])
+        assert config["target"]["src_resize"] == [1280, 720]
 
 
 def test_a_preset_is_overridden_and_recorded_as_what_it_comes_to(tmp_path, run_script, monkeypatch):
@@ -157,8 +208,9 @@ def test_a_preset_is_overridden_and_recorded_as_what_it_comes_to(tmp_path, run_s
         expected = SelfTrainingConfig.from_flags({**EXPECTED["synthia-cityscapes-cbst"], "num_round": 3})
         assert config == expected
     check_refusal(run_script(train_uda, "--preset", "gta-cbst"), "--preset gta-cbst: no such preset", *NAMES)
-    result = run_script(train_uda, "--list_presets")
-    assert (result.code, result.out) == (0, listing() + "\n")
+    for method in ((), ("--method", "source"), ("--method", "maxsquare"), ("--preset", "gta5-cityscapes-entropy")):
+        result = run_script(train_uda, *method, "--list_presets")
+        assert (result.code, result.out) == (0, listing() + "\n")
     assert not list(tmp_path.iterdir())
 
 

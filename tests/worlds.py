@@ -80,6 +80,23 @@ def write_cityscapes(root, count=5, size=(48, 32), seed=100, split="train", city
     return root
 
 
+def write_crosscity(root, city="Rio", train=4, test=2, size=(48, 32), seed=500):
+    """A city of the Cross-City set and its lists; returns the city's folder. Other pictures of training and test have
+    the same stems."""
+    city, lists = root / "NTHU_Datasets" / city, root / "NTHU_list" / city / "List"
+    for folder in (city / "Images" / "Train", city / "Images" / "Test", city / "Labels" / "Test", lists):
+        folder.mkdir(parents=True)
+    for split, count in (("Train", train), ("Test", test)):
+        stems = [f"pano_{k:05d}_{split}" if k else "pano_shared" for k in range(count)]
+        for k, stem in enumerate(stems):
+            noise_image(size, seed + k + len(split)).save(city / "Images" / split / f"{stem}.jpg")
+            if split == "Test":
+                label = index_label(size, seed + k, ids=(7, 8, 11, 19, 20, 21, 23, 24, 25, 26, 28, 32, 33, 0))
+                Image.fromarray(label).save(city / "Labels" / "Test" / f"{stem}_eval.png")
+        (lists / f"{split.lower()}.txt").write_text("\n".join(stems) + "\n")
+    return city
+
+
 def is_whole(path, size):
     """Whether an image is an RGB picture of this size that can be decoded to its end."""
     with Image.open(path) as image:

@@ -103,7 +103,7 @@ class SourceFiles:
 
     source: str = data_set_option("gta5", "source data set")
     src_data_dir: str = path_option("", ROOT_HELP, metavar="DIR", may_change=True)
-    src_split: str = option("", "a split it declares; of GTA5 train, val or test of split.mat (default: all of them)")
+    src_split: str = option("", "a split it declares: of GTA5 train, val, test, of Cityscapes fine (default: all)")
     src_labels: str = option("", "what its label files hold (default: what the data set declares)", choices=LABELS)
     src_list: str = path_option("", "text file with one source image a line, instead of all", metavar="FILE")
 

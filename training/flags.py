@@ -173,7 +173,10 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> dict[str, A
             raise UserError(f"{flag} {shown}: not UTF-8; rename the file or folder")
     values = vars(parser.parse_args([_spelled(argument, parser.spellings) for argument in arguments]))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return {**given.pop("preset", {}), **given}
+    preset = given.pop("preset", {})
+    alien = " ".join(flag_of(name) for name in preset if f"--{name}" not in parser.spellings)
+    check(not alien, f"--preset: --method {given.get('method')} does not have {alien}, which it sets; omit one of both")
+    return {**preset, **given}
 
 
 def _spelled(argument: str, spellings: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from data_handlers.domain import DOMAINS, Domain, PairBatch, Samples
+from data_handlers.domain import DOMAINS, Domain, PairBatch
 from models.losses import cross_entropy
 from models.restitution import Restituted
 from models.segmentation import HEAD_RATE, build_segmentation_net, parameter_groups
@@ -27,7 +27,7 @@ from training.synchronised_norm import synchronise_batch_norms
 from uda.cbst_config import TRAIN_FIRST
 from uda.cbst_optimisation import freeze_statistics
 from uda.maxsquare_config import MaxSquareConfig, ScheduleConfig
-from uda.maxsquare_samples import BlurredSamples
+from uda.maxsquare_samples import MaxSquareSamples
 from uda.repeated_sgd import RepeatedSGD, repeats_of
 from uda.restitution import RestitutionHeads, restitution_loss
 from uda.source import poly_rate
@@ -130,11 +130,11 @@ class MaxSquareTraining(Method):
         """Source images with labels, and target images; of a larger source each epoch has other images."""
         size = self.config.schedule.batch_size
         per_epoch = self.steps_per_epoch * size
-        kind = Samples if self.config.target.no_gaussian_blur else BlurredSamples
         source, target = (
-            kind(
+            MaxSquareSamples(
                 domain=self.domains[name], stage=stage, per_epoch=per_epoch,
-                epoch_length=max(per_epoch, len(self.domains[name])),
+                epoch_length=max(per_epoch, len(self.domains[name])), scales=self.config.target.random_crop,
+                blurs=not self.config.target.no_gaussian_blur,
             ).batches(steps, size, self.rank.part(size))
             for name in DOMAINS
         )  # fmt: skip

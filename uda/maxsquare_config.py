@@ -21,6 +21,7 @@ from training.config import (
 from training.flags import Config, Size, check, check_not_negative, check_positive, option, size_option
 from uda.cbst_config import IMAGE_WISE, MAXSQUARE_METHODS, MethodConfig, check_shares
 from uda.config import AuxiliaryConfig, SourceImages
+from uda.presets import PresetFlags
 
 PUBLISHED_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "cityscapes": (1024, 512)}
 
@@ -34,12 +35,14 @@ class SizesConfig(TargetConfig):
         "for Cityscapes; the data set's for others)"
     )
     crop_size: Size | None = size_option("random crop of both (default: whole images)")
+    random_crop: bool = option(False, "scale images by half to twice their resize before the crop; black fills it up")
     no_gaussian_blur: bool = option(False, "do not blur half of the samples, by a radius of at most one pixel")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "src_resize", "crop_size")
-        if self.crop_size:
+        check(bool(self.crop_size) or not self.random_crop, "--random_crop needs --crop_size, the size of the crop")
+        if self.crop_size and not self.random_crop:
             check_crop_fits(self.crop_size, "src_resize", self.src_resize)
             check_crop_fits(self.crop_size, "trg_resize", self.trg_resize)
         for size in (self.crop_size,) if self.crop_size else (self.src_resize, self.trg_resize):
@@ -116,7 +119,7 @@ class MaxSquareConfig(Config):
     schedule: ScheduleConfig
 
     groups: ClassVar[Mapping[str, Sequence[type]]] = {
-        "run": (StartFlags, RunConfig),
+        "run": (PresetFlags, StartFlags, RunConfig),
         "data": (SourceFiles, SourceImages, SizesConfig, LoaderConfig),
         "method": (MethodConfig, TargetLossConfig, ScheduleConfig),
     }
@@ -128,6 +131,8 @@ class MaxSquareConfig(Config):
     def __post_init__(self) -> None:
         name = self.method.method
         check(name in MAXSQUARE_METHODS, f"--method {name} has another configuration; start it with --method {name}")
+        own_size = self.target.random_crop and self.loader.cache_dir
+        check(not own_size, "--cache_dir: --random_crop reads images at their own size; omit one of the two")
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:

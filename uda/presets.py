@@ -9,18 +9,17 @@ from typing import Any
 from training.flags import as_given, flag_of, option
 from utils.errors import UserError
 
-_CONTENT = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
-_SHARED = {name: value for name, value in _CONTENT.items() if not isinstance(value, dict)}
-NAMES = tuple(name for name in _CONTENT if name not in _SHARED)
+_TABLES: dict[str, dict[str, Any]] = {}
+for _name, _own in tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8")).items():
+    _TABLES[_name] = {**(_TABLES[_own.pop("like")] if "like" in _own else {}), **_own}
+NAMES = tuple(_TABLES)
 
 
 def preset(name: str) -> Mapping[str, Any]:
     """The values of a preset by the names of their flags. Raises `UserError`, which names those there are."""
     if name not in NAMES:
         raise UserError(f"--preset {name}: no such preset; there are {', '.join(NAMES)}")
-    own = {key: value for key, value in _CONTENT[name].items() if key != "about"}
-    values = {**own, **_SHARED, **own}  # its own come first
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in _TABLES[name].items() if key != "about"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,6 @@ def listing() -> str:
     """Each preset with a line about it and the command that it stands for."""
     lines = []
     for name in NAMES:
-        flags = " ".join(f"{flag_of(key)} {as_given(value)}" for key, value in preset(name).items())
-        lines += [f"{name}: {_CONTENT[name]['about']}", f"    python train_uda.py {flags}"]
+        flags = (flag_of(key) + f" {as_given(value)}" * (value is not True) for key, value in preset(name).items())
+        lines += [f"{name}: {_TABLES[name]['about']}", f"    python train_uda.py {' '.join(flags)}"]
     return "\n".join(lines)
