@@ -177,7 +177,7 @@ def test_a_preset_is_the_published_command_line(name):
     [
         (("gta5-cityscapes-cbst", "--method", "hard"), ("--method hard does not have --init_tgt_port",)),
         (("gta5-cityscapes-maxsquare", "--method=cbst"), ("--method cbst does not have --src_resize",)),
-        (("gta5-cityscapes-entropy", "--method", "source"), ("--preset: --method source does not have --target",)),
+        (("gta5-cityscapes-entropy", "--method", "source"), ("--preset: --method source does not have --trg_resize",)),
         (("gta5-cityscapes-iw-maxsquare", "--method", "hard"), ("--IW_ratio acts only with iw_maxsquare",)),
         (("gta5-cityscapes-cbst-sp", "--method", "cbst"), ("--spatial_prior (or a preset's) acts only with cbst-sp",)),
     ],
