@@ -95,6 +95,13 @@ def resized(pixels: np.ndarray, size: tuple[int, int], resample: Resample) -> np
     return found[0].permute(1, 2, 0).contiguous().numpy()
 
 
+def resized_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A label uint8 (h,w) at (W,H) by taking the nearest pixel; the same array if it has that size."""
+    if label.shape[::-1] == size:
+        return label
+    return np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+
+
 def image_pyramid(
     pixels: np.ndarray, num_scales: int, scale_factor: float, up_to: int, resample: Resample = "exact"
 ) -> list[np.ndarray]:
