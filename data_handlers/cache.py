@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_handlers.choices import Resample
-from data_handlers.images import image_size, read_label, read_resized, resized_label
+from data_handlers.images import image_size, read_label, read_resized
 from data_handlers.lists import FileList
 from utils.files import atomic_write, make_folder
 
@@ -49,7 +49,7 @@ class ResizedFiles:
         path, image = self.files.label_file(name), self.files.image_file(name)
 
         def read() -> np.ndarray:
-            return resized_label(read_label(path, data_set, image_size(image)), self.size)
+            return read_label(path, data_set, image_size(image), self.size)
 
         ignored = None if data_set.ignored_values is None else sorted(data_set.ignored_values)
         return self._cached(read, [sorted(data_set.value_map.items()), ignored, data_set.storage], path, image)

@@ -5,19 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data_handlers.choices import OR_SKIP
 from data_handlers.classes import CITYSCAPES_16_IDS, CITYSCAPES_IDS, IGNORE
-from data_handlers.images import (
-    image_size,
-    label_values_to_train_ids,
-    read_image,
-    read_label,
-    read_label_values,
-    resized,
-    resized_label,
-)
+from data_handlers.images import image_size, label_values_to_train_ids, read_image, read_label, read_label_values
 from data_handlers.lists import FileList
 from utils.devices import to_device
 from utils.errors import UserError
@@ -119,13 +112,9 @@ def _check_encoding(files: FileList, values: np.ndarray, flag: str) -> None:
 
 
 def open_labelled(
-    files: FileList,
-    num_workers: int,
-    device: torch.device,
-    with_labels: bool,
-    skip: bool | None,
+    files: FileList, num_workers: int, device: torch.device, with_labels: bool, skip: bool | None,
     size: tuple[int, int] | None = None,
-) -> Iterator[LabelledImage | UserError]:
+) -> Iterator[LabelledImage | UserError]:  # fmt: skip
     """Yield every image of the list in order. A few are loaded ahead, so memory does not grow with the list.
 
     Args:
@@ -139,9 +128,8 @@ def open_labelled(
 
     def load(name: str) -> tuple[str, np.ndarray, np.ndarray | None]:
         image = read_image(files.image_file(name))
-        label = read_label(files.label_file(name), files.data_set, image.size) if with_labels else None
-        wanted = size or image.size
-        return name, resized(np.array(image), wanted, "exact"), label if label is None else resized_label(label, wanted)
+        label = read_label(files.label_file(name), files.data_set, image.size, size) if with_labels else None
+        return name, np.array(image.resize(size, Image.Resampling.BICUBIC) if size else image), label
 
     reading = {"num_workers": num_workers, "skip_unusable": bool(skip), "or_else": _or_skip(skip)}
     for sample in load_in_order(load, files.images, **reading):

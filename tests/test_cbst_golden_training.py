@@ -207,18 +207,18 @@ def test_scores(path):
         total += confusion_matrix(*(torch.from_numpy(to_train_ids(x, id_map)) for x in (prediction, label)),
                                   meta["classes"])  # fmt: skip
         scores = scores_of(total, range(meta["classes"]), absent="zero")
-        ours = [scores.pixel_accuracy, scores.mean_accuracy, scores.mean_iou]
+        ours = [scores.means["pixel_accuracy"], scores.means["mean_accuracy"], scores.means["miou"]]
         np.testing.assert_allclose(ours, running, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(total.numpy()[np.ix_(order, order)], data["confusion"])
     np.testing.assert_array_equal(total.sum(dim=1).numpy()[order], data["class_pixels"])
-    np.testing.assert_allclose(np.array(scores.iou)[order], data["iou"], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(np.array(scores.accuracy)[order], data["class_acc"], rtol=0, atol=1e-12)
-    final = [scores.pixel_accuracy, scores.mean_accuracy, scores.mean_iou]
+    np.testing.assert_allclose(np.array(scores.by_class["iou"])[order], data["iou"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.array(scores.by_class["accuracy"])[order], data["class_acc"], rtol=0, atol=1e-12)
+    final = [scores.means["pixel_accuracy"], scores.means["mean_accuracy"], scores.means["miou"]]
     np.testing.assert_allclose(final, [data[k] for k in ("pixel_acc", "mean_acc", "mean_iou")], rtol=0, atol=1e-12)
     if "derived/mean_iou_13" in data:
         thirteen = [c for c in range(meta["classes"]) if c not in (3, 4, 5)]
         of_13 = scores_of(total, thirteen, range(meta["classes"]), absent="zero")
-        assert of_13.mean_iou == pytest.approx(float(data["derived/mean_iou_13"]), abs=1e-12, rel=0)
+        assert of_13.means["miou"] == pytest.approx(float(data["derived/mean_iou_13"]), abs=1e-12, rel=0)
 
 
 @over("cbst_luts", lambda data, meta: sorted(data))

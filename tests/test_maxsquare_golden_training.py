@@ -12,14 +12,17 @@ from torch.optim import SGD
 
 import uda.maxsquare
 from data_handlers.classes import CITYSCAPES_IDS, IGNORE, SYNTHIA_13, SYNTHIA_16, SYNTHIA_IDS
+from data_handlers.datasets import DATA_SETS
 from data_handlers.domain import DomainBatch, PairBatch
 from data_handlers.images import resized
 from data_handlers.label_maps import to_train_ids
+from data_handlers.labelled import LabelledImage
+from data_handlers.lists import FileList
 from models.deeplab_multi import CAFFE_INPUT
 from steps import relative_l2
-from training.distributed import ALONE
-from training.metrics import confusion_matrix, scores_of
-from training.validation import predict
+from training.distributed import ALONE, Rank
+from training.metrics import scores_of
+from training.validation import Validator, predict
 from uda.maxsquare import NET, MaxSquareTraining, schedule_of
 from uda.maxsquare_config import MaxSquareConfig
 from uda.maxsquare_samples import blurred
@@ -258,19 +261,32 @@ def test_samples(path, item):
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
+
 @over("snr_evaluate", lambda data, meta: [int(n[4]) for n in data if n.startswith("flip") and "confusion" in n])
-def test_evaluation(path, item):
+def test_evaluation(path, item, monkeypatch):
+    """What evaluate.py does to the images that it has read, with and without `--flip`."""
     data, meta = load(path)
-    net = StandIn(meta).eval()
+    net, classes = StandIn(meta).eval(), meta["num_classes"]
     net.load_state_dict(tensors(data, "init"))
-    total = torch.zeros(meta["num_classes"], meta["num_classes"], dtype=torch.int64)
+    images = []
     for k in range(sum(name.startswith("image_") for name in data)):
-        probability = predict(net, tensor(data, f"image_{k}"), flip=bool(item))[None]
-        scores = tensor(data, f"flip{item}/scores_{k}")
-        assert relative_l2(probability, scores if item else scores.softmax(1)) <= 1e-5
-        assert torch.equal(probability.argmax(1), tensor(data, f"flip{item}/argmax_{k}"))
-        total += confusion_matrix(probability.argmax(1), with_ignored(tensor(data, f"label_{k}")), meta["num_classes"])
-    np.testing.assert_array_equal(total.numpy(), data[f"flip{item}/confusion"])
-    scores = scores_of(total, range(len(total)), absent="zero_if_predicted")
-    ours = [scores.pixel_accuracy, scores.mean_accuracy, scores.mean_iou, scores.frequency_weighted_iou]
+        image, scores = tensor(data, f"image_{k}"), tensor(data, f"flip{item}/scores_{k}")
+        assert relative_l2(predict(net, image, flip=bool(item))[None], scores if item else scores.softmax(1)) <= 1e-5
+        images.append(LabelledImage(str(k), image, with_ignored(tensor(data, f"label_{k}"))[0]))
+    monkeypatch.setattr("training.validation.open_labelled", lambda *arguments: images)
+    monkeypatch.setattr(net, "network_input", lambda pixels, dtype: pixels[0])
+    monkeypatch.setattr("training.validation._picture", lambda *arguments: None)
+    files = FileList(DATA_SETS["cityscapes"], path.parent, tuple(image.name for image in images))
+    validator = Validator(
+        files=files, with_labels=True, classes=range(classes), num_classes=classes, num_workers=0, rank=Rank(),
+        flip=bool(item),
+    )  # fmt: skip
+    predictions = []
+    found = validator(net, lambda image, prediction: predictions.append(prediction))
+    for k, prediction in enumerate(predictions):
+        assert torch.equal(prediction[None], tensor(data, f"flip{item}/argmax_{k}").to(torch.uint8))
+    assert len(predictions) == len(images) > 0
+    np.testing.assert_array_equal(found.confusion.numpy(), data[f"flip{item}/confusion"])
+    means = scores_of(found.confusion, range(classes), absent="zero_if_predicted").means
+    ours = [means[name] for name in ("pixel_accuracy", "mean_accuracy", "miou", "frequency_weighted_iou")]
     np.testing.assert_allclose(ours, data[f"flip{item}/PA_MPA_mIoU_FWIoU"], rtol=0, atol=1e-9)

@@ -12,15 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_handlers.choices import AbsentClasses
-from data_handlers.classes import (
-    CITYSCAPES_16_IDS,
-    CITYSCAPES_IDS,
-    CLASS_NAMES,
-    CLASS_NAMES_16,
-    IGNORE,
-    SYNTHIA_13,
-    SYNTHIA_16,
-)
+from data_handlers.classes import CITYSCAPES_16_IDS, CITYSCAPES_IDS, CLASS_NAMES, CLASS_NAMES_16, IGNORE, SUBSETS
 from data_handlers.datasets import DataSet, find_data_set, for_net_of, with_labels
 from data_handlers.label_maps import colourise, to_data_set_ids
 from data_handlers.labelled import LabelledImage, check_samples
@@ -34,13 +26,12 @@ from training.metrics import Scores, merged, scores_of
 from training.precision import channels_last
 from training.score_table import ABSENT, CONVENTION, class_scores, score_table, subset_lines
 from training.segmentation_files import load_segmentation_net
-from training.validation import Validation, Validator, means_of, report, summary
+from training.validation import Validation, Validator, report, summary
 from utils.devices import resolve_device, workers_for
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write, atomic_write_json, check_folder, check_output_file, make_folder
 
 PICTURES = 25  # of --image_summary
-SUBSETS = {"16": SYNTHIA_16, "13": SYNTHIA_13}
 LABEL_IDS = {CLASS_NAMES: CITYSCAPES_IDS, CLASS_NAMES_16: CITYSCAPES_16_IDS}  # what the benchmark's server takes
 
 
@@ -92,11 +83,8 @@ def evaluate(flags: EvaluationFlags) -> None:
 
         with out_of_memory_means(lambda: "; use smaller --scales or --long_side, --window, or --gpus cpu"):
             found = validator(net, on_prediction)
-    content = {
-        "weights": flags.weights, "net": str(shape), "data_set": data_set.name, "data_dir": root, "images": len(files),
-        "scales": flags.scales, "flip": flags.flip, "long_side": flags.long_side, "window": flags.window,
-        "resize": flags.resize,
-    }  # fmt: skip
+    content = {"net": str(shape), "data_set": data_set.name, "data_dir": root, "images": len(files)}
+    content |= {n: getattr(flags, n) for n in ("weights", "scales", "flip", "long_side", "window", "resize")}
     _report(found, flags, data_set, validator.classes, content)
 
 
@@ -130,7 +118,7 @@ def _report(
     if flags.json:
         content |= report(found, names) | {
             "classes": class_scores(found.scores, names) if found.scores else {},
-            "subsets": {name: means_of(scores) for name, scores in subsets.items()},
+            "subsets": {name: scores.means for name, scores in subsets.items()},
             "convention": convention, "confusion": matrix.tolist(),
         }  # fmt: skip
         atomic_write_json(Path(flags.json), content)
@@ -144,7 +132,7 @@ def _subset_scores(matrix: Tensor, data_set: DataSet, absent: AbsentClasses) -> 
     names, every = data_set.class_names, range(len(matrix))
     if len(names) != len(matrix) or names not in LABEL_IDS:
         return {}
-    subsets = {str(len(every)): every, **{wanted: _subset(wanted, names) for wanted in SUBSETS}}
+    subsets = {str(len(every)): every, "16": _subset("16", names), "13": _subset("13", names)}
     return {name: scores_of(matrix, classes, every, absent) for name, classes in subsets.items()}
 
 
@@ -192,8 +180,8 @@ def _scored_classes(wanted: str, data_set: DataSet, num_classes: int) -> tuple[i
 
 
 def _subset(wanted: str, names: Sequence[str]) -> tuple[int, ...]:
-    """The trainIds of SYNTHIA's 16 or 13 classes among classes with these names."""
-    return tuple(names.index(CLASS_NAMES[c]) for c in SUBSETS[wanted])
+    """The trainIds of SYNTHIA's `16` or `13` classes among classes with these names."""
+    return tuple(names.index(CLASS_NAMES[c]) for c in SUBSETS[f"synthia{wanted}"])
 
 
 def _encoder(wanted: str, data_set: DataSet, num_classes: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -4,7 +4,7 @@ Everything is counted on the device, and memory does not grow with the number of
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,9 @@ from torch import Tensor
 from data_handlers.choices import AbsentClasses
 
 CONFIDENCE_BINS = 20
-# Of `Scores`, beside its mIoU: how they are called in a table.
-MEANS = {
-    "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy", "mean_precision": "mean precision",
-    "frequency_weighted_iou": "FWIoU",
-}  # fmt: skip
+# Of `Scores`: values of a class, and means.
+COLUMNS = ("iou", "accuracy", "precision", "label_share", "predicted_share")
+MEANS = ("miou", "mean_accuracy", "mean_precision", "frequency_weighted_iou", "pixel_accuracy")
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -43,35 +41,26 @@ def _bincount(values: Tensor, bins: int) -> Tensor:
     return counts.scatter_add_(0, flat, torch.ones_like(flat))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Scores:
-    """Scores of a confusion matrix over some of its classes: fractions, None without a value (docs/method.md, 4).
+    """Scores of a confusion matrix over some of its classes (docs/method.md, section 4): fractions, or None.
 
     Pixels labelled with a class that is not counted are ignored. Predictions of such a class count as errors of the
     labelled class.
 
     Attributes:
-        iou, accuracy, precision: of each of `classes`, the pixels predicted right of those that are labelled or
-            predicted, of those labelled, of those predicted.
-        label_share, predicted_share: of each of `classes`, its labelled and its predicted pixels of all counted ones.
-        mean_iou, mean_accuracy, mean_precision: means over those of `classes` that have a value.
-        frequency_weighted_iou: sum of IoU times `label_share`.
-        pixel_accuracy: fraction of counted pixels predicted right.
-        mean_iou_by_convention: `mean_iou` for each of `ABSENT_CLASSES`.
+        by_class: for each of `COLUMNS` the values of `classes`: the pixels predicted right, over those labelled or
+            predicted (IoU), those labelled (accuracy), those predicted (precision); its labelled and its predicted
+            pixels over all counted ones.
+        means: for each of `MEANS`: of IoU, accuracy and precision over those of `classes` that have one; of IoU
+            weighted by `label_share`; the fraction of counted pixels predicted right.
+        mean_iou_by_convention: the mean IoU for each of `ABSENT_CLASSES`.
         absent: those of `classes` without a labelled pixel.
     """
 
     classes: tuple[int, ...]
-    iou: tuple[float | None, ...]
-    accuracy: tuple[float | None, ...]
-    precision: tuple[float | None, ...]
-    label_share: tuple[float | None, ...]
-    predicted_share: tuple[float | None, ...]
-    mean_iou: float | None
-    mean_accuracy: float | None
-    mean_precision: float | None
-    frequency_weighted_iou: float | None
-    pixel_accuracy: float | None
+    by_class: Mapping[str, tuple[float | None, ...]]
+    means: Mapping[str, float | None]
     mean_iou_by_convention: Mapping[str, float | None]
     absent: tuple[int, ...]
 
@@ -96,23 +85,21 @@ def scores_of(
         "zero_if_predicted": values,
         "zero": values.nan_to_num(0.0),
     }
-    means = {name: _plain(found.nanmean(dim=1)) for name, found in by_convention.items()}
-    mean_iou, mean_accuracy, mean_precision = means[absent]
+    averages = {name: found.nanmean(dim=1) for name, found in by_convention.items()}
     shares = torch.stack((labelled, predicted))[:, wanted] / total
-    iou, accuracy, precision, label_share, predicted_share = map(_plain, (*by_convention[absent], *shares))
+    weighted = (by_convention["zero"][0] * shares[0]).sum()
     return Scores(
-        classes=tuple(wanted), iou=iou, accuracy=accuracy, precision=precision, label_share=label_share,
-        predicted_share=predicted_share, mean_iou=mean_iou, mean_accuracy=mean_accuracy, mean_precision=mean_precision,
-        frequency_weighted_iou=float((values[0] * shares[0]).nansum()) if total else None,
-        pixel_accuracy=float(right.sum() / total) if total else None,
-        mean_iou_by_convention={name: found[0] for name, found in means.items()},
+        classes=tuple(wanted),
+        by_class=dict(zip(COLUMNS, map(_plain, (*by_convention[absent], *shares)), strict=True)),
+        means=dict(zip(MEANS, _plain((*averages[absent], weighted, right.sum() / total)), strict=True)),
+        mean_iou_by_convention=dict(zip(averages, _plain(found[0] for found in averages.values()), strict=True)),
         absent=tuple(c for c in wanted if not labelled[c]),
-    )  # fmt: skip
+    )
 
 
-def _plain(values: Tensor) -> tuple[float | None, ...]:
-    """Numbers, None for NaN."""
-    return tuple(None if math.isnan(value) else value for value in values.tolist())
+def _plain(values: Iterable[Tensor]) -> tuple[float | None, ...]:
+    """Scalars as numbers, NaN as None."""
+    return tuple(None if value.isnan() else float(value) for value in values)
 
 
 def merged(matrix: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from training.metrics import MEANS, Scores
+from training.metrics import COLUMNS, MEANS, Scores
 
-COLUMNS = {
-    "iou": "IoU %", "accuracy": "accuracy", "precision": "precision", "label_share": "labels",
-    "predicted_share": "predictions",
-}  # fmt: skip
+COLUMN_TITLES = (" IoU %", "accuracy", "precision", "labels", "predictions")
+MEAN_TITLES = ("mIoU", "mean accuracy", "mean precision", "FWIoU", "pixel accuracy")
 CONVENTION = (
     "IoU = right / (labelled + predicted - right), accuracy = right / labelled, precision = right / predicted; labels "
     "and predictions are shares of the pixels; FWIoU is the mean IoU weighted by labels. Everything is summed over all "
@@ -23,26 +21,27 @@ ABSENT = {
 
 def class_scores(scores: Scores, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """The values of each of `COLUMNS` by the name of the class."""
-    columns = zip(*(getattr(scores, column) for column in COLUMNS), strict=True)
-    return {names[c]: dict(zip(COLUMNS, row, strict=True)) for c, row in zip(scores.classes, columns, strict=True)}
+    rows = zip(*(scores.by_class[column] for column in COLUMNS), strict=True)
+    return {names[c]: dict(zip(COLUMNS, row, strict=True)) for c, row in zip(scores.classes, rows, strict=True)}
 
 
 def score_table(scores: Scores, names: Sequence[str], of: str = "classes") -> str:
     """A table of the classes or categories in percent, the means and the absent classes."""
-    width = max(map(len, [*(names[c] for c in scores.classes), *MEANS.values()]))
-    head = "category" if of == "categories" else "class"
-    lines = ["  ".join([f"{head:<{width}}", *(f"{title:>6}" for title in COLUMNS.values())])]
+    width = max(map(len, [*(names[c] for c in scores.classes), *MEAN_TITLES]))
+    lines = ["  ".join([f"{'category' if of == 'categories' else 'class':<{width}}", *COLUMN_TITLES])]
     for name, row in class_scores(scores, names).items():
-        cells = [_percent(row[c], "absent" if c == "iou" else "-").rjust(len(title)) for c, title in COLUMNS.items()]
+        cells = [_percent(row["iou"], "absent"), *(_percent(row[column]) for column in COLUMNS[1:])]
+        cells = [cell.rjust(len(title)) for cell, title in zip(cells, COLUMN_TITLES, strict=True)]
         lines.append("  ".join([f"{name:<{width}}", *cells]))
-    if scores.pixel_accuracy is None:
+    if not any(scores.by_class["label_share"]):
         return "\n".join([*lines, "no pixel of the scored classes is labelled: there are no means"])
-    present, means = sum(value is not None for value in scores.iou), scores.mean_iou_by_convention
-    lines.append(f"{'mIoU':<{width}}  {_percent(scores.mean_iou)}  over {present} of {len(scores.classes)} {of}")
+    present, means = sum(value is not None for value in scores.by_class["iou"]), scores.mean_iou_by_convention
+    for title, mean in zip(MEAN_TITLES, MEANS, strict=True):
+        over = f"  over {present} of {len(scores.classes)} {of}" if mean == "miou" else ""
+        lines.append(f"{title:<{width}}  {_percent(scores.means[mean])}{over}")
     if means["left_out"] != means["zero_if_predicted"]:
-        other = "zero_if_predicted" if scores.mean_iou == means["left_out"] else "left_out"
-        lines.append(f"{'':<{width}}  {_percent(means[other])}  if absent {of} {ABSENT[other]}")
-    lines += [f"{title:<{width}}  {_percent(getattr(scores, name))}" for name, title in MEANS.items()]
+        other = "zero_if_predicted" if scores.means["miou"] == means["left_out"] else "left_out"
+        lines.insert(-4, f"{'':<{width}}  {_percent(means[other])}  if absent {of} {ABSENT[other]}")
     if scores.absent:
         lines.append("absent: " + ", ".join(names[c] for c in scores.absent))
     return "\n".join(lines)
@@ -50,10 +49,9 @@ def score_table(scores: Scores, names: Sequence[str], of: str = "classes") -> st
 
 def subset_lines(subsets: Mapping[str, Scores], num_classes: int) -> list[str]:
     """The means over some classes of a matrix of `num_classes`, in percent, a line for each subset."""
-    titles = {"mean_iou": "mIoU", **MEANS}
     return [
-        f"all labels counted, mean over {name} of {num_classes} classes: "
-        + ", ".join(f"{title} {_percent(getattr(scores, mean)).strip()}" for mean, title in titles.items())
+        f"all labels counted, over {name} of {num_classes} classes: "
+        + ", ".join(f"{title} {_percent(scores.means[m]).strip()}" for title, m in zip(MEAN_TITLES, MEANS, strict=True))
         for name, scores in subsets.items()
     ]
 

@@ -104,7 +104,7 @@ class Validation:
     @property
     def mean_iou(self) -> float | None:
         """mIoU, None without labels or when every scored class is absent."""
-        return None if self.scores is None else self.scores.mean_iou
+        return None if self.scores is None else self.scores.means["miou"]
 
 
 def scored_classes(num_classes: int, *data_sets: DataSet) -> tuple[int, ...]:
@@ -232,7 +232,7 @@ def _picture(sample: LabelledImage, prediction: Tensor, colours: Sequence[Sequen
 
 
 def _iou_by_name(scores: Scores | None, names: Sequence[str]) -> dict[str, float | None]:
-    return {names[c]: value for c, value in zip(scores.classes, scores.iou, strict=True)} if scores else {}
+    return {names[c]: value for c, value in zip(scores.classes, scores.by_class["iou"], strict=True)} if scores else {}
 
 
 def summary(validation: Validation, names: Sequence[str]) -> str:
@@ -249,16 +249,11 @@ def summary(validation: Validation, names: Sequence[str]) -> str:
     return f"mIoU {100 * validation.mean_iou:.2f} ({', '.join(parts)}); {free}"
 
 
-def means_of(scores: Scores | None) -> dict[str, float | None]:
-    """The mean scores, for files."""
-    return {"miou": scores and scores.mean_iou, **{name: scores and getattr(scores, name) for name in MEANS}}
-
-
 def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
     """Plain values of a validation, for files."""
     scores = validation.scores
     return {
-        **means_of(scores),
+        **(scores.means if scores else dict.fromkeys(MEANS)),
         "miou_by_convention": scores and dict(scores.mean_iou_by_convention),
         "label_free": validation.statistics.mutual_information(),
         "mean_confidence": validation.statistics.mean_confidence(),
