@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.io import decode_image
 
 import evaluate as script
+from data_handlers.choices import ABSENT_CLASSES
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import read_image
 from data_handlers.labelled import open_labelled
@@ -26,6 +27,8 @@ from evaluations import CITY_ALL, evaluation_flags, save_unet, truth, write_worl
 from models.deeplab_multi import CAFFE_INPUT
 from refusals import check_refusal
 from scoring import COLOURS, LABEL_IDS, NAMES, SUBSETS, slow_scores
+from training.metrics import scores_of
+from training.score_table import score_table
 from training.segmentation_files import load_segmentation_net
 from training.validation import predict
 from uda_golden import load, over
@@ -238,6 +241,16 @@ def test_absent_classes(run_script, tmp_path, monkeypatch, absent, mean, other):
         assert report["classes"]["class 1"] == {
             "iou": None, "accuracy": None, "precision": None, "label_share": 0, "predicted_share": 0.25
         }  # fmt: skip
+
+
+def test_the_other_mean_is_printed_where_it_differs():
+    names, table = ("road", "sky"), "if absent classes "
+    alone = torch.tensor([[3, 0], [0, 0]])
+    assert table not in score_table(scores_of(alone, range(2)), names)
+    assert f"100.00  {table}do not count in the means" in score_table(scores_of(alone, range(2), absent="zero"), names)
+    for absent in ABSENT_CLASSES:
+        nothing = score_table(scores_of(torch.zeros(2, 2), range(2), absent=absent), names)
+        assert nothing.endswith("\nno pixel of the scored classes is labelled: there are no means")
 
 
 @pytest.mark.parametrize("classes", [16, 19])

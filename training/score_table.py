@@ -35,13 +35,15 @@ def score_table(scores: Scores, names: Sequence[str], of: str = "classes") -> st
         lines.append("  ".join([f"{name:<{width}}", *cells]))
     if not any(scores.by_class["label_share"]):
         return "\n".join([*lines, "no pixel of the scored classes is labelled: there are no means"])
-    present, means = sum(value is not None for value in scores.by_class["iou"]), scores.mean_iou_by_convention
-    for title, mean in zip(MEAN_TITLES, MEANS, strict=True):
-        over = f"  over {present} of {len(scores.classes)} {of}" if mean == "miou" else ""
-        lines.append(f"{title:<{width}}  {_percent(scores.means[mean])}{over}")
-    if means["left_out"] != means["zero_if_predicted"]:
-        other = "zero_if_predicted" if scores.means["miou"] == means["left_out"] else "left_out"
-        lines.insert(-4, f"{'':<{width}}  {_percent(means[other])}  if absent {of} {ABSENT[other]}")
+    means = [f"{title:<{width}}  {_percent(scores.means[m])}" for title, m in zip(MEAN_TITLES, MEANS, strict=True)]
+    present = sum(value is not None for value in scores.by_class["iou"])
+    lines.append(f"{means[0]}  over {present} of {len(scores.classes)} {of}")
+    for convention in ("left_out", "zero_if_predicted"):
+        mean = scores.mean_iou_by_convention[convention]
+        if mean != scores.means["miou"]:
+            lines.append(f"{'':<{width}}  {_percent(mean)}  if absent {of} {ABSENT[convention]}")
+            break
+    lines += means[1:]
     if scores.absent:
         lines.append("absent: " + ", ".join(names[c] for c in scores.absent))
     return "\n".join(lines)
