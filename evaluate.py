@@ -1,4 +1,4 @@
-"""Score a segmentation net on a labelled data set: IoU of every class, mIoU, pixel accuracy.
+"""Score a segmentation net on a labelled data set: IoU, accuracy and precision of every class, their means.
 
     python evaluate.py --weights pretrained/pretrained_semseg_on_gta5.pth
     python evaluate.py --weights NET.pth --data_set synthia --data_dir data/synthia --scales 0.75 1 1.25 --flip

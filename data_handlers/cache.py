@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data_handlers.choices import Resample
 from data_handlers.images import image_size, read_label, read_resized
@@ -50,8 +49,7 @@ class ResizedFiles:
         path, image = self.files.label_file(name), self.files.image_file(name)
 
         def read() -> np.ndarray:
-            label = read_label(path, data_set, image_size(image))
-            return np.array(Image.fromarray(label).resize(self.size, Image.Resampling.NEAREST))
+            return read_label(path, data_set, image_size(image), self.size)
 
         ignored = None if data_set.ignored_values is None else sorted(data_set.ignored_values)
         return self._cached(read, [sorted(data_set.value_map.items()), ignored, data_set.storage], path, image)

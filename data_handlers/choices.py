@@ -13,3 +13,7 @@ OR_SKIP = "; or skip such images with --on_bad_image skip"  # end of messages
 # How images are resized: with PyTorch's arithmetic, several times as fast, or with Pillow's, which the method uses.
 Resample = Literal["exact", "fast"]
 RESAMPLINGS = ("fast", "exact")
+
+# What the IoU of a class without a labelled pixel is in scores: none, 0 where it was predicted, or 0.
+AbsentClasses = Literal["left_out", "zero_if_predicted", "zero"]
+ABSENT_CLASSES = ("left_out", "zero_if_predicted", "zero")

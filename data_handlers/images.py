@@ -95,6 +95,13 @@ def resized(pixels: np.ndarray, size: tuple[int, int], resample: Resample) -> np
     return found[0].permute(1, 2, 0).contiguous().numpy()
 
 
+def resized_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A label uint8 (h,w) at (W,H) by taking the nearest pixel; the same array if it has that size."""
+    if label.shape[::-1] == size:
+        return label
+    return np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+
+
 def image_pyramid(
     pixels: np.ndarray, num_scales: int, scale_factor: float, up_to: int, resample: Resample = "exact"
 ) -> list[np.ndarray]:
@@ -191,9 +198,17 @@ def label_values_to_train_ids(values: np.ndarray, path: Path, data_set: DataSet)
         ) from None
 
 
-def read_label(path: Path, data_set: DataSet, size: tuple[int, int]) -> np.ndarray:
-    """A label as trainIds, uint8 (H,W) with 255 = ignore. Raises `UserError` as the two functions above."""
-    return label_values_to_train_ids(read_label_values(path, data_set, size), path, data_set)
+def read_label(
+    path: Path, data_set: DataSet, size: tuple[int, int], resize: tuple[int, int] | None = None
+) -> np.ndarray:
+    """A label as trainIds, uint8 (H,W) with 255 = ignore. Raises `UserError` as the two functions above.
+
+    Args:
+        size: (W,H) of the image the label belongs to.
+        resize: (W,H) of the result, see `resized_label`; None keeps the size.
+    """
+    label = label_values_to_train_ids(read_label_values(path, data_set, size), path, data_set)
+    return resized_label(label, resize or size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""Images with their labels, one at a time at native size, as evaluation reads them."""
+"""Images with their labels, one at a time, as evaluation reads them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data_handlers.choices import OR_SKIP
@@ -23,7 +24,7 @@ CHECKED_LABELS = 20  # a multiple of the number of images, so that these are amo
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image at native size.
+    """An image at native size, or at the size asked for.
 
     Attributes:
         name: relative path in its data set.
@@ -53,9 +54,9 @@ def check_samples(
     Raises:
         UserError: a file cannot be used, or the labels look like trainIds and are read as label ids.
     """
-    images = _samples(files, CHECKED_IMAGES)
+    images = samples(files, CHECKED_IMAGES)
     occurs = np.zeros(2**24, dtype=bool)  # by value
-    for name in _samples(files, CHECKED_LABELS if labels else CHECKED_IMAGES):
+    for name in samples(files, CHECKED_LABELS if labels else CHECKED_IMAGES):
         path = files.image_file(name)
         try:
             size = read_image(path).size if name in images else image_size(path)
@@ -75,7 +76,7 @@ def _or_skip(skip: bool | None) -> str:
     return "" if skip is None else OR_SKIP
 
 
-def _samples(files: FileList, count: int) -> dict[str, None]:
+def samples(files: FileList, count: int) -> dict[str, None]:
     """Evenly spaced images and the last one, as an interrupted copy damages the end; in order, each once."""
     return dict.fromkeys([*evenly_spaced(files.images, count), *files.images[-1:]])
 
@@ -111,12 +112,14 @@ def _check_encoding(files: FileList, values: np.ndarray, flag: str) -> None:
 
 
 def open_labelled(
-    files: FileList, num_workers: int, device: torch.device, with_labels: bool, skip: bool | None
-) -> Iterator[LabelledImage | UserError]:
+    files: FileList, num_workers: int, device: torch.device, with_labels: bool, skip: bool | None,
+    size: tuple[int, int] | None = None,
+) -> Iterator[LabelledImage | UserError]:  # fmt: skip
     """Yield every image of the list in order. A few are loaded ahead, so memory does not grow with the list.
 
     Args:
         skip: yield the error for an image that cannot be used, instead of raising it; None as of `check_samples`.
+        size: (W,H) to which images and labels are resized; None keeps their own.
 
     Raises:
         UserError: in the main process, when a file cannot be used, or, with `skip`, too many one after the other.
@@ -125,8 +128,8 @@ def open_labelled(
 
     def load(name: str) -> tuple[str, np.ndarray, np.ndarray | None]:
         image = read_image(files.image_file(name))
-        label = read_label(files.label_file(name), files.data_set, image.size) if with_labels else None
-        return name, np.array(image), label
+        label = read_label(files.label_file(name), files.data_set, image.size, size) if with_labels else None
+        return name, np.array(image.resize(size, Image.Resampling.BICUBIC) if size else image), label
 
     reading = {"num_workers": num_workers, "skip_unusable": bool(skip), "or_else": _or_skip(skip)}
     for sample in load_in_order(load, files.images, **reading):

@@ -11,7 +11,7 @@ from torch import nn
 from data_handlers.classes import CITYSCAPES_16_IDS, CITYSCAPES_IDS, IGNORE, SYNTHIA_16_IDS
 from data_handlers.label_maps import ids_of_train_ids, to_train_ids
 from steps import relative_l2
-from training.metrics import confusion_matrix, scores_of_all
+from training.metrics import confusion_matrix, scores_of
 from uda.cbst_optimisation import freeze_statistics, mean_cross_entropy, self_training_optimizer
 from uda.cbst_schedule import (
     Portion,
@@ -206,18 +206,19 @@ def test_scores(path):
     for (label, prediction), running in zip(pairs, data["running"], strict=True):
         total += confusion_matrix(*(torch.from_numpy(to_train_ids(x, id_map)) for x in (prediction, label)),
                                   meta["classes"])  # fmt: skip
-        scores = scores_of_all(total)
-        ours = [scores.pixel_accuracy, scores.mean_accuracy, scores.mean_iou]
+        scores = scores_of(total, range(meta["classes"]), absent="zero")
+        ours = [scores.means["pixel_accuracy"], scores.means["mean_accuracy"], scores.means["miou"]]
         np.testing.assert_allclose(ours, running, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(total.numpy()[np.ix_(order, order)], data["confusion"])
     np.testing.assert_array_equal(total.sum(dim=1).numpy()[order], data["class_pixels"])
-    np.testing.assert_allclose(np.array(scores.iou)[order], data["iou"], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(np.array(scores.accuracy)[order], data["class_acc"], rtol=0, atol=1e-12)
-    final = [scores.pixel_accuracy, scores.mean_accuracy, scores.mean_iou]
+    np.testing.assert_allclose(np.array(scores.by_class["iou"])[order], data["iou"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.array(scores.by_class["accuracy"])[order], data["class_acc"], rtol=0, atol=1e-12)
+    final = [scores.means["pixel_accuracy"], scores.means["mean_accuracy"], scores.means["miou"]]
     np.testing.assert_allclose(final, [data[k] for k in ("pixel_acc", "mean_acc", "mean_iou")], rtol=0, atol=1e-12)
     if "derived/mean_iou_13" in data:
         thirteen = [c for c in range(meta["classes"]) if c not in (3, 4, 5)]
-        assert scores.mean_iou_over(thirteen) == pytest.approx(float(data["derived/mean_iou_13"]), abs=1e-12, rel=0)
+        of_13 = scores_of(total, thirteen, range(meta["classes"]), absent="zero")
+        assert of_13.means["miou"] == pytest.approx(float(data["derived/mean_iou_13"]), abs=1e-12, rel=0)
 
 
 @over("cbst_luts", lambda data, meta: sorted(data))

@@ -11,7 +11,6 @@ from data_handlers.classes import CITYSCAPES_16_IDS, CITYSCAPES_IDS, IGNORE, SYN
 from data_handlers.label_maps import ids_of_train_ids, to_data_set_ids, to_train_ids
 from data_handlers.spatial_prior import SpatialPriorBuilder, read_spatial_prior, write_spatial_prior
 from refusals import check_refused
-from training.metrics import scores_of, scores_of_all
 from uda.cbst_optimisation import (
     freeze_statistics,
     mean_cross_entropy,
@@ -354,19 +353,7 @@ def test_a_batch_without_valid_cells_lets_weights_decay_and_nothing_else():
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
 
 
-# --- scores and ids --------------------------------------------------------------------------------------------------
-
-
-def test_an_absent_class_counts_as_0_or_not_at_all():
-    matrix = torch.tensor([[6, 2, 1], [1, 4, 0], [0, 0, 0]])
-    ours = scores_of_all(matrix)
-    assert ours.iou == pytest.approx((6 / 10, 4 / 7, 0))
-    assert ours.accuracy == pytest.approx((6 / 9, 4 / 5, 0))
-    assert ours.mean_iou == pytest.approx((6 / 10 + 4 / 7) / 3)
-    assert ours.mean_iou_over((0, 1)) == pytest.approx((6 / 10 + 4 / 7) / 2)
-    assert ours.pixel_accuracy == pytest.approx(10 / 14)
-    assert scores_of(matrix, range(3)).mean_iou == pytest.approx((6 / 10 + 4 / 7) / 2)
-    assert scores_of_all(torch.zeros(2, 2, dtype=torch.int64)).mean_iou == 0
+# --- ids --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("id_map", [CITYSCAPES_IDS, CITYSCAPES_16_IDS, SYNTHIA_16_IDS])

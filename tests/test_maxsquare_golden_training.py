@@ -18,12 +18,13 @@ from data_handlers.datasets import DATA_SETS, for_net_of
 from data_handlers.domain import DomainBatch, PairBatch
 from data_handlers.images import label_values_to_train_ids, resized
 from data_handlers.label_maps import to_train_ids
+from data_handlers.labelled import LabelledImage
+from data_handlers.lists import FileList
 from models.deeplab_multi import CAFFE_INPUT
 from steps import relative_l2
-from training.distributed import ALONE
-from training.metrics import confusion_matrix
-from training.published_scores import published_scores
-from training.validation import predict
+from training.distributed import ALONE, Rank
+from training.metrics import scores_of
+from training.validation import Validator, predict
 from uda.maxsquare import NET, MaxSquareTraining, schedule_of
 from uda.maxsquare_config import MaxSquareConfig
 from uda.maxsquare_samples import blurred, random_crop
@@ -285,41 +286,32 @@ def test_samples(path, item):
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
-SCORES = {"PA": "pixel_accuracy", "MPA": "mean_accuracy", "mIoU": "mean_iou", "FWIoU": "frequency_weighted_iou",
-          "MPC": "mean_precision"}  # fmt: skip
-
-
-@over("maxsquare_metrics", lambda data, meta: sorted(meta["cases"]))
-def test_scores(path, item):
-    data, meta = load(path)
-    classes = meta["cases"][item]["K"]
-    subsets = {"": None, "_16": None, "_13": meta["subset_13_of_16"]}
-    subsets |= {f"_{name}": kept for name, kept in meta["subsets_of_19"].items()}
-    matrix = confusion_matrix(tensor(data, f"{item}/pred"), with_ignored(tensor(data, f"{item}/gt")), classes)
-    np.testing.assert_array_equal(matrix.numpy(), data[f"{item}/confusion"])
-    for name in data:
-        case, _, key = name.partition("/")
-        kind, _, suffix = key.partition("_")
-        if case == item and kind in SCORES:
-            scores = published_scores(matrix, subsets[f"_{suffix}" if suffix else ""])
-            assert getattr(scores, SCORES[kind]) == pytest.approx(float(data[name]), abs=1e-9, nan_ok=True), key
-    printed = 100 * published_scores(matrix).per_class.numpy()
-    np.testing.assert_allclose(printed, data[f"{item}/per_class_printed"], rtol=0, atol=0.011)
-
 
 @over("snr_evaluate", lambda data, meta: [int(n[4]) for n in data if n.startswith("flip") and "confusion" in n])
-def test_evaluation(path, item):
+def test_evaluation(path, item, monkeypatch):
+    """What evaluate.py does to the images that it has read, with and without `--flip`."""
     data, meta = load(path)
-    net = StandIn(meta).eval()
+    net, classes = StandIn(meta).eval(), meta["num_classes"]
     net.load_state_dict(tensors(data, "init"))
-    total = torch.zeros(meta["num_classes"], meta["num_classes"], dtype=torch.int64)
+    images = []
     for k in range(sum(name.startswith("image_") for name in data)):
-        probability = predict(net, tensor(data, f"image_{k}"), flip=bool(item))[None]
-        scores = tensor(data, f"flip{item}/scores_{k}")
-        assert relative_l2(probability, scores if item else scores.softmax(1)) <= 1e-5
-        assert torch.equal(probability.argmax(1), tensor(data, f"flip{item}/argmax_{k}"))
-        total += confusion_matrix(probability.argmax(1), with_ignored(tensor(data, f"label_{k}")), meta["num_classes"])
-    np.testing.assert_array_equal(total.numpy(), data[f"flip{item}/confusion"])
-    scores = published_scores(total)
-    ours = [getattr(scores, SCORES[name]) for name in ("PA", "MPA", "mIoU", "FWIoU")]
+        image, scores = tensor(data, f"image_{k}"), tensor(data, f"flip{item}/scores_{k}")
+        assert relative_l2(predict(net, image, flip=bool(item))[None], scores if item else scores.softmax(1)) <= 1e-5
+        images.append(LabelledImage(str(k), image, with_ignored(tensor(data, f"label_{k}"))[0]))
+    monkeypatch.setattr("training.validation.open_labelled", lambda *arguments: images)
+    monkeypatch.setattr(net, "network_input", lambda pixels, dtype: pixels[0])
+    monkeypatch.setattr("training.validation._picture", lambda *arguments: None)
+    files = FileList(DATA_SETS["cityscapes"], path.parent, tuple(image.name for image in images))
+    validator = Validator(
+        files=files, with_labels=True, classes=range(classes), num_classes=classes, num_workers=0, rank=Rank(),
+        flip=bool(item),
+    )  # fmt: skip
+    predictions = []
+    found = validator(net, lambda image, prediction: predictions.append(prediction))
+    for k, prediction in enumerate(predictions):
+        assert torch.equal(prediction[None], tensor(data, f"flip{item}/argmax_{k}").to(torch.uint8))
+    assert len(predictions) == len(images) > 0
+    np.testing.assert_array_equal(found.confusion.numpy(), data[f"flip{item}/confusion"])
+    means = scores_of(found.confusion, range(classes), absent="zero_if_predicted").means
+    ours = [means[name] for name in ("pixel_accuracy", "mean_accuracy", "miou", "frequency_weighted_iou")]
     np.testing.assert_allclose(ours, data[f"flip{item}/PA_MPA_mIoU_FWIoU"], rtol=0, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Scoring segmentation nets: confusion matrix, windows, scales, statistics, and validating a list of pictures."""
+"""Validating segmentation nets: windows, scales, statistics, and a list of pictures."""
 
 from __future__ import annotations
 
@@ -15,75 +15,11 @@ from data_handlers.datasets import DATA_SETS
 from data_handlers.images import IMAGENET_INPUT, NetworkInput, read_image
 from data_handlers.lists import list_images
 from models.resnet38 import ResNet38
-from scoring import SUBSETS, slow_scores
 from training.confidence_maps import confidence_map
 from training.distributed import Rank
-from training.metrics import PredictionStatistics, confusion_matrix, scores_of
+from training.metrics import PredictionStatistics, scores_of
 from training.validation import Validator, in_windows, predict
 from worlds import index_label, noise_image, write_gta5
-
-
-@pytest.mark.parametrize(
-    ("label", "prediction", "matrix", "iou", "accuracy"),
-    [
-        ((0, 0, 1, 1, 2, 255), (0, 1, 1, 1, 0, 0), [[1, 1, 0], [0, 2, 0], [1, 0, 0]], (1 / 3, 2 / 3, 0), 3 / 5),
-        (
-            ((0, 0, 1, 255), (1, 2, 2, 2)), ((0, 1, 1, 2), (1, 2, 0, 2)), [[1, 1, 0], [0, 2, 0], [1, 0, 2]],
-            (1 / 3, 2 / 3, 2 / 3), 5 / 7,
-        ),
-    ],
-)  # fmt: skip
-def test_hand_cases(label, prediction, matrix, iou, accuracy):
-    for kind in (torch.uint8, torch.int64):
-        found = confusion_matrix(torch.tensor(prediction), torch.tensor(label, dtype=kind), 3)
-        assert found.tolist() == matrix
-        assert found.dtype == torch.int64
-    scores = scores_of(found, range(3))
-    assert scores.iou == pytest.approx(iou)
-    assert scores.mean_iou == pytest.approx(sum(iou) / 3)
-    assert scores.pixel_accuracy == pytest.approx(accuracy)
-    assert scores.absent == ()
-
-
-def test_subsets_ignored_pixels_and_absent_classes_against_a_slow_loop():
-    rng = np.random.default_rng(0)
-    predictions = [rng.integers(0, 19, (9, 13)) for _ in range(3)]
-    labels = [rng.choice([0, 1, 3, 9, 10, 13, 16, 255], (9, 13)) for _ in range(3)]  # 2, 4, ... are predicted, absent
-    matrix = torch.zeros(19, 19, dtype=torch.int64)
-    for prediction, label in zip(predictions, labels, strict=True):
-        right = (rng.random(label.shape) < 0.4) & (label != 255)
-        prediction[right] = label[right]
-        matrix += confusion_matrix(torch.tensor(prediction), torch.tensor(label), 19)
-    for subset in (range(19), sorted(SUBSETS[16]), sorted(SUBSETS[13]), (13, 2, 0)):
-        iou, mean, accuracy, counts = slow_scores(predictions, labels, set(subset))
-        assert all(matrix[t, p] == n for (t, p), n in counts.items() if t != 255)
-        assert matrix.sum() == sum(n for (t, _), n in counts.items() if t != 255)
-        scores = scores_of(matrix, subset)
-        assert scores.classes == tuple(subset)
-        assert scores.absent == tuple(c for c in subset if c not in iou)
-        assert {c: v for c, v in zip(subset, scores.iou, strict=True) if v is not None} == pytest.approx(iou)
-        assert (scores.mean_iou, scores.pixel_accuracy) == pytest.approx((mean, accuracy))
-
-
-def test_predictions_outside_the_subset_are_errors_of_the_labelled_class():
-    label, prediction = torch.tensor([0, 0, 0, 2, 2, 1]), torch.tensor([0, 2, 1, 0, 2, 2])
-    scores = scores_of(confusion_matrix(prediction, label, 3), (0, 1))
-    # Class 0: one right, two called 2 and 1. Class 1: one pixel, called 2. Pixels labelled 2 do not count for 0.
-    assert scores.iou == (pytest.approx(1 / 3), 0.0)
-    assert scores.pixel_accuracy == pytest.approx(1 / 4)
-
-
-def test_absent_classes_that_were_predicted_count_as_0_in_the_second_mean():
-    # Class 1 is absent and predicted, class 3 is absent and never predicted.
-    scores = scores_of(confusion_matrix(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 2, 2]), 4), range(4))
-    assert scores.iou == (0.5, None, 1.0, None)
-    assert (scores.mean_iou, scores.mean_iou_with_absent) == (0.75, 0.5)
-
-
-def test_no_labelled_pixel_gives_no_score():
-    matrix = confusion_matrix(torch.tensor([0, 2]), torch.tensor([255, 3]), 3)
-    scores = scores_of(matrix, (0, 1))
-    assert (scores.iou, scores.mean_iou, scores.pixel_accuracy, scores.absent) == ((None, None), None, None, (0, 1))
 
 
 @torch.no_grad()

@@ -4,50 +4,42 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_handlers.classes import (
-    CITYSCAPES_16_IDS,
-    CITYSCAPES_IDS,
-    CLASS_NAMES,
-    CLASS_NAMES_16,
-    IGNORE,
-    SYNTHIA_13,
-    SYNTHIA_16,
-)
+from data_handlers.choices import AbsentClasses
+from data_handlers.classes import CLASS_NAMES, IGNORE, LABEL_IDS, SUBSETS
 from data_handlers.datasets import DataSet, find_data_set, for_net_of, with_labels
 from data_handlers.label_maps import colourise, to_data_set_ids
 from data_handlers.labelled import LabelledImage, check_samples
 from data_handlers.lists import FileList, list_images, require_labels
 from data_handlers.splits import validation_images
 from models.segmentation import require_classes
+from training.board import Board, log_validation
 from training.distributed import Rank
 from training.evaluation_flags import EvaluationFlags
-from training.metrics import merged, scores_of
+from training.metrics import Scores, merged, scores_of
 from training.precision import channels_last
+from training.score_table import ABSENT, CONVENTION, class_scores, score_table, subset_lines
 from training.segmentation_files import load_segmentation_net
-from training.validation import CONVENTION, Validator, report, score_table, summary
+from training.validation import Validation, Validator, report, summary
 from utils.devices import resolve_device, workers_for
 from utils.errors import UserError, out_of_memory_means
 from utils.files import atomic_write, atomic_write_json, check_folder, check_output_file, make_folder
 
-SUBSETS = {"16": SYNTHIA_16, "13": SYNTHIA_13}
-LABEL_IDS = {CLASS_NAMES: CITYSCAPES_IDS, CLASS_NAMES_16: CITYSCAPES_16_IDS}  # what the benchmark's server takes
+PICTURES = 25  # of --image_summary
 
 
 def evaluate(flags: EvaluationFlags) -> None:
     """Print a net's scores; write them (`--json`) and its predictions (`--save_predictions`). Raises `UserError`."""
-    predictions = Path(flags.save_predictions) if flags.save_predictions else None
     if flags.json:
         check_output_file(Path(flags.json), "--json")
-    if predictions:
-        check_folder(predictions, "--save_predictions")
-        if predictions.is_dir() and any(predictions.iterdir()):
-            raise UserError(f"--save_predictions {predictions} is not empty; nothing is overwritten, name a new folder")
+    predictions = _new_folder(flags.save_predictions, "--save_predictions")
+    pictures = _new_folder(flags.image_summary, "--image_summary")
     device = resolve_device(flags.gpus)
     data_set = with_labels(find_data_set(flags.data_set, "--data_set"), flags.labels, "--labels")
     shape, net = load_segmentation_net(Path(flags.weights), "--weights")
@@ -65,14 +57,16 @@ def evaluate(flags: EvaluationFlags) -> None:
     validator = Validator(
         files=files, with_labels=labelled, classes=_scored_classes(flags.classes, data_set, shape.num_classes),
         num_classes=shape.num_classes, num_workers=workers_for(flags.num_workers, device), rank=Rank(device=device),
-        scales=flags.scales, flip=flags.flip, long_side=flags.long_side, window=flags.window,
+        scales=flags.scales, flip=flags.flip, long_side=flags.long_side, window=flags.window, size=flags.resize,
+        pictures=PICTURES if pictures else 1,
     )  # fmt: skip
     check_samples(files, labels=labelled, flag="--labels")
     net.to(device)
     if device.type == "cpu":
         channels_last(net)
-    if predictions:
-        make_folder(predictions, "--save_predictions")
+    for folder, flag in ((predictions, "--save_predictions"), (pictures, "--image_summary")):
+        if folder:
+            make_folder(folder, flag)
     if flags.json:
         make_folder(Path(flags.json).parent, "--json")
     print(f"{shape} on {files.describe()}", flush=True)
@@ -88,26 +82,68 @@ def evaluate(flags: EvaluationFlags) -> None:
 
         with out_of_memory_means(lambda: "; use smaller --scales or --long_side, --window, or --gpus cpu"):
             found = validator(net, on_prediction)
-    names, of = data_set.class_names, "classes"
+    content = {"net": str(shape), "data_set": data_set.name, "data_dir": root, "images": len(files)}
+    content |= {n: getattr(flags, n) for n in ("weights", "scales", "flip", "long_side", "window", "resize")}
+    _report(found, flags, data_set, validator.classes, content)
+
+
+def _report(
+    found: Validation, flags: EvaluationFlags, data_set: DataSet, classes: Sequence[int], content: dict[str, Any]
+) -> None:
+    """Print the scores, and write them to TensorBoard and, after `content`, to the file of `--json`.
+
+    Args:
+        classes: trainIds that the mean goes over, unless it goes over categories.
+    """
+    names, of, absent = data_set.class_names, "classes", flags.absent_classes or "left_out"
+    matrix, counted, subsets = found.confusion, (), _subset_scores(found.confusion, data_set, absent)
     if flags.classes == "categories":
-        of = flags.classes
+        of, subsets = flags.classes, {}
         names, groups = zip(*data_set.categories.items(), strict=True)
-        confusion = merged(found.confusion, groups)
-        found = replace(found, confusion=confusion, scores=scores_of(confusion, range(len(names))))
-    if flags.classes == "13":
-        found = replace(found, scores=scores_of(found.confusion, *(_subset(n, names) for n in ("13", "16"))))
-    if labelled:
-        print(score_table(found.scores, names, of))
+        matrix, classes = merged(matrix, groups), range(len(names))
+    elif flags.classes == "13":
+        counted = _subset("16", names)
+    size = "{} x {}".format(*flags.resize) if flags.resize else "native size"
+    convention = CONVENTION.format(size=size, absent=ABSENT[absent])
+    if data_set.has_labels:
+        found = replace(found, confusion=matrix, scores=scores_of(matrix, classes, counted, absent))
+        print("\n".join([score_table(found.scores, names, of), *subset_lines(subsets, len(matrix)), convention]))
     else:
         print(f"{data_set.name} has no labels, so there are no scores; {summary(found, names)}")
+    if flags.image_summary:
+        board = Board(Path(flags.image_summary))
+        log_validation(board, found, 0, names)
+        board("close")
     if flags.json:
-        content = {
-            "weights": flags.weights, "net": str(shape), "data_set": data_set.name, "data_dir": root,
-            "images": len(files), "scales": flags.scales, "flip": flags.flip, "long_side": flags.long_side,
-            "window": flags.window, **report(found, names),
-            "convention": CONVENTION, "confusion": found.confusion.tolist(),
+        content |= report(found, names) | {
+            "classes": class_scores(found.scores, names) if found.scores else {},
+            "subsets": {name: scores.means for name, scores in subsets.items()},
+            "convention": convention, "confusion": matrix.tolist(),
         }  # fmt: skip
         atomic_write_json(Path(flags.json), content)
+
+
+def _subset_scores(matrix: Tensor, data_set: DataSet, absent: AbsentClasses) -> dict[str, Scores]:
+    """By their number: scores over all classes and over SYNTHIA's 16 and 13, if these are classes of the data set.
+
+    All labelled pixels count, as in the published MaxSquare and SNR.
+    """
+    names, every = data_set.class_names, range(len(matrix))
+    if len(names) != len(matrix) or names not in LABEL_IDS:
+        return {}
+    subsets = {str(len(every)): every, "16": _subset("16", names), "13": _subset("13", names)}
+    return {name: scores_of(matrix, classes, every, absent) for name, classes in subsets.items() if classes}
+
+
+def _new_folder(value: str, flag: str) -> Path | None:
+    """The folder that a flag names, if it does. Raises `UserError` unless it is empty or can be made."""
+    if not value:
+        return None
+    folder = Path(value)
+    check_folder(folder, flag)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{flag} {folder} is not empty; nothing is overwritten, name a new folder")
+    return folder
 
 
 def _images(data_set: DataSet, root: str, flags: EvaluationFlags) -> FileList:
@@ -137,14 +173,15 @@ def _scored_classes(wanted: str, data_set: DataSet, num_classes: int) -> tuple[i
         return tuple(range(num_classes))
     if not wanted:
         return tuple(c for c in data_set.classes if c < num_classes)
-    if not set(CLASS_NAMES_16) <= set(data_set.class_names[:num_classes]):
-        raise UserError(f"--classes {wanted}: a subset of Cityscapes' classes, which {data_set.name} does not have")
-    return _subset(wanted, data_set.class_names)
+    if not (found := _subset(wanted, data_set.class_names[:num_classes])):
+        raise UserError(f"--classes {wanted}: a subset of Cityscapes' classes, which the net on {data_set.name} lacks")
+    return found
 
 
 def _subset(wanted: str, names: Sequence[str]) -> tuple[int, ...]:
-    """The trainIds of SYNTHIA's 16 or 13 classes among classes with these names."""
-    return tuple(names.index(CLASS_NAMES[c]) for c in SUBSETS[wanted])
+    """The trainIds of SYNTHIA's `16` or `13` classes among classes with these names; () where one is missing."""
+    kept = [CLASS_NAMES[c] for c in SUBSETS[f"synthia{wanted}"]]
+    return tuple(map(names.index, kept)) if set(kept) <= set(names) else ()
 
 
 def _encoder(wanted: str, data_set: DataSet, num_classes: int) -> Callable[[np.ndarray], np.ndarray]:

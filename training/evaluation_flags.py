@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from data_handlers.choices import LABELS
+from data_handlers.choices import ABSENT_CLASSES, LABELS
 from data_handlers.datasets import find_data_set
 from training.config import ROOT_HELP
 from training.flags import Size, check, check_not_negative, check_positive, data_set_option, option, size_option
@@ -39,6 +39,15 @@ class EvaluationFlags:
         "fence and pole, or Cityscapes' seven categories (default: the data set's classes, 16 for synthia)",
         choices=("19", "16", "13", "categories"),
     )  # fmt: skip
+    absent_classes: str = option(
+        "", "the IoU of a class without a labelled pixel: none, so that it does not count in the mean; 0 where it was "
+        "predicted, as in cityscapesScripts, mmseg, MaxSquare and SNR; or 0, as in CBST's log (default: left_out)",
+        choices=ABSENT_CLASSES,
+    )  # fmt: skip
+    resize: Size | None = size_option(
+        "resize images to this size, and labels by taking the nearest pixel, and score there, as MaxSquare and SNR "
+        "do at 1024 512 (default: native size)"
+    )
     scales: tuple[float, ...] = option(
         (1.0,), "predict at these sizes relative to the native one, probabilities averaged", type=float, nargs="+",
         metavar="S",
@@ -52,6 +61,10 @@ class EvaluationFlags:
         "predict in windows of this size, which overlap by a third, logits averaged, for images larger than the net "
         "can take (default: whole images)"
     )
+    image_summary: str = option(
+        "", "write TensorBoard pictures of 25 evenly spaced images, labels and predictions, and the scores, into this "
+        "new folder", metavar="DIR",
+    )  # fmt: skip
     json: str = option("", "write the scores and the confusion matrix to this file", metavar="FILE")
     val_count: int = option(
         0, "score the last N training images, which train_semseg_on_source.py --val_count N keeps out (default: the "
@@ -79,7 +92,7 @@ class EvaluationFlags:
         check(len(set(self.scales)) == len(self.scales), "--scales names a scale twice")
         check(not self.long_side or self.scales == (1.0,), "--long_side and --scales contradict each other; give one")
         check_not_negative(self, "val_count", "num_workers")
-        check_positive(self, "long_side", "window")
+        check_positive(self, "resize", "long_side", "window")
         check(not self.val_count or self.split == "val", "--split train and --val_count contradict each other")
         check(not (self.list and self.val_count), "--list and --val_count contradict each other; give one")
         check(
@@ -88,5 +101,5 @@ class EvaluationFlags:
         )
         check(not self.error_maps or bool(self.save_predictions), "--error_maps acts only with --save_predictions")
         labelled = find_data_set(self.data_set, "--data_set").has_labels
-        for name in () if labelled else ("classes", "val_count", "error_maps"):
+        for name in () if labelled else ("classes", "absent_classes", "val_count", "error_maps"):
             check(not getattr(self, name), f"--{name}: {self.data_set} has no labels; omit the flag")

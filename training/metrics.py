@@ -4,13 +4,18 @@ Everything is counted on the device, and memory does not grow with the number of
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from data_handlers.choices import AbsentClasses
+
 CONFIDENCE_BINS = 20
+# Of `Scores`: values of a class, and means.
+COLUMNS = ("iou", "accuracy", "precision", "label_share", "predicted_share")
+MEANS = ("miou", "mean_accuracy", "mean_precision", "frequency_weighted_iou", "pixel_accuracy")
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -38,84 +43,63 @@ def _bincount(values: Tensor, bins: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a confusion matrix over a subset of classes (docs/method.md, section 4).
+    """Scores of a confusion matrix over some of its classes (docs/method.md, section 4): fractions, or None.
 
     Pixels labelled with a class that is not counted are ignored. Predictions of such a class count as errors of the
-    labelled class. A class without a labelled pixel is absent: it has no IoU.
+    labelled class.
 
     Attributes:
-        iou: intersection over union of each of `classes`, None where absent.
-        mean_iou: mean over the classes present; None if there is none.
-        mean_iou_with_absent: mean in which the classes of `absent` that were predicted count as 0.
-        pixel_accuracy: fraction of counted pixels predicted right; None if no pixel was counted.
+        by_class: for each of `COLUMNS` the values of `classes`: the pixels predicted right, over those labelled or
+            predicted (IoU), those labelled (accuracy), those predicted (precision); its labelled and its predicted
+            pixels over all counted ones.
+        means: for each of `MEANS`: of IoU, accuracy and precision over those of `classes` that have one; of IoU
+            weighted by `label_share`; the fraction of counted pixels predicted right.
+        mean_iou_by_convention: the mean IoU for each of `ABSENT_CLASSES`.
+        absent: those of `classes` without a labelled pixel.
     """
 
     classes: tuple[int, ...]
-    iou: tuple[float | None, ...]
-    mean_iou: float | None
-    mean_iou_with_absent: float | None
-    pixel_accuracy: float | None
+    by_class: Mapping[str, tuple[float | None, ...]]
+    means: Mapping[str, float | None]
+    mean_iou_by_convention: Mapping[str, float | None]
     absent: tuple[int, ...]
 
 
-def scores_of(matrix: Tensor, classes: Sequence[int], counted: Sequence[int] = ()) -> Scores:
+def scores_of(
+    matrix: Tensor, classes: Sequence[int], counted: Sequence[int] = (), absent: AbsentClasses = "left_out"
+) -> Scores:
     """Scores of a matrix (K,K) over the given classes, all below K.
 
     Args:
         counted: the classes whose labelled pixels count; `classes` and maybe others. Default: `classes`.
+        absent: the IoU and precision of a class without a labelled pixel: none (`left_out`), 0 where it was predicted
+            (`zero_if_predicted`), or 0 (`zero`, also its accuracy).
     """
+    kept, wanted = list(counted or classes), list(classes)
     rows = torch.zeros(len(matrix), len(matrix), dtype=torch.float64)
-    kept = list(counted or classes)
     rows[kept] = matrix.cpu().double()[kept]
-    labelled, right = rows.sum(dim=1), rows.diagonal()
-    union = labelled + rows.sum(dim=0) - right
-    iou = tuple(float(right[c] / union[c]) if labelled[c] else None for c in classes)
-    present = [value for value in iou if value is not None]
-    predicted = sum(1 for c, value in zip(classes, iou, strict=True) if value is not None or union[c])
+    right, labelled, predicted, total = rows.diagonal(), rows.sum(dim=1), rows.sum(dim=0), rows.sum()
+    values = torch.stack((right / (labelled + predicted - right), right / labelled, right / predicted))[:, wanted]
+    by_convention = {
+        "left_out": values.masked_fill(labelled[wanted] == 0, math.nan),
+        "zero_if_predicted": values,
+        "zero": values.nan_to_num(0.0),
+    }
+    averages = {name: found.nanmean(dim=1) for name, found in by_convention.items()}
+    shares = torch.stack((labelled, predicted))[:, wanted] / total
+    weighted = (by_convention["zero"][0] * shares[0]).sum()
     return Scores(
-        classes=tuple(classes),
-        iou=iou,
-        mean_iou=sum(present) / len(present) if present else None,
-        mean_iou_with_absent=sum(present) / predicted if present else None,
-        pixel_accuracy=float(right[kept].sum() / labelled.sum()) if labelled.sum() else None,
-        absent=tuple(c for c, value in zip(classes, iou, strict=True) if value is None),
+        classes=tuple(wanted),
+        by_class=dict(zip(COLUMNS, map(_plain, (*by_convention[absent], *shares)), strict=True)),
+        means=dict(zip(MEANS, _plain((*averages[absent], weighted, right.sum() / total)), strict=True)),
+        mean_iou_by_convention=dict(zip(averages, _plain(found[0] for found in averages.values()), strict=True)),
+        absent=tuple(c for c in wanted if not labelled[c]),
     )
 
 
-@dataclass(frozen=True)
-class AllClassScores:
-    """Scores in which an absent class counts as 0, as the published self-training has them (docs/uda.md, section CBST).
-
-    Attributes:
-        iou, accuracy: of each class, 0 for a class without a labelled pixel.
-        mean_iou, mean_accuracy: over all classes, absent ones included.
-        pixel_accuracy: fraction of counted pixels predicted right, 0 if no pixel was counted.
-    """
-
-    iou: tuple[float, ...]
-    accuracy: tuple[float, ...]
-    mean_iou: float
-    mean_accuracy: float
-    pixel_accuracy: float
-
-    def mean_iou_over(self, classes: Sequence[int]) -> float:
-        """Mean over some classes of their IoU among all: predictions of the other classes still count as errors."""
-        return sum(self.iou[c] for c in classes) / len(classes)
-
-
-def scores_of_all(matrix: Tensor) -> AllClassScores:
-    """Scores of a matrix (K,K) over all K classes; of the sum of matrices so far, the running value of a log."""
-    counts = matrix.cpu().double()
-    right, labelled = counts.diagonal(), counts.sum(dim=1).clamp(min=1)
-    iou = right / (labelled + counts.sum(dim=0) - right)
-    accuracy = right / labelled
-    return AllClassScores(
-        iou=tuple(iou.tolist()),
-        accuracy=tuple(accuracy.tolist()),
-        mean_iou=float(iou.mean()),
-        mean_accuracy=float(accuracy.mean()),
-        pixel_accuracy=float(right.sum() / counts.sum().clamp(min=1)),
-    )
+def _plain(values: Iterable[Tensor]) -> tuple[float | None, ...]:
+    """Scalars as numbers, NaN as None."""
+    return tuple(None if value.isnan() else float(value) for value in values)
 
 
 def merged(matrix: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:

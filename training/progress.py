@@ -3,23 +3,19 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from training.board import Board, log_validation
 from training.method import Method, Stage
-from training.metrics import CONFIDENCE_BINS
 from training.validation import Validation, report, summary
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
-from utils.locks import say
 
 METRICS = "metrics.jsonl"
 
@@ -53,8 +49,7 @@ class Progress:
             total=sum(stage.steps for stage in self.stages), initial=first, disable=quiet, unit="step",
             dynamic_ncols=True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
         )  # fmt: skip
-        self.log_dir, self.first = log_dir, first
-        self.writer: SummaryWriter | None = None
+        self.board = Board(log_dir, purge_step=first + 1)  # hides what was logged after the checkpoint
         self.metrics = folder / METRICS if folder else None
         if self.metrics and self.metrics.exists():
             _drop_later_lines(self.metrics, first)
@@ -133,18 +128,6 @@ class Progress:
         except OSError as error:
             raise UserError(f"cannot write {self.metrics}: {error.strerror}; free some space") from None
 
-    def board(self, method: str, *arguments: Any, **named: Any) -> None:
-        """Call a method of the `SummaryWriter`; logging ends, with a line, where the disk is full."""
-        if self.log_dir is None:
-            return
-        try:
-            if self.writer is None:  # purge_step hides what was logged after the checkpoint that is continued
-                self.writer = SummaryWriter(str(self.log_dir), purge_step=self.first + 1)
-            getattr(self.writer, method)(*arguments, **named)
-        except OSError as error:
-            self.log_dir = None
-            say(f"WARNING: cannot log to TensorBoard ({error}); the run continues without it")
-
     def pictures(self, stage: int, step: int, images: Mapping[str, Tensor]) -> None:
         """Log the first sample of the batch as a row of pictures; images (B,3,h,w) in [-1,1] by name."""
         if images:
@@ -185,23 +168,3 @@ def _drop_later_lines(path: Path, overall_step: int) -> None:
 def _tag(stage: Stage, loss_name: str) -> str:
     """TensorBoard tag of a logged loss; those of a segmentation net have no stage in their tag."""
     return loss_name if loss_name.startswith("Semseg/") else f"{stage.tag}{loss_name}"
-
-
-def log_validation(board: Callable[..., None], validation: Validation, step: int, names: Sequence[str]) -> None:
-    """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
-    found = report(validation, names)
-    values = {"LabelFree": found["label_free"], "MeanConfidence": found["mean_confidence"], "mIoU": found["miou"]}
-    values |= {"PixelAccuracy": found["pixel_accuracy"], **{f"IoU/{n}": value for n, value in found["iou"].items()}}
-    for name, value in values.items():
-        if value is not None:
-            board("add_scalar", f"Validation/{name}", value, step)
-    counts = validation.statistics.confidence_histogram.cpu().numpy()
-    edges = np.linspace(0.0, 1.0, CONFIDENCE_BINS + 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    board(
-        "add_histogram_raw", "Validation/Confidence", min=0.0, max=1.0, num=counts.sum(), sum=(counts * centres).sum(),
-        sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(),
-        global_step=step,
-    )  # fmt: skip
-    for index, picture in enumerate(validation.pictures):
-        board("add_image", f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")

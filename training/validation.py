@@ -9,29 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from data_handlers.datasets import DataSet
+from data_handlers.images import resized, resized_label
 from data_handlers.label_maps import colourise
-from data_handlers.labelled import LabelledImage, open_labelled
+from data_handlers.labelled import LabelledImage, open_labelled, samples
 from data_handlers.lists import FileList
 from data_handlers.resampling import Size
 from models.resnet38 import OUTPUT_STRIDE, ResNet38
 from training.confidence_maps import confidence_map
 from training.distributed import Rank
-from training.metrics import PredictionStatistics, Scores, confusion_matrix, scores_of
+from training.metrics import MEANS, PredictionStatistics, Scores, confusion_matrix, scores_of
 from training.precision import exact_convolutions
 from utils.errors import UserError
 
 VALIDATIONS = "validations.json"
-PICTURES = 4
 PICTURE_WIDTH = 512
-CONVENTION = (
-    "IoU = right / (labelled + predicted - right), summed over all images at native size. Pixels labelled 'ignore' or "
-    "outside the scored classes (for SYNTHIA's 13: outside its 16) do not count; predictions outside them are errors. "
-    "Classes without a labelled pixel are absent and do not count in the mean."
-)
 OVERLAP = 1 / 3  # of neighbouring windows
 OnPrediction = Callable[[LabelledImage, Tensor], object]
 Forward = Callable[[Tensor], Tensor]  # images (B,3,h,w) -> logits (B,C,h,w)
@@ -97,20 +91,20 @@ class Validation:
         scores: None where the images have no labels.
         confusion: int64 (C,C) on the net's device, rows are labels.
         statistics: of the predictions, which need no labels.
-        pictures: uint8 (h,w,3) rows: image, label where there is one, prediction.
+        pictures: uint8 (h,w,3) rows by the image's name: image, label where there is one, prediction.
         skipped: what was wrong with images that this process skipped.
     """
 
     scores: Scores | None
     confusion: Tensor
     statistics: PredictionStatistics
-    pictures: list[np.ndarray]
+    pictures: dict[str, np.ndarray]
     skipped: tuple[str, ...] = ()
 
     @property
     def mean_iou(self) -> float | None:
         """mIoU, None without labels or when every scored class is absent."""
-        return None if self.scores is None else self.scores.mean_iou
+        return None if self.scores is None else self.scores.means["miou"]
 
 
 def scored_classes(num_classes: int, *data_sets: DataSet) -> tuple[int, ...]:
@@ -128,6 +122,8 @@ class Validator:
         classes: trainIds the mean goes over.
         rank: this process among those that share the images, and the device of the net.
         skip_unusable: skip images that cannot be used, instead of raising; None as of `check_samples`.
+        size: (W,H) to which images and labels are resized before everything else; None keeps their own.
+        pictures: how many pictures are made at most, of evenly spaced images and the last one.
         scales, flip: see `predict`.
         long_side: resize images so that the longer side is this, see `confidence_map`; None keeps the size.
         window: (w,h) of the windows that the net is given, see `in_windows`; None gives it whole images.
@@ -141,13 +137,15 @@ class Validator:
     num_workers: int
     rank: Rank
     skip_unusable: bool | None = None
+    size: Size | None = None
+    pictures: int = 4
     scales: Sequence[float] = (1.0,)
     flip: bool = False
     long_side: int | None = None
     window: Size | None = None
 
     def __call__(self, net: nn.Module, on_prediction: OnPrediction = lambda image, prediction: None) -> Validation:
-        """Predict every image once, at native size, each process its share.
+        """Predict every image once, each process its share.
 
         Args:
             net: has a `network_input`. It is in eval mode meanwhile and in its former mode afterwards.
@@ -159,8 +157,9 @@ class Validator:
         """
         rank, skipped = self.rank, []
         files = replace(self.files, images=self.files.images[rank.index :: rank.count])
-        images = open_labelled(files, self.num_workers, rank.device, self.with_labels, self.skip_unusable)
-        statistics, pictures = PredictionStatistics(self.num_classes, rank.device), []
+        images = open_labelled(files, self.num_workers, rank.device, self.with_labels, self.skip_unusable, self.size)
+        statistics, pictures = PredictionStatistics(self.num_classes, rank.device), {}
+        pictured = samples(files, self.pictures - 1)
         matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=rank.device)
         finite = torch.ones((), dtype=torch.bool, device=rank.device)
         # Nothing is read back to the host before the end, except for pictures.
@@ -176,8 +175,8 @@ class Validator:
                 if image.label is not None:
                     matrix += confusion_matrix(prediction, image.label, self.num_classes)
                 prediction = prediction.to(torch.uint8)
-                if len(pictures) < PICTURES:
-                    pictures.append(_picture(image, prediction, self.files.data_set.colours))
+                if image.name in pictured:
+                    pictures[image.name] = _picture(image, prediction, self.files.data_set.colours)
                 on_prediction(image, prediction)
         if not bool(finite):
             raise UserError("the segmentation net's predictions are not finite: its training diverged, lower its rate")
@@ -225,15 +224,15 @@ def in_eval_mode(net: nn.Module) -> Iterator[None]:
 
 def _picture(sample: LabelledImage, prediction: Tensor, colours: Sequence[Sequence[int]]) -> np.ndarray:
     pixels = sample.pixels.cpu().numpy()
-    labels = [prediction] if sample.label is None else [sample.label, prediction]
-    columns = [pixels, *(colourise(label.cpu().numpy(), colours) for label in labels)]
     width = min(PICTURE_WIDTH, pixels.shape[1])
     size = (width, max(1, round(pixels.shape[0] * width / pixels.shape[1])))
-    return np.concatenate([np.asarray(Image.fromarray(column).resize(size)) for column in columns], axis=1)
+    labels = [prediction] if sample.label is None else [sample.label, prediction]
+    coloured = [colourise(resized_label(label.cpu().numpy(), size), colours) for label in labels]
+    return np.concatenate([resized(pixels, size, "exact"), *coloured], axis=1)
 
 
 def _iou_by_name(scores: Scores | None, names: Sequence[str]) -> dict[str, float | None]:
-    return {names[c]: value for c, value in zip(scores.classes, scores.iou, strict=True)} if scores else {}
+    return {names[c]: value for c, value in zip(scores.classes, scores.by_class["iou"], strict=True)} if scores else {}
 
 
 def summary(validation: Validation, names: Sequence[str]) -> str:
@@ -250,32 +249,12 @@ def summary(validation: Validation, names: Sequence[str]) -> str:
     return f"mIoU {100 * validation.mean_iou:.2f} ({', '.join(parts)}); {free}"
 
 
-def score_table(scores: Scores, names: Sequence[str], of: str = "classes") -> str:
-    """A table of the classes or categories in percent, the means, the absent classes and the convention."""
-    width = max(len(names[c]) for c in scores.classes)
-    lines = [f"{'category' if of == 'categories' else 'class':<{width}}  IoU %"]
-    for name, value in _iou_by_name(scores, names).items():
-        lines.append(f"{name:<{width}}  " + ("absent" if value is None else f"{100 * value:6.2f}"))
-    if scores.mean_iou is None:
-        return "\n".join([*lines, "no pixel of the scored classes is labelled: there is no mIoU", CONVENTION])
-    present = len(scores.classes) - len(scores.absent)
-    lines.append(f"{'mIoU':<{width}}  {100 * scores.mean_iou:6.2f}  over {present} of {len(scores.classes)} {of}")
-    if scores.mean_iou_with_absent != scores.mean_iou:
-        value = f"{100 * scores.mean_iou_with_absent:6.2f}"
-        lines.append(f"{'':<{width}}  {value}  where absent classes that were predicted count as 0")
-    lines.append(f"{'pixel accuracy':<{width}}  {100 * scores.pixel_accuracy:6.2f}")
-    if scores.absent:
-        lines.append("absent: " + ", ".join(names[c] for c in scores.absent))
-    return "\n".join([*lines, CONVENTION])
-
-
 def report(validation: Validation, names: Sequence[str]) -> dict[str, Any]:
     """Plain values of a validation, for files."""
     scores = validation.scores
     return {
-        "miou": validation.mean_iou,
-        "miou_with_absent": scores and scores.mean_iou_with_absent,
-        "pixel_accuracy": scores and scores.pixel_accuracy,
+        **(scores.means if scores else dict.fromkeys(MEANS)),
+        "miou_by_convention": scores and dict(scores.mean_iou_by_convention),
         "label_free": validation.statistics.mutual_information(),
         "mean_confidence": validation.statistics.mean_confidence(),
         "iou": _iou_by_name(scores, names),
