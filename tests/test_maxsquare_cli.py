@@ -1,11 +1,15 @@
 """The flags of the methods that learn from predictions: what contradicts, what is refused, what follows."""
 
+import re
+
 import pytest
 
 import train_uda
 from methods import MAXSQUARE, SOURCE_NET, TWO_HEADED_NET, write_world
+from nets import save_net
 from refusals import check_refusal, check_refused, tree
 from uda.maxsquare_config import MaxSquareConfig
+from worlds import write_own_description
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,9 @@ def test_what_is_refused(small_world, tmp_path, run_script):
         ({"aspp_branches": 4}, "--aspp_branches 4"),
         ({"model": "DeepLabV2Multi"}, "--backbone none: DeepLabV2Multi is built on"),
         ({"batch_size": 6}, "--batch_size 6: there are 5 target images"),
+        ({"momentum": 0.5, "optim": "Adam"}, "--momentum acts only with --optim SGD"),
+        ({"restitution_domains": "both"}, "--restitution_domains acts only with --lambda_restitution"),
+        ({"restitution_per_pixel": True}, "--restitution_per_pixel acts only with --lambda_restitution"),
         ({"crop_size": (64, 20)}, "--crop_size 64 20 does not fit into --src_resize 40 32"),
         ({"src_resize": (12, 32)}, "both sides must be at least 16"),
     )
@@ -62,6 +69,32 @@ def test_a_run(small_world, tmp_path, run_script):
     assert "adapted by hard with both heads" in result.out
     assert run_script(train_uda, *words).code == 0  # it is finished
     check_refusal(run_script(train_uda, *words, "--threshold", 0.6), "--threshold", "was started with 0.5")
+    run = ("--continue_train_from_path", tmp_path / "run")
+    check_refusal(run_script(train_uda, *run), "another training (maxsquare); continue it with its script or --method")
+    assert run_script(train_uda, *run, "--method", "hard").code == 0
+
+
+def test_labels_of_other_classes_than_the_sources_score_nothing(small_world, tmp_path, run_script):
+    own, net = write_own_description(tmp_path / "own.toml"), save_net(tmp_path / "net.pth", num_classes=4)
+    flags = {"init": net, "source": own, "trg_data_dir": small_world / "cityscapes", "round_num": 1,
+             "epoch_each_round": 1}  # fmt: skip
+    words = list(words_of(small_world, tmp_path, **flags))
+    check_refusal(run_script(train_uda, *words, "--select_by", "miou"), "--select_by miou needs a labelled val split")
+    result = run_script(train_uda, *words)
+    assert result.code == 0, result.err
+    assert "mIoU" not in result.out
+    assert re.search(r"labelled; [abcd] 0\.", result.out) or "label-free score" in result.out
+
+
+def test_a_net_without_restitution_is_given_one(small_world, tmp_path, run_script):
+    """Its 18 new tensors are named when the run starts."""
+    plain = save_net(tmp_path / "plain.pth", "DeepLabV2Multi", "resnet18")
+    flags = {"init": plain, "model": "deeplabv2_multi_snr", "trg_data_dir": small_world / "cityscapes"}
+    result = run_script(train_uda, *words_of(small_world, tmp_path, **flags), "--dry_run")
+    assert result.code == 0, result.err
+    assert "DeepLabV2MultiSNR on resnet18" in result.out
+    assert "18 tensors (backbone.snr.0.norm.weight, " in result.out
+    assert result.out.count("backbone.snr.") == 18
 
 
 def test_sizes_that_follow_from_the_data_sets():
