@@ -266,7 +266,7 @@ CASES = {
     "cbst-dropout": self_training("cbst", change=_with_dropout, has_dropout=True),
     "maxsquare": maxsquare("maxsquare"),
     "iw_entropy-reference": maxsquare("iw_entropy", {"mode": "reference"}, change=_with_batch_norm),
-    "hard-adam": maxsquare("hard", {"optim": "Adam", "lr_semseg": 1e-3, "micro_batch": 1, "threshold": 0.06}),
+    "hard-adam": maxsquare("hard", {"optim": "Adam", "lr_semseg": 1e-3, "micro_batch": 1, "threshold": 0.1}),
     "hard-multi": maxsquare("hard", {
         "init": f"{{world}}/{TWO_HEADED_NET}", "multi": True, "threshold": 0.06, "lambda_restitution": 0.1,
         "restitution_domains": "both", "select_by": "miou",
