@@ -178,9 +178,9 @@ def test_learning(tmp_path, case, seed):
         assert translated < 0.5 * untranslated
 
 
-def train_short_source_net(world, seed):
+def train_short_source_net(world, seed, **changes):
     """Eight steps on the source, in which a net learns that there are three classes, and hardly more."""
-    flags = {**LEARNABLE, **SHORT, "num_steps": 8, "validation_rate": 8}
+    flags = {**LEARNABLE, **SHORT, "num_steps": 8, "validation_rate": 8, **changes}
     loop = Loop(method=CASES["source-unet"].prepared(world, manual_seed=seed, **flags), folder=world)
     run_quietly(loop)
     (world / LATEST).rename(world / SOURCE_NET)
