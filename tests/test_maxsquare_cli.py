@@ -1,11 +1,9 @@
 """The flags of the methods that learn from predictions: what contradicts, what is refused, what follows."""
 
-import re
-
 import pytest
 
 import train_uda
-from methods import MAXSQUARE, TWO_HEADED_NET, write_world
+from methods import MAXSQUARE, write_world
 from nets import save_net
 from refusals import check_refusal, check_refused
 from uda.maxsquare_config import MaxSquareConfig
@@ -31,8 +29,8 @@ def words_of(world, out, **changes):
 
 def test_a_run(small_world, tmp_path, run_script):
     flags = {
-        "init": small_world / TWO_HEADED_NET, "trg_data_dir": small_world / "cityscapes", "method": "hard",
-        "multi": True, "threshold": 0.5, "round_num": 1, "epoch_each_round": 1, "aspp_branches": 4, "freeze_bn": True,
+        "init": save_net(tmp_path / "net.pth", "UNetMulti"), "trg_data_dir": small_world / "cityscapes",
+        "method": "hard", "multi": True, "threshold": 0.5, "round_num": 1, "epoch_each_round": 1, "freeze_bn": True,
         "no_gaussian_blur": True,
     }  # fmt: skip
     words = list(words_of(small_world, tmp_path, **flags))
@@ -55,16 +53,16 @@ def test_labels_of_other_classes_than_the_sources_score_nothing(small_world, tmp
     result = run_script(train_uda, *words)
     assert result.code == 0, result.err
     assert "mIoU" not in result.out
-    assert re.search(r"labelled; [abcd] 0\.", result.out) or "label-free score" in result.out
+    assert "label-free score" in result.out
 
 
 def test_a_net_without_restitution_is_given_one(small_world, tmp_path, run_script):
     """Its 18 new tensors are named when the run starts."""
-    plain = save_net(tmp_path / "plain.pth", "DeepLabV2Multi", "resnet18")
-    flags = {"init": plain, "model": "deeplabv2_multi_snr", "trg_data_dir": small_world / "cityscapes"}
+    plain = save_net(tmp_path / "plain.pth", "UNetMulti")
+    flags = {"init": plain, "model": "UNetMultiSNR", "trg_data_dir": small_world / "cityscapes"}
     result = run_script(train_uda, *words_of(small_world, tmp_path, **flags), "--dry_run")
     assert result.code == 0, result.err
-    assert "DeepLabV2MultiSNR on resnet18" in result.out
+    assert "UNetMultiSNR with 19 classes" in result.out
     assert "18 tensors (backbone.snr.0.norm.weight, " in result.out
     assert result.out.count("backbone.snr.") == 18
 

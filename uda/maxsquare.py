@@ -47,6 +47,7 @@ from utils.seeds import NET_WEIGHTS, seed_for
 
 NET, HEADS = "net", "restitution_heads"
 MAIN, AUXILIARY = "Target/Main", "Target/Auxiliary"  # losses on the target, and the labels they read
+WeightedLosses = Mapping[str, tuple[float, Tensor]]
 SOFT: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "maxsquare": lambda logits, ratio: maxsquare(logits), "entropy": lambda logits, ratio: entropy(logits),
     "iw_maxsquare": image_wise_maxsquare, "iw_entropy": image_wise_entropy,
@@ -171,7 +172,7 @@ class MaxSquareTraining(Method):
             losses = {"Source/Main": (1.0, share * cross_entropy(main, of_part))}
             if config.multi:
                 losses["Source/Auxiliary"] = (config.lambda_seg, share * cross_entropy(aux, of_part))
-            found.append(self._backward(losses | self._restitution("Source", parts, of_part)))
+            found.append(self._backward({**losses, **self._restitution("Source", parts, of_part)}))
         return _summed(found)
 
     def learn_target(self, image: Tensor) -> dict[str, Tensor]:
@@ -179,7 +180,7 @@ class MaxSquareTraining(Method):
         config, method, found = self.config.adaptation, self.config.method.method, []
         images = image.tensor_split(self.passes)
         labels = self._labels_of_passes(images) if len(images) > 1 else []
-        fraction = self.rank.fraction(self.config.schedule.batch_size) / len(image)
+        fraction = self.rank.fraction(self.config.schedule.batch_size) / len(image)  # of the batch in an image
         for number, part in enumerate(images):
             main, aux, parts = self._logits(part, self.heads is not None and config.restitution_domains == "both")
             labels, losses = labels or [self._labels(main, aux)], {}
@@ -189,7 +190,7 @@ class MaxSquareTraining(Method):
                 if head in labels[number]:
                     share = self.rank.labelled_fractions([of_pass[head] for of_pass in labels])[number]
                     losses[head] = (weight * config.lambda_target, share * cross_entropy(logits, labels[number][head]))
-            found.append(self._backward(losses | self._restitution("Target", parts)))
+            found.append(self._backward({**losses, **self._restitution("Target", parts)}))
         return _summed(found)
 
     def _logits(self, image: Tensor, restitutes: bool = False) -> tuple[Tensor, Tensor | None, list[Restituted]]:
@@ -199,15 +200,12 @@ class MaxSquareTraining(Method):
             return *self.run(self.net.both_logits, image, parts if restitutes else None), parts
         return self.run(self.net, image), None, parts
 
-    def _restitution(
-        self, domain: str, parts: Sequence[Restituted], label: Tensor | None = None
-    ) -> dict[str, tuple[float, Tensor]]:
-        """The weighted losses of what the restitutions make of a domain; none of nothing."""
-        config = self.config.adaptation
+    def _restitution(self, domain: str, parts: Sequence[Restituted], label: Tensor | None = None) -> WeightedLosses:
+        """Of what the restitutions make of a domain; none of nothing."""
+        config, fraction = self.config.adaptation, self.rank.fraction(self.config.schedule.batch_size)
         found = parts and restitution_loss(
-            self.heads, parts, label, rank=self.rank, fraction=self.rank.fraction(self.config.schedule.batch_size),
-            per_pixel=config.restitution_per_pixel,
-        )  # fmt: skip
+            self.heads, parts, label, rank=self.rank, fraction=fraction, per_pixel=config.restitution_per_pixel
+        )
         names = (f"{domain}/Restitution", f"{domain}/RestitutionHeads")
         return {name: (config.lambda_restitution, loss) for name, loss in zip(names, found, strict=False)}
 
@@ -231,7 +229,7 @@ class MaxSquareTraining(Method):
             buffer.copy_(value)
         return labels
 
-    def _backward(self, losses: Mapping[str, tuple[float, Tensor]]) -> dict[str, Tensor]:
+    def _backward(self, losses: WeightedLosses) -> dict[str, Tensor]:
         """Add the gradients of weighted losses, and return them without their weights."""
         sum(weight * loss for weight, loss in losses.values()).backward()
         return {name: loss.detach() for name, (_, loss) in losses.items()}

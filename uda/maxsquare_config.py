@@ -133,10 +133,9 @@ class MaxSquareConfig(Config):
     def __post_init__(self) -> None:
         name, given, schedule = self.method.method, self.adaptation, self.schedule
         check(name in MAXSQUARE_METHODS, f"--method {name} has another configuration; start it with --method {name}")
-        whole = not (schedule.micro_batch and given.lambda_restitution)
-        check(whole, "--lambda_restitution compares means over a batch; omit --micro_batch")
-        adam = schedule.optim == "Adam" and given.mode == "reference"
-        check(not adam, "--mode reference is that of the published SGD; omit --optim Adam")
+        check(not (schedule.micro_batch and given.lambda_restitution),
+              "--lambda_restitution compares means over a batch; omit --micro_batch")  # fmt: skip
+        check(schedule.optim == "SGD" or given.mode == "clean", "--mode reference has SGD alone; omit --optim Adam")
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
