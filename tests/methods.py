@@ -23,6 +23,7 @@ from models.restitution import Restitution
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from nets import checkpoint_of
+from training.checkpoint import LATEST
 from training.distributed import Rank
 from training.loop import Loop
 from training.progress import Progress
@@ -275,3 +276,11 @@ CASES = {
         "cbst-sp", {"spatial_prior": "{world}/prior.mat", "mode": "reference"}, change=_with_batch_norm
     ),
 }  # fmt: skip
+
+
+def train_short_source_net(world, seed, **changes):
+    """Eight steps on the source, in which a net learns that there are three classes, and hardly more."""
+    flags = {**LEARNABLE, **SHORT, "num_steps": 8, "validation_rate": 8, **changes}
+    loop = Loop(method=CASES["source-unet"].prepared(world, manual_seed=seed, **flags), folder=world)
+    run_quietly(loop)
+    (world / LATEST).rename(world / SOURCE_NET)

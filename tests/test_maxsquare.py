@@ -14,12 +14,12 @@ from methods import (
     TWO_HEADED_NET,
     run_quietly,
     steps_of,
+    train_short_source_net,
     write_learnable_world,
     write_world,
 )
 from models.restitution import Restituted
 from refusals import check_refused
-from test_methods import train_short_source_net
 from training.distributed import ALONE
 from training.loop import Loop
 from uda.maxsquare import HEADS, NET
