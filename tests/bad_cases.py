@@ -69,6 +69,10 @@ def adapt(**changes):
     return command({**flags, "checkpoints_dir": "out", "tb_logs_dir": "out"}, changes)
 
 
+def uda(method, **changes):
+    return adapt(method=method, src_resize=(60, 44), trg_resize=(64, 40), **changes)
+
+
 def pseudo_labels(**changes):
     return command({"gpus": "cpu", "weights": "net.pth", "trg_data_dir": "cityscapes", "output": "labels"}, changes)
 
@@ -343,9 +347,41 @@ OTHER_FLAGS = [
 ]
 
 
+MAXSQUARE_FLAGS = [
+    (uda("maxsquare", IW_ratio=0.3), "--IW_ratio acts only with iw_maxsquare and iw_entropy"),
+    (uda("iw_entropy", IW_ratio=1.2), "--IW_ratio is 1.2; it must be in [0, 1]"),
+    (uda("hard", threshold=-0.1), "--threshold is -0.1; it must be in [0, 1]"),
+    (uda("maxsquare", threshold=0.3), "--threshold acts only with hard or --multi"),
+    (uda("hard", lambda_seg=0.3), "--lambda_seg acts only with --multi"),
+    (uda("entropy", lambda_target=-1), "--lambda_target is -1"),
+    (uda("entropy", lambda_target="nan"), "--lambda_target is nan"),
+    (uda("maxsquare", momentum=0.5, optim="Adam"), "--momentum acts only with --optim SGD"),
+    (uda("maxsquare", mode="reference", optim="Adam"), "--mode reference", "omit --optim Adam"),
+    (uda("maxsquare", optim="AdamW"), "--optim", "AdamW"),
+    (uda("maxsquare", micro_batch=-1), "--micro_batch is -1"),
+    (uda("maxsquare", micro_batch=1, lambda_restitution=0.1), "--lambda_restitution", "--micro_batch"),
+    (uda("maxsquare", restitution_domains="both"), "--restitution_domains acts only with"),
+    (uda("maxsquare", restitution_per_pixel=()), "--restitution_per_pixel acts only with"),
+    (uda("maxsquare", lambda_restitution=0.01), "--lambda_restitution 0.01 needs a net of", "UNet with"),
+    (uda("maxsquare", multi=()), "--multi needs a net of DeepLabV2Multi", "is UNet with 19 classes"),
+    (uda("maxsquare", init=None), "--init is required"),
+    (uda("maxsquare", init="missing.pth"), "--init", "missing.pth: no such file"),
+    (uda("maxsquare", aspp_branches=4), "--aspp_branches 4"),
+    (uda("maxsquare", model="DeepLabV2Multi"), "--backbone none: DeepLabV2Multi is built on"),
+    (uda("maxsquare", model="SNR"), "--model SNR: no such net"),
+    (uda("maxsquare", batch_size=4), "--batch_size 4: there are 3 target images"),
+    (uda("maxsquare", round_num=0), "--round_num is 0"),
+    (uda("maxsquare", power=-1), "--power is -1"),
+    (uda("maxsquare", crop_size=(64, 20)), "--crop_size 64 20 does not fit into --src_resize 60 44"),
+    (uda("maxsquare", crop_size=(12, 32)), "both sides must be at least 16"),
+    (uda("maxsquare", num_round=3), "--num_round", "--help"),
+    (uda("maxsquare", preset="gta5-cityscapes-cbst"), "--preset"),
+    ([*CONTINUE, "--method", "maxsquare"], "run/latest.pth", "another training (procst)"),
+]
 ALL_FLAGS = [
     *(("train_procst", flags, *parts) for flags, *parts in PROCST_FLAGS),
     *(("train_semseg_on_source", flags, *parts) for flags, *parts in SOURCE_FLAGS),
+    *(("train_uda", flags, *parts) for flags, *parts in MAXSQUARE_FLAGS),
     *OTHER_FLAGS,
 ]
 FLAGS = [

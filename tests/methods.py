@@ -23,6 +23,7 @@ from models.restitution import Restitution
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from nets import checkpoint_of
+from training.checkpoint import LATEST
 from training.distributed import Rank
 from training.loop import Loop
 from training.progress import Progress
@@ -173,7 +174,8 @@ def _narrow(method: Any) -> None:
         setattr(net.backbone, f"layer{stage}", nn.Sequential(nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU())))
     net.backbone.snr = nn.ModuleList(Restitution(16, reduction=4) for _ in range(3))
     net.head = nn.ModuleDict({name: PartialSumHead(16, 19, 2) for name in ("main", "aux")})
-    method.heads = RestitutionHeads((16, 16, 16), 19)
+    if method.heads is not None:
+        method.heads = RestitutionHeads((16, 16, 16), 19)
 
 
 COMMON = {
@@ -265,11 +267,20 @@ CASES = {
     "cbst-dropout": self_training("cbst", change=_with_dropout, has_dropout=True),
     "maxsquare": maxsquare("maxsquare", {"random_crop": True, "src_resize": (28, 20), "crop_size": (24, 24)}),
     "iw_entropy-reference": maxsquare("iw_entropy", {"mode": "reference"}, change=_with_batch_norm),
+    "hard-adam": maxsquare("hard", {"optim": "Adam", "lr_semseg": 1e-3, "micro_batch": 1, "threshold": 0.1}),
     "hard-multi": maxsquare("hard", {
-        "init": f"{{world}}/{TWO_HEADED_NET}", "multi": True, "threshold": 0.3, "lambda_restitution": 0.1,
-        "select_by": "miou",
+        "init": f"{{world}}/{TWO_HEADED_NET}", "multi": True, "threshold": 0.06, "lambda_restitution": 0.1,
+        "restitution_domains": "both", "select_by": "miou",
     }, change=_narrow),
     "cbst-sp-reference": self_training(
         "cbst-sp", {"spatial_prior": "{world}/prior.mat", "mode": "reference"}, change=_with_batch_norm
     ),
 }  # fmt: skip
+
+
+def train_short_source_net(world, seed, **changes):
+    """Eight steps on the source, in which a net learns that there are three classes, and hardly more."""
+    flags = {**LEARNABLE, **SHORT, "num_steps": 8, "validation_rate": 8, **changes}
+    loop = Loop(method=CASES["source-unet"].prepared(world, manual_seed=seed, **flags), folder=world)
+    run_quietly(loop)
+    (world / LATEST).rename(world / SOURCE_NET)

@@ -21,14 +21,18 @@ from training.config import StartFlags
 from training.flags import build_parser, flag_of, options_of, parse
 from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.maxsquare_config import MaxSquareConfig
 from uda.presets import PresetFlags
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 STARTING = (StartFlags, PresetFlags)  # no part of a configuration
-CONFIGS = (ProCSTConfig, SourceTrainingConfig, SelfTrainingConfig)
+CONFIGS = (ProCSTConfig, SourceTrainingConfig, SelfTrainingConfig, MaxSquareConfig)
 SCRIPTS = (train_procst, train_semseg_on_source, train_uda)
 REFUSED = {SelfTrainingConfig: ("cache_dir", "resample")}  # flags of all trainings that cannot act in one
+
+
+ALWAYS = {MaxSquareConfig: ("--method", "iw_entropy", "--lambda_restitution", "0.3")}  # of their command lines
 
 
 def sections(config):
@@ -37,7 +41,8 @@ def sections(config):
 
 def config_of(config, *arguments):
     """What a command line comes to."""
-    given = parse(build_parser("", config.groups, config.first), [str(argument) for argument in arguments])
+    words = [*ALWAYS.get(config, ()), *map(str, arguments)]
+    given = parse(build_parser("", config.groups, config.first), words)
     config.check_given(given)
     return config.from_flags(given)
 
@@ -60,9 +65,9 @@ def test_a_typo_is_answered_before_pytorch_is_imported(script):
     assert result.stderr == "error: unrecognized arguments: --typo 1 (see --help)\n"
 
 
-@pytest.mark.parametrize(("script", "config"), list(zip(SCRIPTS, CONFIGS, strict=True)))
+@pytest.mark.parametrize(("script", "config"), [*zip(SCRIPTS, CONFIGS, strict=False), (train_uda, MaxSquareConfig)])
 def test_help_begins_with_the_flags_that_matter_most(run_script, script, config):
-    result = run_script(script, "--help")
+    result = run_script(script, *ALWAYS.get(config, ()), "--help")
     assert result.code == 0
     assert result.out.startswith("usage: python ")
     lines = [line.split()[0].rstrip(",") for line in result.out.splitlines() if line.startswith("  --")]
@@ -129,12 +134,24 @@ OTHER_VALUES = {
     "lambda_seg": "0.2 --multi --model UNetMulti", "trg_labels": "trainids --target gta5",
     "trg_data_dir": "other --target gta5",
     "spatial_prior": "other --method cbst-sp", "method": "st", "mine_port": "0.5", "scale_rate_range": "0.5 2",
+    "mode": "reference",
 }  # fmt: skip
 
 
-def other_value(field):
+OTHER_VALUES_IN = {
+    MaxSquareConfig: {
+        "method": "hard", "model": "UNet", "aspp_branches": "4", "multi": "", "lambda_seg": "0.2 --multi",
+        "trg_data_dir": "other", "trg_labels": "trainids", "threshold": "0.5 --multi", "backbone_weights": "",
+        "micro_batch": "2 --lambda_restitution 0", "lambda_restitution": "0.5", "IW_ratio": "0.5",
+    },
+}  # fmt: skip
+
+
+def other_value(field, config):
     """A legal value of a flag that is not its default, as words of a command line."""
     kind, choices = field.metadata["type"], field.metadata["choices"]
+    if field.name in (own := OTHER_VALUES_IN.get(config, {})):
+        return own[field.name].split()
     if field.name in OTHER_VALUES and (field.name != "crop_size" or field.metadata["nargs"]):
         return OTHER_VALUES[field.name].split()
     if choices:
@@ -151,7 +168,7 @@ def flags_of(config):
 
 @pytest.mark.parametrize(("config", "name"), [flag for config in CONFIGS for flag in flags_of(config)])
 def test_every_flag_is_stored_and_kept_by_a_continued_run_unless_it_may_change(config, name):
-    words = other_value(options_of(*sections(config))[name])
+    words = other_value(options_of(*sections(config))[name], config)
     started, changed = config_of(config), config_of(config, flag_of(name), *words)
     # Two flags stand for another one, and leave no value of their own.
     stored = {"no_pretrained_backbone": "backbone_weights"}.get(name, name)
@@ -159,7 +176,7 @@ def test_every_flag_is_stored_and_kept_by_a_continued_run_unless_it_may_change(c
         stored = "batch_size_list"
     assert changed.flags()[stored] != started.flags()[stored]
     assert config.from_json(json.loads(json.dumps(changed.to_json())), "latest.pth") == changed
-    given = parse(build_parser("", config.groups), [flag_of(name), *words])
+    given = parse(build_parser("", config.groups), [*ALWAYS.get(config, ()), flag_of(name), *words])
     if started.may_change(stored):
         assert started.continued({name: given[name]}).flags()[stored] == changed.flags()[stored]
     else:
@@ -181,6 +198,7 @@ def test_what_may_change(config):
         ProCSTConfig: {"trg_data_dir", "vgg_weights", "semseg_weights", "bf16_discriminators"},
         SourceTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images", "output"},
         SelfTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images"},
+        MaxSquareConfig: {"trg_data_dir", "src_label_dir", "source_images"},
     }
     expected = (shared | own[config]) & options.keys()
     assert {name for name, field in options.items() if field.metadata["may_change"]} == expected

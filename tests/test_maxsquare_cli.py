@@ -3,9 +3,11 @@
 import pytest
 
 import train_uda
-from methods import MAXSQUARE, SOURCE_NET, TWO_HEADED_NET, write_world
-from refusals import check_refusal, check_refused, tree
+from methods import MAXSQUARE, write_world
+from nets import save_net
+from refusals import check_refusal, check_refused
 from uda.maxsquare_config import MaxSquareConfig
+from worlds import write_own_description
 
 
 @pytest.fixture(scope="module")
@@ -25,35 +27,10 @@ def words_of(world, out, **changes):
             yield from (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))
 
 
-def test_what_is_refused(small_world, tmp_path, run_script):
-    before = tree(tmp_path)
-    init = small_world / SOURCE_NET
-    cases = (
-        ({"IW_ratio": 0.3}, "--IW_ratio acts only with iw_maxsquare and iw_entropy"),
-        ({"threshold": 0.3}, "--threshold acts only with hard or --multi"),
-        ({"lambda_seg": 0.3, "method": "hard"}, "--lambda_seg acts only with --multi"),
-        ({"IW_ratio": 1.2, "method": "iw_entropy"}, "--IW_ratio is 1.2; it must be in [0, 1]"),
-        ({"lambda_target": -1}, "--lambda_target"),
-        ({"init": None}, "--init is required"),
-        ({"init": tmp_path / "missing.pth"}, "--init", "missing.pth: no such file"),
-        ({"multi": True}, "--multi needs a net of DeepLabV2Multi", "is UNet with 19 classes"),
-        ({"lambda_restitution": 0.01}, "--lambda_restitution 0.01 needs a net of DeepLabV2MultiSNR"),
-        ({"aspp_branches": 4}, "--aspp_branches 4"),
-        ({"model": "DeepLabV2Multi"}, "--backbone none: DeepLabV2Multi is built on"),
-        ({"batch_size": 6}, "--batch_size 6: there are 5 target images"),
-        ({"crop_size": (64, 20)}, "--crop_size 64 20 does not fit into --src_resize 40 32"),
-        ({"src_resize": (12, 32)}, "both sides must be at least 16"),
-    )
-    for changes, *parts in cases:
-        flags = {"init": init, "trg_data_dir": small_world / "cityscapes", **changes}
-        check_refusal(run_script(train_uda, *words_of(small_world, tmp_path, **flags)), *parts)
-    assert tree(tmp_path) == before
-
-
 def test_a_run(small_world, tmp_path, run_script):
     flags = {
-        "init": small_world / TWO_HEADED_NET, "trg_data_dir": small_world / "cityscapes", "method": "hard",
-        "multi": True, "threshold": 0.5, "round_num": 1, "epoch_each_round": 1, "aspp_branches": 4, "freeze_bn": True,
+        "init": save_net(tmp_path / "net.pth", "UNetMulti"), "trg_data_dir": small_world / "cityscapes",
+        "method": "hard", "multi": True, "threshold": 0.5, "round_num": 1, "epoch_each_round": 1, "freeze_bn": True,
         "no_gaussian_blur": True,
     }  # fmt: skip
     words = list(words_of(small_world, tmp_path, **flags))
@@ -62,6 +39,32 @@ def test_a_run(small_world, tmp_path, run_script):
     assert "adapted by hard with both heads" in result.out
     assert run_script(train_uda, *words).code == 0  # it is finished
     check_refusal(run_script(train_uda, *words, "--threshold", 0.6), "--threshold", "was started with 0.5")
+    run = ("--continue_train_from_path", tmp_path / "run")
+    check_refusal(run_script(train_uda, *run), "another training (maxsquare); continue it with its script or --method")
+    assert run_script(train_uda, *run, "--method", "hard").code == 0
+
+
+def test_labels_of_other_classes_than_the_sources_score_nothing(small_world, tmp_path, run_script):
+    own, net = write_own_description(tmp_path / "own.toml"), save_net(tmp_path / "net.pth", num_classes=4)
+    flags = {"init": net, "source": own, "trg_data_dir": small_world / "cityscapes", "round_num": 1,
+             "epoch_each_round": 1}  # fmt: skip
+    words = list(words_of(small_world, tmp_path, **flags))
+    check_refusal(run_script(train_uda, *words, "--select_by", "miou"), "--select_by miou needs a labelled val split")
+    result = run_script(train_uda, *words)
+    assert result.code == 0, result.err
+    assert "mIoU" not in result.out
+    assert "label-free score" in result.out
+
+
+def test_a_net_without_restitution_is_given_one(small_world, tmp_path, run_script):
+    """Its 18 new tensors are named when the run starts."""
+    plain = save_net(tmp_path / "plain.pth", "UNetMulti")
+    flags = {"init": plain, "model": "UNetMultiSNR", "trg_data_dir": small_world / "cityscapes"}
+    result = run_script(train_uda, *words_of(small_world, tmp_path, **flags), "--dry_run")
+    assert result.code == 0, result.err
+    assert "UNetMultiSNR with 19 classes" in result.out
+    assert "18 tensors (backbone.snr.0.norm.weight, " in result.out
+    assert result.out.count("backbone.snr.") == 18
 
 
 def test_sizes_that_follow_from_the_data_sets():

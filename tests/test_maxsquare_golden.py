@@ -12,7 +12,7 @@ from models.losses import cross_entropy
 from models.restitution import Restituted
 from steps import relative_l2
 from training.distributed import ALONE
-from uda.restitution import RestitutionHeads, dual_loss, mean_entropy, restitution_loss
+from uda.restitution import RestitutionHeads, dual_loss, entropies, restitution_loss
 from uda.target_losses import (
     confident_label,
     ensemble_label,
@@ -84,13 +84,15 @@ def test_dual_restitution_loss(path, item):
     names = Restituted._fields
     logits = Restituted(*(tensor(data, f"{item}/logits_{name}").requires_grad_(True) for name in names))
     for name, part in logits._asdict().items():
-        assert float(mean_entropy(part).detach()) == pytest.approx(float(data[f"{item}/entropy_{name}"]), abs=1e-5)
+        assert float(entropies(part).mean().detach()) == pytest.approx(float(data[f"{item}/entropy_{name}"]), abs=1e-5)
     plus, minus = dual_loss(logits)
     (plus + minus).backward()
     for value, name in ((plus, "loss_plus"), (minus, "loss_minus"), (plus + minus, "loss")):
         assert float(value.detach()) == pytest.approx(float(data[f"{item}/{name}"]), abs=1e-5), name
     for name, part in logits._asdict().items():
         assert relative_l2(part.grad, tensor(data, f"{item}/grad_{name}")) <= 1e-4, name
+    for value, name in zip(dual_loss(logits, mean=None), ("plus", "minus"), strict=True):
+        assert float(value.detach()) == pytest.approx(float(data[f"{item}/per_pixel_{name}"]), abs=1e-5), name
 
 
 def test_the_heads_of_the_restitution_learn_the_labels():

@@ -15,11 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core.domain_distance import GaussianFit, frechet_distance
 from methods import (
     CASES,
-    LEARNABLE,
-    SHORT,
-    SOURCE_NET,
     run_quietly,
     steps_of,
+    train_short_source_net,
     write_learnable_world,
     write_world,
 )
@@ -176,14 +174,6 @@ def test_learning(tmp_path, case, seed):
         images = {name: colours(image) for name, image in method.images().items()}
         untranslated, translated = (frechet_distance(images[name], images["target"]) for name in ("source", "SiT"))
         assert translated < 0.5 * untranslated
-
-
-def train_short_source_net(world, seed):
-    """Eight steps on the source, in which a net learns that there are three classes, and hardly more."""
-    flags = {**LEARNABLE, **SHORT, "num_steps": 8, "validation_rate": 8}
-    loop = Loop(method=CASES["source-unet"].prepared(world, manual_seed=seed, **flags), folder=world)
-    run_quietly(loop)
-    (world / LATEST).rename(world / SOURCE_NET)
 
 
 def colours(images):

@@ -43,7 +43,8 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
     checkpoint, origin = read_newest(folder)
     if checkpoint.method != method:
         raise UserError(
-            f"{origin} is a checkpoint of another training ({checkpoint.method}); continue it with its script"
+            f"{origin} is a checkpoint of another training ({checkpoint.method}); continue it with its script "
+            "or --method"
         )
     if not checkpoint.optimizers:
         raise UserError(f"{origin} holds a finished net and no training state")

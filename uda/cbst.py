@@ -269,7 +269,7 @@ def prepare_self_training(config: SelfTrainingConfig, rank: Rank, continued: Con
     adaptation, images, classes = config.adaptation, config.images, shape.num_classes
     source = source_files(config.source, classes, images.src_label_dir, origin=f"--init {adaptation.init}")
     target = target_files(config.target, classes, adaptation.split_tgt, config.target.trg_labels)
-    target = replace(target, data_set=_of_source(target.data_set, source.data_set, classes))
+    target = replace(target, data_set=of_source(target.data_set, source.data_set, classes))
     side = (config.crops.crop_size, config.crops.crop_size)
     source_domain = make_domain(
         config, rank, source, "source", resize=side, crop=side, labels=True, image_roots=images.source_images
@@ -303,7 +303,7 @@ def _net(config: SelfTrainingConfig, continued: Continued | None) -> tuple[Segme
     return trainable_net(Path(given))
 
 
-def _of_source(target: DataSet, source: DataSet, num_classes: int) -> DataSet:
+def of_source(target: DataSet, source: DataSet, num_classes: int) -> DataSet:
     """The target's declaration with the source's classes, which the net predicts; labels of others are not read."""
     if target.class_names != source.class_names:
         target = replace(

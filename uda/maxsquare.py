@@ -4,13 +4,14 @@ A step learns the labels of source images, and from target images MaxSquare, ent
 hard pseudo-labels; an auxiliary head may learn the labels that both heads agree on.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
 from data_handlers.domain import DOMAINS, Domain, PairBatch
 from models.losses import cross_entropy
@@ -24,6 +25,7 @@ from training.preparation import make_domain, source_files, target_files, target
 from training.run_folder import Continued
 from training.segmentation_files import trainable_net
 from training.synchronised_norm import synchronise_batch_norms
+from uda.cbst import of_source
 from uda.cbst_config import TRAIN_FIRST
 from uda.cbst_optimisation import freeze_statistics
 from uda.maxsquare_config import MaxSquareConfig, ScheduleConfig
@@ -44,6 +46,8 @@ from utils.errors import UserError
 from utils.seeds import NET_WEIGHTS, seed_for
 
 NET, HEADS = "net", "restitution_heads"
+MAIN, AUXILIARY = "Target/Main", "Target/Auxiliary"  # losses on the target, and the labels they read
+WeightedLosses = Mapping[str, tuple[float, Tensor]]
 SOFT: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "maxsquare": lambda logits, ratio: maxsquare(logits), "entropy": lambda logits, ratio: entropy(logits),
     "iw_maxsquare": image_wise_maxsquare, "iw_entropy": image_wise_entropy,
@@ -84,6 +88,7 @@ class MaxSquareTraining(Method):
         self.run = Runner(config.run.precision)
         self.reference = config.adaptation.mode == "reference"
         self.steps_per_epoch, self.horizon = schedule_of(config.schedule, len(source), len(target), self.reference)
+        self.passes = rank.passes(config.schedule.batch_size, config.schedule.micro_batch)
         self.heads: RestitutionHeads | None = None
         if config.adaptation.lambda_restitution:
             self.heads = RestitutionHeads(net.backbone.stage_channels, shape.num_classes)
@@ -118,6 +123,8 @@ class MaxSquareTraining(Method):
         settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
         if self.reference:
             optimizer = RepeatedSGD(groups, repeats_of(self.net.backbone), **settings)
+        elif config.optim == "Adam":
+            optimizer = Adam(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
         else:
             optimizer = SGD(groups, fused=True, **settings)
         self.optimizers = {NET: optimizer}
@@ -158,44 +165,71 @@ class MaxSquareTraining(Method):
 
     def learn_source(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
         """Add the gradients of cross-entropy on labelled images (B,3,h,w), with labels (B,h,w)."""
-        config, parts = self.config.adaptation, [] if self.heads is not None else None
-        main, aux = self._logits(image, parts)
-        share = self.rank.labelled_fraction(label)
-        losses = {"Source/Main": (1.0, share * cross_entropy(main, label))}
-        if config.multi:
-            losses["Source/Auxiliary"] = (config.lambda_seg, share * cross_entropy(aux, label))
-        dual = {}
-        if parts is not None:
-            fraction = self.rank.fraction(self.config.schedule.batch_size)
-            loss, supervised = restitution_loss(self.heads, parts, label, rank=self.rank, fraction=fraction)
-            losses |= {"Source/Restitution": (config.lambda_restitution, loss)}
-            losses |= {"Source/RestitutionHeads": (config.lambda_restitution, supervised)}
-            dual = {"Source/Restitution": fraction * loss.detach()}
-        return self._backward(losses) | dual
+        config, labels, found = self.config.adaptation, label.tensor_split(self.passes), []
+        shares = self.rank.labelled_fractions(labels)
+        for part, of_part, share in zip(image.tensor_split(self.passes), labels, shares, strict=True):
+            main, aux, parts = self._logits(part, self.heads is not None)
+            losses = {"Source/Main": (1.0, share * cross_entropy(main, of_part))}
+            if config.multi:
+                losses["Source/Auxiliary"] = (config.lambda_seg, share * cross_entropy(aux, of_part))
+            found.append(self._backward({**losses, **self._restitution("Source", parts, of_part)}))
+        return _summed(found)
 
     def learn_target(self, image: Tensor) -> dict[str, Tensor]:
         """Add the gradients of the losses on images (B,3,h,w) without labels."""
-        config, method = self.config.adaptation, self.config.method.method
-        main, aux = self._logits(image, None)
-        if method in SOFT:
-            loss = self.rank.fraction(self.config.schedule.batch_size) * SOFT[method](main, config.IW_ratio)
-        else:
-            loss = self._on_labels(main, confident_label(main, config.threshold))
-        losses = {"Target/Main": (config.lambda_target, loss)}
+        config, method, found = self.config.adaptation, self.config.method.method, []
+        images = image.tensor_split(self.passes)
+        labels = self._labels_of_passes(images) if len(images) > 1 else []
+        fraction = self.rank.fraction(self.config.schedule.batch_size) / len(image)  # of the batch in an image
+        for number, part in enumerate(images):
+            main, aux, parts = self._logits(part, self.heads is not None and config.restitution_domains == "both")
+            labels, losses = labels or [self._labels(main, aux)], {}
+            if method in SOFT:
+                losses[MAIN] = (config.lambda_target, len(part) * fraction * SOFT[method](main, config.IW_ratio))
+            for head, logits, weight in ((MAIN, main, 1.0), (AUXILIARY, aux, config.lambda_seg)):
+                if head in labels[number]:
+                    share = self.rank.labelled_fractions([of_pass[head] for of_pass in labels])[number]
+                    losses[head] = (weight * config.lambda_target, share * cross_entropy(logits, labels[number][head]))
+            found.append(self._backward({**losses, **self._restitution("Target", parts)}))
+        return _summed(found)
+
+    def _logits(self, image: Tensor, restitutes: bool = False) -> tuple[Tensor, Tensor | None, list[Restituted]]:
+        """Logits of the main head and of an auxiliary one that is trained, and what each restitution makes."""
+        parts: list[Restituted] = []
+        if self.config.adaptation.multi or restitutes:
+            return *self.run(self.net.both_logits, image, parts if restitutes else None), parts
+        return self.run(self.net, image), None, parts
+
+    def _restitution(self, domain: str, parts: Sequence[Restituted], label: Tensor | None = None) -> WeightedLosses:
+        """Of what the restitutions make of a domain; none of nothing."""
+        config, fraction = self.config.adaptation, self.rank.fraction(self.config.schedule.batch_size)
+        found = parts and restitution_loss(
+            self.heads, parts, label, rank=self.rank, fraction=fraction, per_pixel=config.restitution_per_pixel
+        )
+        names = (f"{domain}/Restitution", f"{domain}/RestitutionHeads")
+        return {name: (config.lambda_restitution, loss) for name, loss in zip(names, found, strict=False)}
+
+    def _labels(self, main: Tensor, aux: Tensor | None) -> dict[str, Tensor]:
+        """The labels (B,h,w) that the heads are to learn, by the names of their losses."""
+        config, found = self.config.adaptation, {}
+        if self.config.method.method not in SOFT:
+            found[MAIN] = confident_label(main, config.threshold)
         if config.multi:
-            guidance = self._on_labels(aux, ensemble_label(main, aux, config.threshold))
-            losses["Target/Auxiliary"] = (config.lambda_seg * config.lambda_target, guidance)
-        return self._backward(losses)
+            found[AUXILIARY] = ensemble_label(main, aux, config.threshold)
+        return found
 
-    def _logits(self, image: Tensor, parts: list[Restituted] | None) -> tuple[Tensor, Tensor | None]:
-        if self.config.adaptation.multi or parts is not None:
-            return self.run(self.net.both_logits, image, parts)
-        return self.run(self.net, image), None
+    @torch.no_grad()
+    def _labels_of_passes(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """The labels of all passes, ahead of them: their number decides the weight of each. No statistics change."""
+        if self.config.method.method in SOFT and not self.config.adaptation.multi:
+            return [{}] * len(images)
+        before = [buffer.clone() for buffer in self.net.buffers()]
+        labels = [self._labels(*self._logits(part)[:2]) for part in images]
+        for buffer, value in zip(self.net.buffers(), before, strict=True):
+            buffer.copy_(value)
+        return labels
 
-    def _on_labels(self, logits: Tensor, label: Tensor) -> Tensor:
-        return self.rank.labelled_fraction(label) * cross_entropy(logits, label)
-
-    def _backward(self, losses: Mapping[str, tuple[float, Tensor]]) -> dict[str, Tensor]:
+    def _backward(self, losses: WeightedLosses) -> dict[str, Tensor]:
         """Add the gradients of weighted losses, and return them without their weights."""
         sum(weight * loss for weight, loss in losses.values()).backward()
         return {name: loss.detach() for name, (_, loss) in losses.items()}
@@ -215,6 +249,10 @@ class MaxSquareTraining(Method):
         return f"score the net with: python evaluate.py --weights {folder / 'latest.pth'}"
 
 
+def _summed(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([losses[name] for losses in passes]).sum() for name in passes[0]}
+
+
 # --- checks of the input, before anything is written ------------------------------------------------------------------
 
 
@@ -227,6 +265,7 @@ def prepare_maxsquare(config: MaxSquareConfig, rank: Rank, continued: Continued 
         config.source, shape.num_classes, images.src_label_dir, origin=f"--init {config.adaptation.init}"
     )
     target = target_files(config.target, shape.num_classes, labels=config.target.trg_labels)
+    target = replace(target, data_set=of_source(target.data_set, files.data_set, shape.num_classes))
     for name, found in (("source", files), ("target", target)):
         if len(found) < batch:
             raise UserError(f"--batch_size {batch}: there are {len(found)} {name} images")
@@ -238,8 +277,9 @@ def prepare_maxsquare(config: MaxSquareConfig, rank: Rank, continued: Continued 
         for name, listed, resize in (("source", files, sizes.src_resize), ("target", target, sizes.trg_resize))
     }  # fmt: skip
     method = MaxSquareTraining(config=config, rank=rank, net=net, shape=shape, **domains)
+    known = replace(files.data_set, class_names=target.data_set.class_names)
     method.validator, method.validation_line = target_validator(
-        config, rank, files.data_set, target, shape.num_classes, config.adaptation.select_by, always=True
+        config, rank, known, target, shape.num_classes, config.adaptation.select_by, always=True
     )
     return method
 

@@ -9,6 +9,7 @@ from models.shapes import model_called
 from training.config import (
     InitConfig,
     LoaderConfig,
+    PassesConfig,
     RunConfig,
     SGDConfig,
     SourceFiles,
@@ -71,6 +72,8 @@ class TargetLossConfig(AuxiliaryConfig, InitConfig):
     lambda_restitution: float = option(
         0.0, "weight of the dual restitution loss on source, and of the cross-entropy of its heads; needs SNR"
     )
+    restitution_domains: str = option("source", "of that loss: source alone, or target too", choices=("source", "both"))
+    restitution_per_pixel: bool = option(False, "that loss compares the entropies of each pixel, not their means")
     freeze_bn: bool = option(False, "batch norms keep their statistics")
     select_by: str = option(
         "none", "keep a best state besides the last one: none, by mIoU on the target's val split, which then is no "
@@ -85,9 +88,10 @@ class TargetLossConfig(AuxiliaryConfig, InitConfig):
 
 
 @dataclass(frozen=True)
-class ScheduleConfig(SGDConfig):
-    """Length of the training and its poly schedule."""
+class ScheduleConfig(PassesConfig, SGDConfig):
+    """Optimiser and length of the training, and its poly schedule."""
 
+    optim: str = option("SGD", "optimiser; Adam has the published betas 0.9 and 0.99", choices=("SGD", "Adam"))
     lr_semseg: float = option(2.5e-4, "learning rate of the backbone, the head's is 10x")
     round_num: int = option(5, "rounds")
     epoch_each_round: int = option(2, "epochs of a round, over all target images; each ends with a validation")
@@ -95,7 +99,8 @@ class ScheduleConfig(SGDConfig):
     power: float = option(0.9, "power of the poly schedule")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        PassesConfig.__post_init__(self)
+        SGDConfig.__post_init__(self)
         check_positive(self, "round_num", "epoch_each_round", "batch_size")
         check(0.0 <= self.power < 100.0, f"--power is {self.power}; it must be between 0 and 100")
 
@@ -129,10 +134,13 @@ class MaxSquareConfig(Config):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        name = self.method.method
+        name, given, schedule = self.method.method, self.adaptation, self.schedule
         check(name in MAXSQUARE_METHODS, f"--method {name} has another configuration; start it with --method {name}")
         own_size = self.target.random_crop and self.loader.cache_dir
         check(not own_size, "--cache_dir: --random_crop reads images at their own size; omit one of the two")
+        check(not (schedule.micro_batch and given.lambda_restitution),
+              "--lambda_restitution compares means over a batch; omit --micro_batch")  # fmt: skip
+        check(schedule.optim == "SGD" or given.mode == "clean", "--mode reference has SGD alone; omit --optim Adam")
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:
@@ -142,6 +150,10 @@ class MaxSquareConfig(Config):
         check("IW_ratio" not in given or name in IMAGE_WISE, f"--IW_ratio acts only with {' and '.join(IMAGE_WISE)}")
         check("threshold" not in given or name == "hard" or multi, "--threshold acts only with hard or --multi")
         AuxiliaryConfig.check_flags(given)
+        check("momentum" not in given or given.get("optim") != "Adam", "--momentum acts only with --optim SGD")
+        for of in ("restitution_domains", "restitution_per_pixel"):
+            acts = of not in given or given.get("lambda_restitution")
+            check(acts, f"--{of} acts only with --lambda_restitution")
 
     @classmethod
     def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:

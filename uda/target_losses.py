@@ -65,7 +65,8 @@ def image_weights(prediction: Tensor, classes: int, ratio: float, counted: Tenso
 @torch.no_grad()
 def confident_label(logits: Tensor, threshold: float) -> Tensor:
     """Predicted classes (N,H,W) where p is larger than the threshold, else 255; of one head."""
-    return ensemble_label(logits, logits, threshold)
+    p, label = at_least_float32(logits).softmax(dim=1).max(dim=1)
+    return torch.where(p > threshold, label, IGNORE)
 
 
 @torch.no_grad()
