@@ -130,7 +130,7 @@ OTHER_VALUES = {
     "beta1": "0.5", "momentum": "0.5", "scale_factor": "0.75", "ker_size": "5", "num_workers": "3",
     "bf16_discriminators": "--precision bf16", "debug_stop_iteration": "3 --debug_run", "output": "other",
     "debug_stop_epoch": "2 --debug_run", "backbone_weights": "random", "source": "synthia", "target": "gta5",
-    "aspp_branches": "4 --model DeepLabV2Multi", "multi": "--model UNetMulti",
+    "aspp_branches": "4 --model DeepLabV2Multi", "random_crop": "--crop_size 512 256", "multi": "--model UNetMulti",
     "lambda_seg": "0.2 --multi --model UNetMulti", "trg_labels": "trainids --target gta5",
     "trg_data_dir": "other --target gta5",
     "spatial_prior": "other --method cbst-sp", "method": "st", "mine_port": "0.5", "scale_rate_range": "0.5 2",
