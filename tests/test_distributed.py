@@ -271,10 +271,12 @@ def weights_of(run):
 def test_a_launched_training_is_that_of_one_process(world, undisturbed, tmp_path, run_script):
     assert run_script(train_procst, *launched_flags(world, tmp_path, gpus="cpu")).code == 0
     # Later, rounding lets a LeakyReLU change side, which the gradient penalty sees: the first two steps are compared.
+    # The critics' losses are small differences of larger sums, whose rounding counts as it is. tests/test_methods.py
+    # compares two processes with one in float64.
     alone, together = (metrics_of(run)[:2] for run in (tmp_path / "run", undisturbed))
     assert [entry["step"] for entry in together] == [entry["step"] for entry in alone] == [1, 2]
     for one, two in zip(alone, together, strict=True):
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.slow
