@@ -44,18 +44,6 @@ def is_launched() -> bool:
     return FOLDER in os.environ
 
 
-def remember(line: str) -> None:
-    """In a process of `launch`: keep a line for the processes that are started again after one has died."""
-    if is_launched():
-        (Path(os.environ[FOLDER]) / "remembered").write_text(line)
-
-
-def remembered() -> str:
-    """What `remember` was given; '' where nothing was, or where `launch` did not start this process."""
-    path = Path(os.environ.get(FOLDER, "")) / "remembered"
-    return path.read_text() if is_launched() and path.exists() else ""
-
-
 def is_restarted() -> bool:
     """Whether the elastic launcher started this process again after a process of the group had died."""
     return _restarts() != "0"
@@ -107,7 +95,7 @@ def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
 
 def launch(
     script: Path, devices: Sequence[torch.device], *, restarts: int = RESTARTS,
-    if_killed: str = "the same command continues from the last checkpoint",
+    if_killed: str = "continue from the last checkpoint",
 ) -> None:  # fmt: skip
     """Run a script with this command line in one process for each device of this machine, and wait for all.
 
