@@ -37,9 +37,8 @@ from core.losses import gradient_penalty
 from core.procst import micro_batch_size, procst_runner
 from core.step import Run, TrainingStep
 from data_handlers.domain import Domain
-from models.resnet import recompute_blocks
 from training.flags import build_parser, option, parse, section_from
-from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
+from training.precision import Runner, computes_in_bf16, set_convolution_precision
 from utils.devices import resolve_device
 from utils.errors import run_cli
 
@@ -76,8 +75,6 @@ class Variant:
         norm = setting.networks.Gst.shape.norm
         # With `recompute`, which --memory sets on any device, layout and micro-batches are those of a GPU.
         device = torch.device("cuda" if recompute else "cpu")
-        if segmentation and recomputes_blocks(self.precision, device):
-            recompute_blocks(segmentation.seg_sit)
         micro_batch = micro_batch_size(setting.batch.source[-1].shape, norm, device)
         run = self.runner(recompute)
         arguments |= {"run": run, "recompute": recompute, "micro_batch": micro_batch}

@@ -6,10 +6,8 @@ from torch import nn
 
 from core.config import ProCSTConfig
 from core.procst import ProCST
-from models.resnet import recompute_blocks
 from models.vgg import build_vgg
 from training.distributed import Rank
-from training.precision import recomputes_blocks
 from training.preparation import make_domain, source_files, target_files, target_validator
 from training.run_folder import Continued
 from training.segmentation_files import load_segmentation_net, net_to_train
@@ -30,8 +28,6 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
             raise UserError(f"--validation_rate: {line}; remove the flag, or give --select_by label_free")
         seg_source = _load_seg_source(config)
         seg_sit = net_to_train(config.net, run.manual_seed, fresh)
-        if recomputes_blocks(run.precision, rank.device):
-            recompute_blocks(seg_sit)
     crop = config.source.crop_size
     method = ProCST(
         config=config,

@@ -120,20 +120,16 @@ class ProCST(Method):
             network = kind(self.config.network.shape(stage))
             init_weights(network, torch.Generator().manual_seed(seed_for(seed, SCALE_WEIGHTS, stage, index)))
             network.to(self.device, self.dtype).train()
-            self._synchronise(network)
             self.modules[f"{name}.{stage}"] = network
             rate = optim.lr_d if name.startswith("D") else optim.lr_g
             self.optimizers[name] = Adam(network.parameters(), lr=rate, betas=(optim.beta1, 0.999), fused=True)
         if stage == self.config.network.num_scales and self.seg_sit is not None:
             for net in (self.seg_source, self.seg_sit):
                 channels_last(net.to(self.device, self.dtype))
-            self._synchronise(self.seg_sit.train())
-            self.modules[SEG_SIT] = self.seg_sit
+            self.modules[SEG_SIT] = self.seg_sit.train()
             self.optimizers[SEG_SIT] = segmentation_optimizer(self.seg_sit, **vars(self.config.sgd))
             self.segmentation = SegmentationNets(self.seg_source, self.seg_sit, self.optimizers[SEG_SIT])
-
-    def _synchronise(self, network: nn.Module) -> None:
-        if self.rank.count > 1:
+        for network in self.modules.values() if self.rank.count > 1 else ():
             synchronise_batch_norms(network)
 
     def end_stage(self, stage: int) -> None:

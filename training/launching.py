@@ -72,19 +72,8 @@ def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
     """
 
     def main() -> None:
-        is_main = True
-        try:
-            with _joined(if_lost) as rank:
-                is_main = rank.is_main
-                body(rank)
-        except UserError:
-            if not is_main:
-                print(file=sys.stderr)  # ends the line of the main process's progress bar
-            raise
-        except Stopped:
-            if is_main:
-                raise
-            raise SystemExit(STOPPED) from None
+        with _joined(if_lost) as rank:
+            body(rank)
 
     if is_launched():
         with _reporting_to_launcher():
@@ -196,8 +185,8 @@ def _joined(if_lost: str) -> Iterator[Rank]:
 
     Raises:
         UserError: the variables are wrong, or the others cannot be reached or are gone and are not restarted.
-        SystemExit: code 2 where another process reports bad input; code 1 where another process is gone, after which
-            the launcher starts all again.
+        SystemExit: code 2 or 75 where another process reports bad input or the stop; code 1 where another process is
+            gone, after which the launcher starts all again.
     """
     alone = not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if alone or environment_number("WORLD_SIZE") == 1:
@@ -214,11 +203,15 @@ def _joined(if_lost: str) -> Iterator[Rank]:
             rank.barrier()
         except Stopped:
             rank.barrier()
-            raise
-        except UserError:
-            if _is_first(store):
+            if rank.is_main:
                 raise
-            raise SystemExit(2) from None
+            raise SystemExit(STOPPED) from None
+        except UserError:
+            if not _is_first(store):
+                raise SystemExit(2) from None
+            if not rank.is_main:
+                print(file=sys.stderr)  # ends the line of the main process's progress bar
+            raise
         except Exception as error:
             if not _is_lost_connection(error):
                 raise

@@ -181,8 +181,8 @@ class Loop:
         if self._is_validation_step(stage) and (self.stage, self.step) not in validated:
             self._validate(progress)  # the run was stopped during this validation
         alone = self.rank.count == 1  # several processes have to finish it together
-        with progress.untimed():
-            line = self.method.prepare_stage(self.stage, self.folder, lambda: self._stop_if(alone and self.stop()))
+        line = self.method.prepare_stage(self.stage, self.folder, lambda: self._stop_if(alone and self.stop()))
+        progress.restart_clock()
         if line:
             progress.say(line)
         batches = iter(self.method.batches(self.stage, range(self.step, stage.steps)))
@@ -256,9 +256,9 @@ class Loop:
         """Validate the method's net; save this state as the best one if it is the best so far."""
         validator = self.method.validator
         alone = self.rank.count == 1  # several processes have to finish it together
-        with progress.untimed():
-            # The state was saved before; an interrupted validation is repeated.
-            validation = validator(self.method.eval_net(), lambda *_: self._stop_if(alone and self.stop()))
+        # The state was saved before; an interrupted validation is repeated.
+        validation = validator(self.method.eval_net(), lambda *_: self._stop_if(alone and self.stop()))
+        progress.restart_clock()
         score = validator.score(validation)
         names = validator.files.data_set.class_names
         self._note_skipped(progress, *validation.skipped)

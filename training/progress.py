@@ -3,19 +3,16 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.method import Method, Stage
-from training.metrics import CONFIDENCE_BINS
 from training.validation import Validation, report, summary
 from utils.errors import UserError
 from utils.files import atomic_write_bytes
@@ -76,12 +73,9 @@ class Progress:
         if len(self._unread) == self.print_rate or step in (1, self.stages[stage].steps):
             self.read_losses(stage, step)
 
-    @contextmanager
-    def untimed(self) -> Iterator[None]:
-        """The time of the block does not count as time of a step."""
-        started = time.perf_counter()
-        yield
-        self._window_started += time.perf_counter() - started
+    def restart_clock(self) -> None:
+        """Leave out what was done since the losses were read last, such as a validation, from the time of a step."""
+        self._window_started = time.perf_counter()
 
     def read_losses(self, stage: int, step: int) -> None:
         """Log the means of the losses since the last reading; `step` is the last of these steps.
@@ -155,8 +149,15 @@ class Progress:
     def validation(self, stage: int, step: int, validation: Validation, names: Sequence[str]) -> None:
         """Print and log a validation of the segmentation net; `names` are those of the classes."""
         self.say(f"{self.stages[stage].name}, step {step}: {summary(validation, names)}")
-        log_validation(self.board, validation, self._overall(stage, step), names)
-        self._write(stage, step, {"validation": report(validation, names)})
+        found, overall = report(validation, names), self._overall(stage, step)
+        values = {"LabelFree": found["label_free"], "MeanConfidence": found["mean_confidence"], "mIoU": found["miou"]}
+        values |= {"PixelAccuracy": found["pixel_accuracy"], **{f"IoU/{n}": value for n, value in found["iou"].items()}}
+        for name, value in values.items():
+            if value is not None:
+                self.board("add_scalar", f"Validation/{name}", value, overall)
+        for index, picture in enumerate(validation.pictures):
+            self.board("add_image", f"Validation/Image-Label-Prediction/{index}", picture, overall, dataformats="HWC")
+        self._write(stage, step, {"validation": found})
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -185,23 +186,3 @@ def _drop_later_lines(path: Path, overall_step: int) -> None:
 def _tag(stage: Stage, loss_name: str) -> str:
     """TensorBoard tag of a logged loss; those of a segmentation net have no stage in their tag."""
     return loss_name if loss_name.startswith("Semseg/") else f"{stage.tag}{loss_name}"
-
-
-def log_validation(board: Callable[..., None], validation: Validation, step: int, names: Sequence[str]) -> None:
-    """Write a validation to TensorBoard: mIoU, IoU of each class, label-free scores, confidences, pictures."""
-    found = report(validation, names)
-    values = {"LabelFree": found["label_free"], "MeanConfidence": found["mean_confidence"], "mIoU": found["miou"]}
-    values |= {"PixelAccuracy": found["pixel_accuracy"], **{f"IoU/{n}": value for n, value in found["iou"].items()}}
-    for name, value in values.items():
-        if value is not None:
-            board("add_scalar", f"Validation/{name}", value, step)
-    counts = validation.statistics.confidence_histogram.cpu().numpy()
-    edges = np.linspace(0.0, 1.0, CONFIDENCE_BINS + 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    board(
-        "add_histogram_raw", "Validation/Confidence", min=0.0, max=1.0, num=counts.sum(), sum=(counts * centres).sum(),
-        sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(),
-        global_step=step,
-    )  # fmt: skip
-    for index, picture in enumerate(validation.pictures):
-        board("add_image", f"Validation/Image-Label-Prediction/{index}", picture, step, dataformats="HWC")

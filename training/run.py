@@ -71,7 +71,7 @@ def _start(script: str, method: type[Method], prepare: Prepare, given: Mapping[s
         _require_one_run(prepared)
         if flags.dry_run:
             folder = continued.origin.parent if continued else Path(run_dir or config.run.checkpoints_dir)
-            _dry_run(prepared, folder, continued is not None)
+            _dry_run(prepared, folder)
             return
         # All input has been checked; only now is a run folder made.
         where = {"run_dir": run_dir, "parent": Path(config.run.checkpoints_dir), "task": prepared.task()}
@@ -101,13 +101,13 @@ def _require_one_run(method: Method) -> None:
         )
 
 
-def _dry_run(method: Method, folder: Path, continued: bool) -> None:
+def _dry_run(method: Method, folder: Path) -> None:
     method.domains = {name: replace(domain, cache_dir="") for name, domain in method.domains.items()}
     loop = Loop(method=method, folder=folder)
     if method.rank.is_main:
         _print_description(method)
     with out_of_memory_means(lambda: _less_memory(loop)):
-        dry_run(loop, continued=continued)
+        dry_run(loop)
 
 
 def _train(
