@@ -74,7 +74,7 @@ class SitSet:
     def batches(
         self, names: Sequence[str], flags: ExportFlags, skipped: list[str]
     ) -> Iterator[tuple[Sequence[str], list[Tensor]]]:
-        """Names and loaded levels of neighbouring images of equal size; appends to `skipped` those that are not."""
+        """Names and levels of neighbouring images of equal size; what cannot be used is named in `skipped` instead."""
         samples = load_in_order(
             self.load,
             names,
@@ -254,12 +254,10 @@ def _resolved(
             if not folder and source not in ("", data.source):
                 raise UserError(f"--source {source} is not the run's ({data.source}): give its folder, --src_data_dir")
             factor, source, folder = network.scale_factor, source or data.source, folder or data.src_data_dir
-        # One data set has one arithmetic, so unlike devices use the one that all of them have.
-        precisions = set(rank.gather(resolve_precision(flags.precision, rank.device)))
         decided = {
             "scale_factor": 0.5 if factor is None else factor,
-            "precision": precisions.pop() if len(precisions) == 1 else "fp32",
-        }  # fmt: skip
+            "precision": resolve_precision(flags.precision, rank.device),
+        }
     return replace(
         flags,
         **decided,

@@ -211,8 +211,7 @@ class ProCST(Method):
 
     def images(self) -> Mapping[str, Tensor]:
         """Images of the last step: source, SiT and back, target, TiS and back."""
-        shown = {"sit": "SiT", "sitis": "SiTiS", "tis": "TiS", "tisit": "TiSiT"}
-        return {shown.get(name, name): image for name, image in self._images.items()}
+        return self._images
 
     def summary(self, losses: Mapping[str, float]) -> str:
         """Sums over both directions of the discriminator, adversarial, cycle and style losses."""

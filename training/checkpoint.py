@@ -38,7 +38,7 @@ class Checkpoint:
         method_state: `Method.state_dict`.
         inputs: fingerprints of what the run learns from (file lists, starting weights), by a name for messages.
         segmentation: the segmentation net that is validated: its `module` in `modules` and its `shape`, or empty.
-        info: `run`, the folder of the run that wrote it, and `miou` and `label_free` of its best state.
+        info: `run`, the folder of the run that wrote it.
         validations: results of the validations, in order; see `training.validation.report`.
         skipped: what was wrong with images that were replaced (`--on_bad_image skip`).
     """

@@ -1,7 +1,6 @@
 """`--dry_run`: check every file, train some steps of every stage in memory, and print what the run takes."""
 
 import io
-import json
 import resource
 import shutil
 import time
@@ -27,7 +26,6 @@ def dry_run(loop: Loop) -> None:
     method, stages, is_main = loop.method, loop.stages, loop.rank.is_main
     domains = method.domains.values()
     if is_main:
-        print(json.dumps(method.config.to_json(), indent=2))
         lists = [(files, domain.labels, domain.skips) for domain in domains for files in domain.lists]
         if (validator := method.validator) is not None:
             lists.append((validator.files, validator.with_labels, validator.skip_unusable))

@@ -100,8 +100,7 @@ def launch(
         SystemExit: with the exit code of the processes, unless it is 0.
         UserError: a process was killed more often than it was restarted.
     """
-    if Path("/sys/class/net/lo").exists():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     logging.disable(logging.CRITICAL)  # PyTorch's launcher logs some thirty lines about a failure
     with tempfile.TemporaryDirectory(prefix="procst_ranks_") as name:
         folder, failure = Path(name), None
@@ -128,10 +127,8 @@ def launch(
         raise SystemExit(128 + received[-1] if received else failure.exitcode)
     signal_name = signal.Signals(-failure.exitcode).name
     hint = ", as the system does where memory runs out" if signal_name == "SIGKILL" else ""
-    often = f" after {restarts} restarts" if restarts else ""
     raise UserError(
-        f"process {index} ({devices[index]}) was ended by signal {-failure.exitcode} ({signal_name}{hint}){often}; "
-        f"{if_killed}"
+        f"process {index} ({devices[index]}) was ended by signal {-failure.exitcode} ({signal_name}{hint}); {if_killed}"
     )
 
 

@@ -157,8 +157,6 @@ class Loop:
         if not self.has_begun:
             self.begin_stage(0, resumed=False)
             self._save(progress, LATEST)
-        if self.validations and self.rank.is_main:
-            atomic_write_json(self.folder / VALIDATIONS, self.validations)  # as of the checkpoint that is continued
         while True:
             stage = self.stages[self.stage]
             if not self.stage_finished:
@@ -175,8 +173,6 @@ class Loop:
 
     def _train_stage(self, stage: Stage, progress: Progress) -> None:
         self._require_equal_weights()
-        if self.best() is not None:
-            self._publish(BEST)  # the run may have been killed before it could
         validated = {(found["stage"], found["step"]) for found in self.validations}
         if self._is_validation_step(stage) and (self.stage, self.step) not in validated:
             self._validate(progress)  # the run was stopped during this validation
@@ -268,8 +264,6 @@ class Loop:
         best = score is not None and (earlier is None or score > earlier["score"])
         where, found = {"stage": self.stage, "step": self.step, "score": score, "best": best}, report(validation, names)
         self.validations.append({**where, **found})
-        if best:
-            self.info |= {"miou": found["miou"], "label_free": found["label_free"]}
         self._save(progress, *([BEST] if best else []), LATEST)
         # After the checkpoint: a run killed before it validates again, and would log the same validation twice.
         progress.validation(self.stage, self.step, validation, names)

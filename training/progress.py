@@ -54,7 +54,10 @@ class Progress:
         self.writer: SummaryWriter | None = None
         self.metrics = folder / METRICS if folder else None
         if self.metrics and self.metrics.exists():
-            _drop_later_lines(self.metrics, first)
+            lines = self.metrics.read_text(errors="replace").splitlines(keepends=True)
+            whole = (line for line in lines if line.endswith("}\n"))  # a killed run may leave half a line
+            kept = [line for line in whole if json.loads(line)["overall_step"] <= first]
+            atomic_write_bytes(self.metrics, "".join(kept).encode())
         self._names: list[str] = []
         self._unread: list[Tensor] = []
         self._window_started = time.perf_counter()
@@ -168,19 +171,6 @@ class Progress:
         """Finish the bar and flush TensorBoard."""
         self.bar.close()
         self.board("close")
-
-
-def _drop_later_lines(path: Path, overall_step: int) -> None:
-    """Drop the lines of later steps, and those that are cut short, from a file of metrics."""
-
-    def is_kept(line: str) -> bool:
-        try:
-            return line.endswith("\n") and int(json.loads(line)["overall_step"]) <= overall_step
-        except (ValueError, KeyError, TypeError):
-            return False
-
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
-    atomic_write_bytes(path, "".join(filter(is_kept, lines)).encode())
 
 
 def _tag(stage: Stage, loss_name: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -50,16 +49,12 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
 
 def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
     if continued:
-        path = Path(continued)
-        if path.is_file() and path.name != LATEST:
-            # Continuing from an older state in the same folder would overwrite the newer ones.
-            raise UserError(
-                f"--continue_train_from_path {path}: a run continues from its {LATEST}; to continue from another "
-                f"checkpoint, copy it into an empty folder under the name {LATEST}"
-            )
-        folder = path.parent if path.is_file() else path
+        folder = Path(continued)
         if not has_checkpoint(folder):
-            raise UserError(f"--continue_train_from_path {path}: there is no {LATEST} to continue from")
+            raise UserError(
+                f"--continue_train_from_path {folder}: no folder with a {LATEST}; to continue from another checkpoint, "
+                f"copy it into an empty folder under the name {LATEST}"
+            )
         return folder.resolve()  # the folder's name names the TensorBoard log
     if not run_dir:
         return None
@@ -76,9 +71,7 @@ def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
 
 
 def log_name(folder: Path) -> str:
-    """Name of a run's TensorBoard log: its folder's name, with a hash of the path if a user chose the name."""
-    if re.match(r"\d{4}-\d\d-\d\d_", folder.name):
-        return folder.name
+    """Name of a run's TensorBoard log: its folder's name and a hash of its path, as users name folders alike."""
     return f"{folder.name}_{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}"
 
 
