@@ -90,8 +90,7 @@ class StagedResNet(ResNet):
         third = x
         for number, stage in enumerate(stages):
             third = x
-            for block in stage:
-                x = self._run(block, x)
+            x = stage(x)
             if number < len(self.snr):
                 if parts is None:
                     x = self.snr[number](x)
