@@ -27,7 +27,7 @@ from benchmarks.pictures import picture, write_gta5
 from core.cascade import to_pixels, translate_pyramid
 from core.command_flags import ExportFlags
 from core.config import NetworkShape, layers_at_scale
-from core.export import translate_images, translator_of
+from core.export import translate_images, translated_set
 from core.networks import Generator, freeze, init_weights
 from core.trained_generators import load_trained_generators
 from data_handlers.datasets import DATA_SETS
@@ -101,25 +101,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = write_gta5(Path(folder) / "gta", flags.count, tuple(flags.size))
         files = list_images(DATA_SETS["gta5"], root, "--gpus")
-        outputs = {name: name for name in files.images}
         rates = {}
         for way in ("literal", "fp32", *(["bf16"] if computes_in_bf16(device) else [])):
             out = Path(folder) / way
             (out / "images").mkdir(parents=True)
-            first = dict(list(outputs.items())[: flags.batch_size])
-            for some in (first, outputs):  # the first time starts the device and chooses algorithms
+            # The first time starts the device and chooses algorithms.
+            for some in (files.images[: flags.batch_size], files.images):
                 started = time.perf_counter()
                 if way == "literal":
                     literal_export(generators, device, files, some, out)
                 else:
                     settings = ExportFlags(
-                        trained_procst_path="-", scale_factor=0.5, batch_size=flags.batch_size, precision=way,
-                        num_workers=workers_for(None, device), encoders=min(16, cpus_per_device([device])),
+                        trained_procst_path="-", sit_output_path=str(out), scale_factor=0.5,
+                        batch_size=flags.batch_size, precision=way, num_workers=workers_for(None, device),
+                        encoders=min(16, cpus_per_device([device])),
                     )  # fmt: skip
-                    load, translator = translator_of(generators, files, device, settings)
-                    translate_images(
-                        load=load, translator=translator, source=root, outputs=some, root=out, flags=settings, title=""
-                    )
+                    sit_set = translated_set(settings, generators, files, device)
+                    translate_images(sit_set, some, settings, title="")
                 rates[way] = len(some) / (time.perf_counter() - started)
         print("| export | images/s | speed-up | values that differ | by more than 1 | largest |")
         print("| --- | --- | --- | --- | --- | --- |")

@@ -78,7 +78,7 @@ def literal_step(
             optimizers["Gst"].step()
         losses["Semseg/SemsegLoss"] = cross_entropy_of_q
 
-    images = {"source": source, "sit": sit, "sitis": sitis, "target": target, "tis": tis, "tisit": tisit}
+    images = {"source": source, "SiT": sit, "SiTiS": sitis, "target": target, "TiS": tis, "TiSiT": tisit}
     return StepResult(
         losses={name: value.detach() for name, value in losses.items()},
         images={name: value.detach() for name, value in images.items()},

@@ -37,9 +37,8 @@ from core.losses import gradient_penalty
 from core.procst import micro_batch_size, procst_runner
 from core.step import Run, TrainingStep
 from data_handlers.domain import Domain
-from models.resnet import recompute_blocks
 from training.flags import build_parser, option, parse, section_from
-from training.precision import Runner, computes_in_bf16, recomputes_blocks, set_convolution_precision
+from training.precision import Runner, computes_in_bf16, set_convolution_precision
 from utils.devices import resolve_device
 from utils.errors import run_cli
 
@@ -51,13 +50,11 @@ class Variant:
     """A way to make a step: `literal`, or ours in a precision.
 
     Attributes:
-        bf16_discriminators: as of `core.procst.procst_runner`.
         autograd_penalty: the gradient penalty without core/double_backward.py.
     """
 
     name: str
     precision: str
-    bf16_discriminators: bool = False
     autograd_penalty: bool = False
 
     @property
@@ -78,8 +75,6 @@ class Variant:
         norm = setting.networks.Gst.shape.norm
         # With `recompute`, which --memory sets on any device, layout and micro-batches are those of a GPU.
         device = torch.device("cuda" if recompute else "cpu")
-        if segmentation and recomputes_blocks(self.precision, device):
-            recompute_blocks(segmentation.seg_sit)
         micro_batch = micro_batch_size(setting.batch.source[-1].shape, norm, device)
         run = self.runner(recompute)
         arguments |= {"run": run, "recompute": recompute, "micro_batch": micro_batch}
@@ -87,7 +82,7 @@ class Variant:
 
     def runner(self, as_on_gpu: bool) -> Run:
         """Calls networks as a ProCST run on a GPU or CPU does."""
-        run: Run = procst_runner(self.precision, self.bf16_discriminators)
+        run: Run = procst_runner(self.precision)
         if as_on_gpu:
             run = Runner(run.precision, keep_float32=run.keep_float32)
         return with_autograd_penalty(run) if self.autograd_penalty else run
@@ -118,7 +113,7 @@ def variants(device: torch.device) -> list[Variant]:
     if device.type == "cuda":
         ours.append(Variant("tf32", "tf32"))
     if computes_in_bf16(device):
-        ours += [Variant("bf16", "bf16"), Variant("bf16 throughout", "bf16", bf16_discriminators=True)]
+        ours.append(Variant("bf16", "bf16"))
     found = [Variant("literal", "fp32")]
     if device.type == "cuda":
         found.append(Variant("literal tf32", "tf32"))  # PyTorch's own default for convolutions
@@ -155,11 +150,8 @@ def print_memory(config: ProCSTConfig, scales: list[int]) -> None:
     )
     for scale in scales:
         found = {}
-        throughout = Variant("bf16 throughout", "bf16", bf16_discriminators=True)
         autograd = Variant("fp32, autograd's penalty", "fp32", autograd_penalty=True)
-        for variant in (
-            Variant("literal", "fp32"), Variant("fp32", "fp32"), autograd, Variant("bf16", "bf16"), throughout
-        ):  # fmt: skip
+        for variant in (Variant("literal", "fp32"), Variant("fp32", "fp32"), autograd, Variant("bf16", "bf16")):
             found[variant.name] = meter = count_step(config, scale, variant)
             flops = " | ".join(f"{meter.flops[dtype] / 1e12:.1f}" for dtype in (torch.float32, torch.bfloat16))
             print(
@@ -273,9 +265,7 @@ def waiting_shares(
     if variant.literal or variant.autograd_penalty:
         return "", ""
     set_convolution_precision(variant.precision)
-    run = replace(config.run, precision=variant.precision)
-    optim = replace(config.optim, bf16_discriminators=variant.bf16_discriminators)
-    config = replace(config, run=run, optim=optim)
+    config = replace(config, run=replace(config.run, precision=variant.precision))
     plain = {name: replace(domain, cache_dir="") for name, domain in domains.items()}
     shares = [
         share_waiting(procst_at(config, scale, used, device), scale, rounds)

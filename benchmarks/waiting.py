@@ -16,11 +16,9 @@ from core.procst import ProCST
 from data_handlers.datasets import DATA_SETS
 from data_handlers.domain import Domain
 from data_handlers.lists import list_images
-from models.resnet import recompute_blocks
 from models.segmentation import build_segmentation_net
 from models.vgg import build_vgg
 from training.distributed import Rank
-from training.precision import recomputes_blocks
 from utils.devices import workers_for
 
 PREFETCHED = 4  # batches that every worker has ready
@@ -51,8 +49,6 @@ def procst_at(config: ProCSTConfig, scale: int, domains: Mapping[str, Domain], d
     if not config.labels.no_semseg:
         nets = {name: build_segmentation_net(config.net.shape()) for name in ("seg_source", "seg_sit")}
         freeze(nets["seg_source"])
-        if recomputes_blocks(config.run.precision, device):
-            recompute_blocks(nets["seg_sit"])
     perceptual = build_vgg(config.loss.vgg_weights, config.loss.perceptual_layers)
     method = ProCST(config=config, rank=Rank(device=device), **domains, perceptual=perceptual, **nets)
     for stage in range(scale + 1):

@@ -18,14 +18,9 @@ from utils.sizes import level_size
 Run = Callable[..., Any]
 
 
-def to_unit_range(x: Tensor) -> Tensor:
-    """Network range [-1,1] -> [0,1], clamped, as images are logged and saved."""
-    return ((x + 1.0) / 2.0).clamp(0.0, 1.0)
-
-
 def to_pixels(x: Tensor) -> Tensor:
-    """Network range -> uint8 [0,255], rounded to nearest."""
-    return (to_unit_range(x) * 255.0).round().to(torch.uint8)
+    """Network range [-1,1], clamped -> uint8 [0,255], rounded to nearest."""
+    return (((x + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
 
 
 def resize_bicubic(x: Tensor, size: Sequence[int]) -> Tensor:

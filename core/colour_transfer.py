@@ -76,11 +76,6 @@ class ColourTransfer:
     variant: int = 0
     skips: bool = False
 
-    def partner(self, name: str, attempt: int = 0) -> str:
-        """The target image that the source image `name` is matched to, if those of earlier attempts cannot be read."""
-        rng = np.random.default_rng([self.seed, self.variant, zlib.crc32(name.encode()), attempt])
-        return self.target.images[int(rng.integers(len(self.target)))]
-
     def __call__(self, name: str) -> list[np.ndarray]:
         """The translated image alone, uint8 (h,w,3), as `translate_images` takes it.
 
@@ -88,8 +83,10 @@ class ColourTransfer:
         """
         source = np.asarray(read_image(self.files.image_file(name)))
         for attempt in range(MOST_SKIPPED):
+            rng = np.random.default_rng([self.seed, self.variant, zlib.crc32(name.encode()), attempt])
+            partner = self.target.images[int(rng.integers(len(self.target)))]
             try:
-                target = np.asarray(read_image(self.target.image_file(self.partner(name, attempt))))
+                target = np.asarray(read_image(self.target.image_file(partner)))
                 break
             except UserError:
                 if not self.skips or attempt == MOST_SKIPPED - 1:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from data_handlers.choices import ON_BAD_IMAGE
-from data_handlers.datasets import find_data_set
 from training.config import PRECISIONS, ROOT_HELP
 from training.flags import (
     Size,
@@ -90,9 +89,6 @@ class ExportFlags:
         check_positive(self, "batch_size", "encoders", "variants")
         check_not_negative(self, "num_workers", "seed")
         self._check_translator()
-        for named, flag in ((self.source, "--source"), (self.target, "--target")):
-            if named:
-                find_data_set(named, flag)
         check(self.beta is None or 0.0 <= self.beta <= 0.5, f"--beta is {self.beta}; it must be between 0 and 0.5")
         check(0 <= self.png_compression <= 9, f"--png_compression is {self.png_compression}; it must be 0 to 9")
         factor, pixels = self.scale_factor, self.max_pixels
@@ -138,8 +134,6 @@ class DistanceFlags:
 
     def __post_init__(self) -> None:
         check_positive(self, "max_images")
-        find_data_set(self.source, "--source")
-        find_data_set(self.target, "--target")
         check(
             self.size is None or min(self.size) >= 16,
             f"--size {as_given(self.size)}: both sides must be at least 16",

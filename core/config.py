@@ -145,10 +145,6 @@ class OptimConfig:
     lr_g: float = option(1e-4, "learning rate of the generators")
     lr_d: float = option(1e-4, "learning rate of the discriminators")
     beta1: float = option(0.9, "beta1 of Adam")
-    bf16_discriminators: bool = option(
-        False, "with bf16, compute the discriminators in it, too: faster where the hardware is faster in it, may cost "
-        "accuracy", may_change=True,
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_positive(self, "lr_g", "lr_d")
@@ -253,10 +249,6 @@ class ProCSTConfig(Config):
         )
         if not self.labels.no_semseg:
             check_crop(crop)
-        check(
-            not self.optim.bf16_discriminators or self.run.precision in ("auto", "bf16"),
-            f"--bf16_discriminators does nothing in --precision {self.run.precision}; give bf16, or remove the flag",
-        )
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> None:

@@ -41,9 +41,7 @@ def save_rows(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> N
 
 def _sample_pyramids(domain: Domain, network: NetworkConfig, scale: int) -> list[Sequence[np.ndarray]]:
     """Pyramids of some training samples: the same images and crops at every scale."""
-    pyramid = partial(
-        image_pyramid, num_scales=network.num_scales, scale_factor=network.scale_factor, up_to=scale
-    )
+    pyramid = partial(image_pyramid, num_scales=network.num_scales, scale_factor=network.scale_factor, up_to=scale)
     count = len(domain)
     samples = Samples(domain=domain, stage=0, per_epoch=count, epoch_length=count, pyramid=pyramid, labels=False)
     return [samples[position][0] for position in range(min(COLUMNS, count))]

@@ -5,7 +5,7 @@ and a few dozen images suffice. It is not the FID of the literature, which pools
 Values compare only for the same layer, weights and size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,31 +26,27 @@ from utils.sizes import evenly_spaced
 POSITIONS_PER_IMAGE = 500
 
 
-class GaussianFit:
-    """Mean and covariance of vectors of one length D that arrive in batches, summed in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sum = self._outer = np.zeros(())
-
-    def add(self, vectors: np.ndarray) -> None:
-        """Take in vectors (n,D)."""
-        vectors = vectors.astype(np.float64)
-        self.count += len(vectors)
-        self._sum = self._sum + vectors.sum(axis=0)
-        self._outer = self._outer + vectors.T @ vectors
-
-    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """(D,) and the unbiased (D,D); needs at least two vectors."""
-        mean = self._sum / self.count
-        covariance = (self._outer - self.count * np.outer(mean, mean)) / (self.count - 1)
-        return mean, covariance
+Gaussian = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D,D)
 
 
-def frechet_distance(a: GaussianFit, b: GaussianFit) -> float:
+def gaussian_of(batches: Iterable[np.ndarray]) -> Gaussian:
+    """Mean and unbiased covariance of vectors that arrive in batches (n,D), summed in float64.
+
+    Raises `UserError`: there are fewer than two.
+    """
+    count, total, outer = 0, 0.0, 0.0
+    for vectors in batches:
+        exact = vectors.astype(np.float64)
+        count, total, outer = count + len(exact), total + exact.sum(axis=0), outer + exact.T @ exact
+    if count < 2:
+        raise UserError("--size, --max_images: one vector of features is too few; raise the size")
+    mean = total / count
+    return mean, (outer - count * np.outer(mean, mean)) / (count - 1)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)), as in the Frechet Inception Distance."""
-    mean_a, covariance_a = a.mean_and_covariance()
-    mean_b, covariance_b = b.mean_and_covariance()
+    (mean_a, covariance_a), (mean_b, covariance_b) = a, b
     # The root of the product has the same trace as that of the symmetric C_a^(1/2) C_b C_a^(1/2), whose eigenvalues
     # are real and not negative but for rounding: no complex parts to discard, no failure for singular covariances.
     values, vectors = linalg.eigh(covariance_a)
@@ -62,23 +58,21 @@ def frechet_distance(a: GaussianFit, b: GaussianFit) -> float:
 
 
 @torch.no_grad()
-def feature_gaussian(
+def feature_vectors(
     paths: Iterable[Path], size: tuple[int, int], vgg: VGGFeatures, layer: int, device: torch.device
-) -> GaussianFit:
-    """Gaussian of the layer's feature vectors over all images. Raises `UserError`: an image cannot be read.
+) -> Iterator[np.ndarray]:
+    """The layer's feature vectors (n,D) of each image. Raises `UserError`: an image cannot be read.
 
     Args:
         size: (W,H) every image is resized to (bicubic).
         vgg: frozen features on `device` that return `layer`.
     """
-    fit = GaussianFit()
     for path in paths:
         pixels = torch.from_numpy(read_resized(path, size, "exact")).to(device)
         features = vgg(PROCST_INPUT(pixels)[None])[layer][0].flatten(1)
         # A regular subset: neighbouring positions have similar features.
         stride = max(1, features.shape[1] // POSITIONS_PER_IMAGE)
-        fit.add(features[:, ::stride].T.cpu().numpy())
-    return fit
+        yield features[:, ::stride].T.cpu().numpy()
 
 
 def measure_distances(flags: DistanceFlags) -> None:
@@ -99,9 +93,7 @@ def measure_distances(flags: DistanceFlags) -> None:
     fits = {}
     for name, files in sets.items():
         paths = [files.image_file(image) for image in evenly_spaced(files.images, flags.max_images)]
-        fits[name] = feature_gaussian(paths, size, vgg, flags.layer, device)
-        if fits[name].count < 2:
-            raise UserError(f"--size {size[0]} {size[1]}, --layer {flags.layer}: one vector is too few; raise the size")
+        fits[name] = gaussian_of(feature_vectors(paths, size, vgg, flags.layer, device))
     distances = {name: frechet_distance(fits[name], fits["target"]) for name in sets if name != "target"}
     print(f"Frechet distance of VGG16 layer {flags.layer} ({flags.vgg_weights} weights) at {size[0]}x{size[1]}")
     for name, distance in distances.items():

@@ -2,9 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
@@ -57,56 +57,54 @@ class SourcePyramids:
         return image_pyramid(pixels, self.num_scales, self.scale_factor, self.num_scales)
 
 
-def equal_size_batches(
-    samples: Iterator[tuple[str, list[Tensor]]], batch_size: int
-) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """Batch neighbouring pyramids of equal size."""
+@dataclass(frozen=True)
+class SitSet:
+    """A SiT set to write.
 
-    def size(sample: tuple[str, list[Tensor]]) -> torch.Size:
-        return sample[1][-1].shape
+    Attributes:
+        folder: where it goes, and the names of its images.
+        load: of an image's name, in a loader process: uint8 arrays (h_i,w_i,3), the last of the image's size.
+        translator: of these for a batch of images of equal size, uint8 (B,h_i,w_i,3): uint8 (B,H,W,3).
+    """
 
-    for _, equal in groupby(samples, size):
-        while batch := list(islice(equal, batch_size)):
-            names, pyramids = zip(*batch, strict=True)
-            yield list(names), [torch.stack(level) for level in zip(*pyramids, strict=True)]
+    folder: SitFolder
+    load: Load
+    translator: Callable[[Sequence[Tensor]], np.ndarray]
 
+    def batches(
+        self, names: Sequence[str], flags: ExportFlags, skipped: list[str]
+    ) -> Iterator[tuple[Sequence[str], list[Tensor]]]:
+        """Names and levels of neighbouring images of equal size; what cannot be used is named in `skipped` instead."""
+        samples = load_in_order(
+            self.load,
+            names,
+            num_workers=flags.num_workers,
+            skip_unusable=flags.on_bad_image == "skip",
+            or_else=f"; {CONTINUE}, or exclude such images with --on_bad_image skip",
+        )
 
-def _samples(
-    load: Load, names: Sequence[str], flags: ExportFlags, skipped: list[str]
-) -> Iterator[tuple[str, list[Tensor]]]:
-    samples = load_in_order(
-        load,
-        names,
-        num_workers=flags.num_workers,
-        skip_unusable=flags.on_bad_image == "skip",
-        or_else=f"; {CONTINUE}, or exclude such images with --on_bad_image skip",
-    )
-    for name, sample in zip(names, samples, strict=True):
-        if isinstance(sample, UserError):
-            say(f"skipped: {sample}")
-            skipped.append(name)
-        else:
-            yield name, [torch.from_numpy(level) for level in sample]
+        def usable() -> Iterator[tuple[str, list[np.ndarray]]]:
+            for name, sample in zip(names, samples, strict=True):
+                if isinstance(sample, UserError):
+                    say(f"skipped: {sample}")
+                    skipped.append(name)
+                else:
+                    yield name, sample
+
+        for _, equal in groupby(usable(), lambda named: named[1][-1].shape):
+            while batch := list(islice(equal, flags.batch_size)):
+                of_batch, pyramids = zip(*batch, strict=True)
+                yield of_batch, [torch.from_numpy(np.stack(level)) for level in zip(*pyramids, strict=True)]
 
 
 def translate_images(
-    *,
-    load: Load,
-    translator: Callable[[Sequence[Tensor]], np.ndarray],
-    source: Path,
-    outputs: Mapping[str, str],
-    root: Path,
-    flags: ExportFlags,
-    title: str = "translating",
+    sit_set: SitSet, names: Sequence[str], flags: ExportFlags, *, title: str = "translating",
     stop: Callable[[], bool] = lambda: False,
-) -> list[str]:
-    """Translate the images named in `outputs` and write them below `root`: decoding, translating and encoding overlap.
+) -> list[str]:  # fmt: skip
+    """Translate images of a set and write them: decoding, translating and encoding overlap.
 
     Args:
-        load: of an image's name, in a loader process: uint8 arrays (h_i,w_i,3), the last of the image's size.
-        translator: of these for a batch of images of equal size, uint8 (B,h_i,w_i,3): uint8 (B,H,W,3).
-        source: folder of the images, for messages.
-        outputs: path below `root` of every image wanted.
+        names: the images wanted.
         flags: with the numbers of workers and encoders resolved.
         title: of the progress bar; '' draws none.
         stop: asked after every batch; where it returns True, the translation ends early.
@@ -116,38 +114,28 @@ def translate_images(
 
     Raises `UserError` where an image cannot be read or written; images translated before are on disk and complete.
     """
-    skipped: list[str] = []
+    folder, skipped = sit_set.folder, []
     writing: deque[Future[None]] = deque()
     with (
         ThreadPoolExecutor(flags.encoders) as pool,  # zlib runs without the interpreter lock
-        tqdm(total=len(outputs), unit="img", desc=title, dynamic_ncols=True, disable=not title) as bar,
+        tqdm(total=len(names), unit="img", desc=title, dynamic_ncols=True, disable=not title) as bar,
     ):
-        for names, levels in equal_size_batches(_samples(load, list(outputs), flags, skipped), flags.batch_size):
+        for of_batch, levels in sit_set.batches(names, flags, skipped):
             try:
-                translated = translator(levels)
+                translated = sit_set.translator(levels)
             except UserError as error:
-                raise UserError(f"{source / names[0]}: {error}") from None
-            for name, pixels in zip(names, translated, strict=True):
+                raise UserError(f"{folder.files.root / of_batch[0]}: {error}") from None
+            for name, pixels in zip(of_batch, translated, strict=True):
                 encode = partial(Image.fromarray(pixels).save, format="PNG", compress_level=flags.png_compression)
-                writing.append(pool.submit(atomic_write, root / outputs[name], encode))
+                writing.append(pool.submit(atomic_write, folder.root / folder.outputs[name], encode))
             while len(writing) > 2 * flags.encoders:
                 writing.popleft().result()
-            bar.update(len(names))
+            bar.update(len(of_batch))
             if stop():
                 break
     for future in writing:
         future.result()
     return skipped
-
-
-def translator_of(
-    generators: Sequence[Generator], files: FileList, device: torch.device, flags: ExportFlags
-) -> tuple[SourcePyramids, Translator]:
-    """What loads and what translates the images of `files` with generators, coarse to fine, on a device."""
-    set_convolution_precision(flags.precision)
-    on_device = [generator.to(device) for generator in generators]
-    translator = Translator(on_device, flags.scale_factor, device, flags.max_pixels, flags.precision)
-    return SourcePyramids(files, len(generators) - 1, flags.scale_factor), translator
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -173,49 +161,50 @@ def _start(flags: ExportFlags, script: Path, rank: Rank) -> None:
         print(f"computing on {rank.device} (choose with --gpus)")
     stop = StopRequests(quiet=is_launched() or not rank.is_main)
     stop.at_once = rank.count == 1  # until images are translated
-    with stop, ExitStack() as stack:
+    with stop:
         trained = load_trained_generators(Path(flags.trained_procst_path)) if flags.translator == "procst" else None
         flags = _resolved(flags, trained, devices, rank)
         source = with_split(find_data_set(flags.source, "--source"), flags.src_split)
         files = list_images(source, flags.src_data_dir, "--src_data_dir", list_file=flags.src_list, training=False)
-        sets = [_translated_set(flags, trained, files, rank)] if trained else _transferred_sets(flags, files)
+        if trained is None:
+            sets = _transferred_sets(flags, files)
+        else:
+            sets = [translated_set(flags, trained.generators, files, rank.device)]
         if rank.is_main:
+            if trained and trained.note:
+                print(f"note: {trained.note}")
             for sit_set in sets:
                 sit_set.folder.check()
             check_samples(files, labels=False, skip=flags.on_bad_image == "skip")
             print(files.describe())
         for sit_set in sets:
-            _export(sit_set, flags, rank, stop, stack)
+            rank.require_equal(sit_set.folder.manifest)
+            with locked(make_folder(sit_set.folder.root, FLAG), FLAG) if rank.is_main else nullcontext():
+                _export(sit_set, flags, rank, stop)
 
 
-@dataclass(frozen=True)
-class SitSet:
-    """A SiT set to write: its folder, and what loads and translates images for `translate_images`."""
-
-    folder: SitFolder
-    load: Load
-    translator: Callable[[Sequence[Tensor]], np.ndarray]
-
-
-def _folder(flags: ExportFlags, files: FileList, root: Path, **made_with: Any) -> SitFolder:
+def _folder(flags: ExportFlags, files: FileList, root: Path | str, **made_with: Any) -> SitFolder:
     """The folder of a set; `made_with` is what its manifest says about the translator."""
     outputs = output_names(files)
     manifest = {
         "format": "procst-sit", "data_set": flags.source, "source_folder": str(files.root.resolve()), **made_with,
         "images": len(outputs),
     }  # fmt: skip
-    return SitFolder(root=root, files=files, outputs=outputs, manifest=manifest)
+    return SitFolder(root=Path(root), files=files, outputs=outputs, manifest=manifest)
 
 
-def _translated_set(flags: ExportFlags, trained: TrainedGenerators, files: FileList, rank: Rank) -> SitSet:
-    """The set that trained generators make."""
-    if trained.note and rank.is_main:
-        print(f"note: {trained.note}")
+def translated_set(
+    flags: ExportFlags, generators: Sequence[Generator], files: FileList, device: torch.device
+) -> SitSet:
+    """The set that trained generators, coarse to fine, make of `files` on a device."""
     folder = _folder(
-        flags, files, Path(flags.sit_output_path), generators=weights_fingerprint(*trained.generators),
+        flags, files, flags.sit_output_path, generators=weights_fingerprint(*generators),
         scale_factor=flags.scale_factor, precision=flags.precision,
     )  # fmt: skip
-    return SitSet(folder, *translator_of(trained.generators, files, rank.device, flags))
+    set_convolution_precision(flags.precision)
+    on_device = [generator.to(device) for generator in generators]
+    translator = Translator(on_device, flags.scale_factor, device, flags.max_pixels, flags.precision)
+    return SitSet(folder, SourcePyramids(files, len(generators) - 1, flags.scale_factor), translator)
 
 
 def _transferred_sets(flags: ExportFlags, files: FileList) -> list[SitSet]:
@@ -265,12 +254,10 @@ def _resolved(
             if not folder and source not in ("", data.source):
                 raise UserError(f"--source {source} is not the run's ({data.source}): give its folder, --src_data_dir")
             factor, source, folder = network.scale_factor, source or data.source, folder or data.src_data_dir
-        # One data set has one arithmetic, so unlike devices use the one that all of them have.
-        precisions = set(rank.gather(resolve_precision(flags.precision, rank.device)))
         decided = {
             "scale_factor": 0.5 if factor is None else factor,
-            "precision": precisions.pop() if len(precisions) == 1 else "fp32",
-        }  # fmt: skip
+            "precision": resolve_precision(flags.precision, rank.device),
+        }
     return replace(
         flags,
         **decided,
@@ -281,24 +268,19 @@ def _resolved(
     )
 
 
-def _export(sit_set: SitSet, flags: ExportFlags, rank: Rank, stop: StopRequests, stack: ExitStack) -> None:
-    folder = sit_set.folder
-    rank.require_equal(folder.manifest)
-    names = rank.broadcast(_prepare(folder, flags, stack) if rank.is_main else None)
+def _export(sit_set: SitSet, flags: ExportFlags, rank: Rank, stop: StopRequests) -> None:
+    folder, names = sit_set.folder, None
+    if rank.is_main:
+        folder.check()  # another export may have written to it meanwhile
+        folder.make()
+        names = folder.incomplete() if flags.skip_created_files else list(folder.outputs)
+    names = rank.broadcast(names)
     stop.at_once = False
     started = time.perf_counter()
     try:
         with out_of_memory_means(lambda: f" on {rank.device}; lower --batch_size, --max_pixels or --num_workers"):
-            skipped = translate_images(
-                load=sit_set.load,
-                translator=sit_set.translator,
-                source=folder.files.root,
-                outputs={name: folder.outputs[name] for name in names[rank.index :: rank.count]},
-                root=folder.root,
-                flags=flags,
-                title="" if not rank.is_main else "translating" if rank.count == 1 else f"translating 1/{rank.count}",
-                stop=stop,
-            )
+            title = "" if not rank.is_main else "translating" if rank.count == 1 else f"translating 1/{rank.count}"
+            skipped = translate_images(sit_set, names[rank.index :: rank.count], flags, title=title, stop=stop)
     except (LoaderDied, RuntimeError) as error:
         if not is_loader_death(error):
             raise
@@ -318,11 +300,3 @@ def _export(sit_set: SitSet, flags: ExportFlags, rank: Rank, stop: StopRequests,
     if skipped:
         print(f"skipped, as they cannot be read: {len(skipped)} images; the data set is not complete:")
         print("\n".join(f"  {folder.files.image_file(image)}" for image in skipped))
-
-
-def _prepare(folder: SitFolder, flags: ExportFlags, stack: ExitStack) -> list[str]:
-    """Make and lock the output folder, check it again, and return the images to translate."""
-    stack.enter_context(locked(make_folder(folder.root, FLAG), FLAG))
-    folder.check()  # another export may have written to it meanwhile
-    folder.make()
-    return folder.incomplete() if flags.skip_created_files else list(folder.outputs)

@@ -1,8 +1,6 @@
 """Generator and discriminator of one scale (docs/method.md, section 2), with the parameter names of published files."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -130,15 +128,3 @@ def init_weights(network: nn.Module, generator: torch.Generator) -> None:
 def freeze(network: nn.Module) -> nn.Module:
     """Switch a finished network to eval mode without gradients, and return it."""
     return network.eval().requires_grad_(False)
-
-
-@contextmanager
-def without_gradients(*networks: nn.Module) -> Iterator[None]:
-    """Inside the block the networks' weights take no gradients, though gradients pass through to their inputs."""
-    for network in networks:
-        network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for network in networks:
-            network.requires_grad_(True)

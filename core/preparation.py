@@ -1,17 +1,13 @@
 """Checks of the input of a ProCST run, before anything is written, and the networks that it does not train."""
 
-import shlex
 from pathlib import Path
 
 from torch import nn
 
 from core.config import ProCSTConfig
 from core.procst import ProCST
-from models.resnet import recompute_blocks
 from models.vgg import build_vgg
-from training.config import default_semseg_weights
 from training.distributed import Rank
-from training.precision import recomputes_blocks
 from training.preparation import make_domain, source_files, target_files, target_validator
 from training.run_folder import Continued
 from training.segmentation_files import load_segmentation_net, net_to_train
@@ -32,8 +28,6 @@ def prepare(config: ProCSTConfig, rank: Rank, continued: Continued | None) -> Pr
             raise UserError(f"--validation_rate: {line}; remove the flag, or give --select_by label_free")
         seg_source = _load_seg_source(config)
         seg_sit = net_to_train(config.net, run.manual_seed, fresh)
-        if recomputes_blocks(run.precision, rank.device):
-            recompute_blocks(seg_sit)
     crop = config.source.crop_size
     method = ProCST(
         config=config,
@@ -61,7 +55,7 @@ def _load_seg_source(config: ProCSTConfig) -> nn.Module:
         raise UserError(
             f"--semseg_weights {path}: no such file; the label losses need a segmentation net trained on "
             f"{config.source.source}: put the authors' file there, name another, go without (--no_semseg), or train "
-            f"one with: {_training_command(config)}"
+            f"a {wanted} with train_semseg_on_source.py"
         )
     shape, net = load_segmentation_net(path, "--semseg_weights")
     if shape != wanted:
@@ -70,12 +64,3 @@ def _load_seg_source(config: ProCSTConfig) -> nn.Module:
             "--backbone or --num_classes, or give other weights"
         )
     return net
-
-
-def _training_command(config: ProCSTConfig) -> str:
-    """The command that trains P for a run."""
-    source, weights = config.source, config.labels.semseg_weights
-    words = ["--source", source.source, "--src_data_dir", source.src_data_dir, *config.net.shape().flags(source.source)]
-    if Path(weights) != Path(default_semseg_weights(source.source)).absolute():
-        words += ["--output", weights]
-    return shlex.join(["python", "train_semseg_on_source.py", *words])

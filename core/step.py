@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from core.cascade import Run, cascade, generated_pyramid
 from core.config import LossConfig
 from core.losses import gradient_penalty, mean_score, perceptual_targets, style_terms
-from core.networks import Discriminator, Generator, without_gradients
+from core.networks import Discriminator, Generator
 from data_handlers.classes import IGNORE
 from data_handlers.images import PROCST_INPUT
 from models.losses import cross_entropy
@@ -74,7 +74,7 @@ class StepResult:
     """Logged scalars on the device and the finest images (B,3,h_s,w_s) of the step, all detached.
 
     Losses are `ST|TS/Discriminator|Generator/...`, `Cyclic/...` and `Semseg/...`, to be summed over the processes;
-    images are `source`, `sit` (source in target), `sitis` (and back), `target`, `tis`, `tisit`.
+    images are `source`, `SiT` (source in target), `SiTiS` (and back), `target`, `TiS`, `TiSiT`.
     """
 
     losses: dict[str, Tensor]
@@ -170,15 +170,17 @@ class TrainingStep:
             seg_source = None if self.warmup else self.segmentation.seg_source
             labelled = self.rank.labelled_fraction(self.batch.label)
             st = replace(st, label=self.batch.label, label_weight=labelled, seg_source=seg_source)
-        with without_gradients(self.nets.Dst, self.nets.Dts):
-            sitis, tisit = self._update_generators((st, ts), fakes)
+        discriminators = nn.ModuleList([self.nets.Dst, self.nets.Dts])
+        discriminators.requires_grad_(False)  # gradients pass through to the images
+        sitis, tisit = self._update_generators((st, ts), fakes)
+        discriminators.requires_grad_(True)
 
         # (3) Q on the images of the updated Gst, and Gst once more on the loss of Q.
         if self.segmentation is not None:
             self._update_segmentation(st, self.segmentation)
 
-        images = {"source": st.image, "sit": sit.detach(), "sitis": sitis}
-        images |= {"target": ts.image, "tis": tis.detach(), "tisit": tisit}
+        images = {"source": st.image, "SiT": sit.detach(), "SiTiS": sitis}
+        images |= {"target": ts.image, "TiS": tis.detach(), "TiSiT": tisit}
         return StepResult(self.losses, images)
 
     def _log(self, prefix: str, values: Mapping[str, Tensor]) -> None:

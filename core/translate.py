@@ -25,9 +25,7 @@ from utils.devices import available_memory
 
 # Copies of the widest feature map that exist at once inside a block, workspace of the convolution included.
 FEATURE_COPIES = 5
-# Pixels summed at once: few enough for a CPU's caches, and for float32 sums to be off by some 1e-6 at most.
-SUMMED_PIXELS = {"cpu": 2**12, "cuda": 2**18}
-SUMMED_IN = {"cpu": torch.float32, "cuda": torch.float64}
+SUMMED_PIXELS = 2**16  # of which a copy in float64 exists at once
 
 
 Affine = tuple[Tensor, Tensor]  # a group norm with known statistics: x * scale + shift, each (B,C,1,1)
@@ -64,18 +62,11 @@ def _run_blocks(blocks: Sequence[ConvBlock], norms: Sequence[Affine | None], x: 
 
 def _group_sums(x: Tensor, groups: int) -> Tensor:
     """Sums of the values and of their squares in every group of channels of (B,C,H,W): (2,B,groups) in float64."""
-    sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64, device=x.device)
-    for band in x.split(max(SUMMED_PIXELS[x.device.type] // x.shape[-1], 1), dim=-2):
-        pixels = band.permute(0, 2, 3, 1).flatten(1, 2).to(SUMMED_IN[x.device.type])
-        count = pixels.shape[1]
-        ones = torch.ones_like(pixels[:, :, :1]).mT  # on a CPU a product with ones takes half as long as a sum
-        # Deviations from a value near the mean are squared: squares of the values would cancel at low contrast.
-        near = ones @ pixels / count
-        apart = pixels - near
-        mean = near.double() + (ones @ apart).double() / count
-        squares = (ones @ apart.square_()).double() + count * mean.square()
-        sums += torch.cat([count * mean, squares], dim=1).transpose(0, 1)
-    return sums.unflatten(-1, (groups, -1)).sum(-1)
+    sums = torch.zeros(2, len(x), groups, dtype=torch.float64, device=x.device)
+    for band in x.split(max(SUMMED_PIXELS // x.shape[-1], 1), dim=-2):
+        values = band.double().unflatten(1, (groups, -1)).flatten(2)
+        sums += torch.stack([values.sum(dim=2), values.square().sum(dim=2)])
+    return sums
 
 
 def _affine(norm: nn.GroupNorm, sums: Tensor, pixels: int) -> Affine:
@@ -129,12 +120,12 @@ class Translator:
     max_pixels: int | None = None
     precision: Precision = "fp32"
 
-    def _pixels_that_fit(self, batch: int) -> int:
-        """Pixels of each image of a batch that fit into memory."""
+    def _pixels_that_fit(self) -> int:
+        """Pixels of a batch that fit into memory."""
         if self.max_pixels is not None:
-            return max(self.max_pixels // batch, 1)
+            return self.max_pixels
         widest = max(generator.shape.channels for generator in self.generators)
-        return available_memory(self.device) // 2 // (4 * widest * FEATURE_COPIES * batch)
+        return available_memory(self.device) // 2 // (4 * widest * FEATURE_COPIES)
 
     @torch.no_grad()
     def __call__(self, levels: Sequence[Tensor]) -> np.ndarray:
@@ -150,12 +141,7 @@ class Translator:
         layout = torch.contiguous_format if self.precision == "fp32" else torch.channels_last
         moved = [level.to(self.device, non_blocking=True) for level in levels]
         inputs = [PROCST_INPUT(level).contiguous(memory_format=layout) for level in moved]
-        most_pixels = self._pixels_that_fit(len(inputs[0]))
-        output = self._translate(inputs, most_pixels)
-        return to_pixels(output).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-    def _translate(self, inputs: Sequence[Tensor], most_pixels: int) -> Tensor:
-        run_whole = Runner(self.precision)
+        run_whole, most_pixels = Runner(self.precision), self._pixels_that_fit() // len(inputs[0])
 
         def run(generator: Generator, image: Tensor, coarser: Tensor | None) -> Tensor:
             if image.shape[-2] * image.shape[-1] <= most_pixels:
@@ -163,4 +149,5 @@ class Translator:
             with exact_convolutions():
                 return forward_tiled(generator, image, coarser, most_pixels)
 
-        return translate_pyramid(self.generators, inputs, self.scale_factor, run)
+        output = translate_pyramid(self.generators, inputs, self.scale_factor, run)
+        return to_pixels(output).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -66,14 +66,9 @@ def check_samples(
                 label_values_to_train_ids(values, files.label_file(name), files.data_set)
         except UserError as error:
             if not skip:
-                raise UserError(f"{error}{_or_skip(skip)}") from None
+                raise UserError(f"{error}{'' if skip is None else OR_SKIP}") from None
     if labels:
         _check_encoding(files, np.flatnonzero(occurs), flag)
-
-
-def _or_skip(skip: bool | None) -> str:
-    """End of the message about a file that cannot be used."""
-    return "" if skip is None else OR_SKIP
 
 
 def samples(files: FileList, count: int) -> dict[str, None]:
@@ -131,7 +126,7 @@ def open_labelled(
         label = read_label(files.label_file(name), files.data_set, image.size, size) if with_labels else None
         return name, np.array(image.resize(size, Image.Resampling.BICUBIC) if size else image), label
 
-    reading = {"num_workers": num_workers, "skip_unusable": bool(skip), "or_else": _or_skip(skip)}
+    reading = {"num_workers": num_workers, "skip_unusable": bool(skip), "or_else": "" if skip is None else OR_SKIP}
     for sample in load_in_order(load, files.images, **reading):
         if isinstance(sample, UserError):
             yield sample

@@ -27,8 +27,6 @@ def validation_images(
         flag: command line flag that names `root`, for messages.
         train: the training images, None for all of the data set's.
     """
-    if val_list and val_count:
-        raise UserError("a list of validation images and --val_count contradict each other; give one")
     has_split = "val" in data_set.images
     if val_list or (has_split and not val_count):
         return list_images(data_set, root, flag, split="val" if has_split else "train", list_file=val_list)

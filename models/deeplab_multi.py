@@ -41,8 +41,7 @@ class StagedResNet(ResNet):
         third = x
         for number, stage in enumerate(stages):
             third = x
-            for block in stage:
-                x = self._run(block, x)
+            x = stage(x)
             if number < len(self.snr):
                 x = self.snr[number].restore(x, parts)
         return third, x

@@ -6,13 +6,7 @@ and shapes are torchvision's, so its ImageNet weights load unchanged. At output 
 has a stride at all, so that block alone computes with weights that were trained for the other placement.
 """
 
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from utils.batch_norms import frozen_bn_stats
 
 _STRIDES = (1, 2, 1, 1)
 _DILATIONS = (1, 1, 2, 4)
@@ -89,13 +83,7 @@ class ResNet(nn.Module):
     Args:
         name: one of `RESNETS`.
         frozen_norm_affine: the batch norms' weights and biases are not trained; their statistics still are.
-
-    Attributes:
-        recomputes_blocks: keep only what goes into each block for the backward, and compute the block once more there:
-            a third of the arithmetic more for a fraction of the memory, with the same results. One backward only.
     """
-
-    recomputes_blocks = False
 
     def __init__(self, name: str, frozen_norm_affine: bool = False) -> None:
         super().__init__()
@@ -120,22 +108,4 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B,3,h,w) -> (B,out_channels,h',w'), h' about h/8; ceil mode makes 9 of 64."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = self._run(block, x)
-        return x
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if not self.recomputes_blocks or not torch.is_grad_enabled():
-            return block(x)
-        return checkpoint(
-            block, x, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), frozen_bn_stats(block)),
-        )  # fmt: skip
-
-
-def recompute_blocks(network: nn.Module) -> None:
-    """Let every ResNet in `network` recompute its blocks in the backward."""
-    for module in network.modules():
-        if isinstance(module, ResNet):
-            module.recomputes_blocks = True
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from conftest import GOLDEN_DIR
-from core.cascade import to_unit_range
 from core.config import LossConfig, NetworkShape, layers_at_scale, published_norm
 from core.networks import Discriminator, Generator, freeze, init_weights
 from core.step import Batch, ScaleNetworks, SegmentationNets, TrainingStep
@@ -23,11 +22,11 @@ from worlds import noise_image
 GOLDEN_FILES = sorted(GOLDEN_DIR.glob("step_*.npz"))
 IMAGE_NAMES = {
     "source": "source",
-    "source_in_traget": "sit",
-    "source_in_traget_in_source": "sitis",
+    "source_in_traget": "SiT",
+    "source_in_traget_in_source": "SiTiS",
     "target": "target",
-    "target_in_source": "tis",
-    "target_in_source_in_target": "tisit",
+    "target_in_source": "TiS",
+    "target_in_source_in_target": "TiSiT",
 }
 KINDS = {"Dst": Discriminator, "Gst": Generator, "Dts": Discriminator, "Gts": Generator}
 
@@ -258,7 +257,7 @@ class GoldenStep(RecordedStep):
 
     def check_images(self):
         for theirs, ours in IMAGE_NAMES.items():
-            image = to_unit_range(self.result.images[ours][0])
+            image = ((self.result.images[ours][0] + 1.0) / 2.0).clamp(0.0, 1.0)
             expected = torch.from_numpy(self.data[f"{self.prefix}image/{theirs}"])
             torch.testing.assert_close(image, expected, rtol=0, atol=1e-11)
 

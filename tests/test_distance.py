@@ -10,20 +10,17 @@ from PIL import Image, ImageEnhance
 from scipy import linalg
 
 import measure_domain_distance
-from core.domain_distance import GaussianFit, frechet_distance
+from core.domain_distance import frechet_distance, gaussian_of
 from worlds import write_gta5
 
 
 def fit_of(vectors, batches=3):
-    fit = GaussianFit()
-    for part in np.array_split(vectors, batches):
-        fit.add(part)
-    return fit
+    return gaussian_of(np.array_split(vectors, batches))
 
 
 def test_mean_and_covariance_in_batches():
     vectors = np.random.default_rng(0).normal(3.0, 2.0, (50, 4))
-    mean, covariance = fit_of(vectors).mean_and_covariance()
+    mean, covariance = fit_of(vectors)
     np.testing.assert_allclose(mean, vectors.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(covariance, np.cov(vectors.T), rtol=1e-10)
 

@@ -24,7 +24,6 @@ from conftest import ScriptResult
 from data_handlers.datasets import DATA_SETS
 from data_handlers.images import PROCST_INPUT
 from data_handlers.lists import list_images
-from models.resnet import ResNet, recompute_blocks
 from processes import in_processes
 from steps import GOLDEN_FILES, GoldenStep, meta_of, relative_l2, zero_gradient_biases
 from training.checkpoint import LATEST, load_checkpoint
@@ -118,25 +117,6 @@ def test_synchronised_batch_norm_is_batch_norm_of_all_samples():
     for part in parts:
         torch.testing.assert_close(part[2], to_weights)
         torch.testing.assert_close(dict(part[3]), dict(norm.state_dict()))
-
-
-def _backbone_gradients(rank, recompute, images):
-    torch.manual_seed(0)
-    net = synchronise_batch_norms(ResNet("resnet18")).double().train()
-    if recompute:
-        recompute_blocks(net)
-    part = rank.part(len(images))
-    (net(images[part.start : part.stop]) ** 2).sum().backward()
-    gradients = [parameter.grad for parameter in net.parameters()]
-    rank.all_reduce(gradients)
-    return gradients, dict(net.named_buffers())
-
-
-def test_recomputed_blocks_of_two_processes():
-    images = torch.rand(3, 3, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    plain, recomputed = (in_processes(_backbone_gradients, recompute, images)[0] for recompute in (False, True))
-    torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
-    assert all(int(n) == 1 for name, n in recomputed[1].items() if name.endswith("num_batches_tracked"))
 
 
 def _precision(rank, wishes):

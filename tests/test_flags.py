@@ -128,7 +128,7 @@ OTHER_VALUES = {
     "batch_size_list": "2 2 2", "crop_size": "512 256", "src_resize": "1200 700", "trg_resize": "1200 700",
     "content_layers": "8", "style_layers": "3", "steps_per_scale": "5", "model": "VGG", "backbone": "resnet50",
     "beta1": "0.5", "momentum": "0.5", "scale_factor": "0.75", "ker_size": "5", "num_workers": "3",
-    "bf16_discriminators": "--precision bf16", "debug_stop_iteration": "3 --debug_run", "output": "other",
+    "debug_stop_iteration": "3 --debug_run", "output": "other",
     "debug_stop_epoch": "2 --debug_run", "backbone_weights": "random", "source": "synthia", "target": "gta5",
     "aspp_branches": "4 --model DeepLabV2Multi", "random_crop": "--crop_size 512 256", "multi": "--model UNetMulti",
     "lambda_seg": "0.2 --multi --model UNetMulti", "trg_labels": "trainids --target gta5",
@@ -195,7 +195,7 @@ def test_what_may_change(config):
         "precision", "deterministic", "num_workers", "cache_dir", "on_bad_image", "src_data_dir", "backbone_weights",
     }  # fmt: skip
     own = {
-        ProCSTConfig: {"trg_data_dir", "vgg_weights", "semseg_weights", "bf16_discriminators"},
+        ProCSTConfig: {"trg_data_dir", "vgg_weights", "semseg_weights"},
         SourceTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images", "output"},
         SelfTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images"},
         MaxSquareConfig: {"trg_data_dir", "src_label_dir", "source_images"},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.domain_distance import GaussianFit, frechet_distance
+from core.domain_distance import frechet_distance, gaussian_of
 from methods import (
     CASES,
     run_quietly,
@@ -178,9 +178,7 @@ def test_learning(tmp_path, case, seed):
 
 def colours(images):
     """Gaussian of the colours of images (B,3,h,w)."""
-    fit = GaussianFit()
-    fit.add(images.permute(0, 2, 3, 1).flatten(0, 2).numpy())
-    return fit
+    return gaussian_of([images.permute(0, 2, 3, 1).flatten(0, 2).numpy()])
 
 
 # --- what a step does not do -----------------------------------------------------------------------------------------

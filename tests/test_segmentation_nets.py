@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from unittest.mock import Mock
 from urllib.error import URLError
 
@@ -12,8 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from benchmarks.meters import Meter
-from models.resnet import ResNet, recompute_blocks
+from models.resnet import ResNet
 from models.segmentation import build_segmentation_net, load_backbone, parameter_groups
 from models.shapes import MODEL_BACKBONES, TWO_HEADED_DEEPLAB, TWO_HEADED_UNET, SegmentationShape
 from nets import randomise
@@ -90,48 +88,6 @@ def test_output_stride_8(backbone):
         assert net(torch.empty(1, 3, *size, device="meta")).shape[2:] == features
     assert net.maxpool.ceil_mode
     assert (net.maxpool.kernel_size, net.maxpool.stride, net.maxpool.padding) == (3, 2, 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "share"), [("resnet18", 0.9), ("resnet50", 0.5)])
-def test_recomputed_blocks_give_the_same(backbone, share):
-    """The same bits, running statistics that have seen the batch once, and less memory."""
-    torch.manual_seed(0)
-    plain = build_segmentation_net(SegmentationShape("DeepLab", backbone, 5)).train()
-    recomputed = copy.deepcopy(plain)
-    recompute_blocks(recomputed)
-    image = torch.rand(2, 3, 96, 128)
-    found = []
-    for net in (plain, recomputed):
-        leaf = image.clone().requires_grad_(True)
-        with Meter() as meter:
-            logits = net(leaf)
-            (logits**2).mean().backward()
-        tensors = {"logits": logits.detach(), "image": leaf.grad, **dict(net.named_buffers())}
-        found.append((tensors | {n: p.grad for n, p in net.named_parameters() if p.requires_grad}, meter.peak))
-    (ours, less), (theirs, more) = found[1], found[0]
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
-    gradients = sum(p.numel() * p.element_size() for p in plain.parameters())
-    assert less - gradients < share * (more - gradients)
-    with torch.no_grad():
-        assert torch.equal(recomputed.eval()(image), plain.eval()(image))
-
-
-def test_a_recomputation_that_is_broken_off_leaves_the_statistics(monkeypatch):
-    net = ResNet("resnet18").train()
-    recompute_blocks(net)
-    features = net(torch.rand(1, 3, 32, 32))
-    before = {name: (value, value.clone()) for name, value in net.named_buffers()}
-    monkeypatch.setattr(net.layer2[1].conv2, "forward", Mock(side_effect=MemoryError))
-    with pytest.raises(MemoryError):
-        features.sum().backward()
-    after = dict(net.named_buffers())
-    assert after.keys() == before.keys()
-    for name, (tensor, value) in before.items():
-        assert after[name] is tensor, name
-        assert torch.equal(tensor, value), name
 
 
 @pytest.mark.parametrize("backbone", RESNET_COUNTS)

@@ -53,8 +53,8 @@ def test_what_a_run_leaves(source_net, whole):
     }  # fmt: skip
     latest, best = load_checkpoint(whole / "latest.pth"), load_checkpoint(whole / "best.pth")
     assert (latest.step, latest.stage_finished) == (8, True)
-    assert (best.step, best.info["miou"]) == (best_of(whole)["step"], best_of(whole)["miou"])
-    assert best.info["miou"] > 0
+    assert (best.step, best.validations[-1]["miou"]) == (best_of(whole)["step"], best_of(whole)["miou"])
+    assert best.validations[-1]["miou"] > 0
     assert latest.optimizers
     assert not best.optimizers
     assert_same_tensors(source_net, whole / "best.pth")

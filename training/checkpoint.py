@@ -5,13 +5,12 @@ that a method keeps at the end of its stages, and `best.pth` (the best state by 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -39,7 +38,7 @@ class Checkpoint:
         method_state: `Method.state_dict`.
         inputs: fingerprints of what the run learns from (file lists, starting weights), by a name for messages.
         segmentation: the segmentation net that is validated: its `module` in `modules` and its `shape`, or empty.
-        info: `run`, the folder of the run that wrote it, and `miou` and `label_free` of its best state.
+        info: `run`, the folder of the run that wrote it.
         validations: results of the validations, in order; see `training.validation.report`.
         skipped: what was wrong with images that were replaced (`--on_bad_image skip`).
     """
@@ -62,29 +61,13 @@ class Checkpoint:
         """The same without the state that only a continued training needs."""
         return dataclasses.replace(self, optimizers={}, method_state={})
 
-    def size(self) -> int:
-        """Bytes of its tensors; its file is little larger."""
-        return sum(tensor.nbytes for tensor in _tensors([self.modules, self.optimizers, self.method_state]))
+    def write(self, file: BinaryIO) -> None:
+        """Write to an open file."""
+        torch.save({"format": FORMAT, "version": VERSION, **vars(self)}, file)
 
     def save(self, path: Path, keep: Path | None = None) -> None:
         """Write to `path` atomically; a file that was there is kept under the name `keep`. Raises `UserError`."""
-        content = {"format": FORMAT, "version": VERSION, **_plain(vars(self))}
-        atomic_write(path, lambda file: torch.save(content, file), keep)
-
-
-def _plain(value: Any) -> Any:
-    """The value with mappings as dicts and sequences as lists, as `weights_only=True` reads them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(inner)
+        atomic_write(path, self.write, keep)
 
 
 def is_checkpoint(content: object) -> bool:
@@ -127,21 +110,20 @@ def read_newest(folder: Path) -> tuple[Checkpoint, Path]:
 
     Raises `UserError`: none can be read.
     """
-    latest, previous = folder / LATEST, folder / PREVIOUS
-    problem = f"{latest} is missing"  # the run was killed between the two names of a save
-    if latest.is_file() or not previous.is_file():
+    problems = []
+    for path in (folder / LATEST, folder / PREVIOUS):
+        if not path.is_file():  # as where the run was killed between the two names of a save
+            problems.append(f"{path} is missing")
+            continue
         try:
-            return load_checkpoint(latest), latest
+            checkpoint = load_checkpoint(path)
         except DamagedFileError as error:
-            if not previous.is_file():
-                raise
-            problem = str(error)
-    try:
-        checkpoint = load_checkpoint(previous)
-    except DamagedFileError as error:
-        raise UserError(
-            f"{problem}; {error}; a checkpoint that the run kept at the end of a stage, copied into an empty folder as "
-            f"{LATEST}, is a state to continue from"
-        ) from None
-    say(f"WARNING: {problem}; continuing from the checkpoint before it, {previous}")
-    return checkpoint, previous
+            problems.append(str(error))
+            continue
+        if problems:
+            say(f"WARNING: {problems[0]}; continuing from the checkpoint before it, {path}")
+        return checkpoint, path
+    raise UserError(
+        f"{'; '.join(problems)}; a checkpoint that the run kept at the end of a stage, copied into an empty folder as "
+        f"{LATEST}, is a state to continue from"
+    )

@@ -1,6 +1,6 @@
 """`--dry_run`: check every file, train some steps of every stage in memory, and print what the run takes."""
 
-import json
+import io
 import resource
 import shutil
 import time
@@ -17,17 +17,15 @@ from utils.errors import UserError
 STEPS = 3  # measured in every stage, after one that is not
 
 
-def dry_run(loop: Loop, *, continued: bool) -> None:
+def dry_run(loop: Loop) -> None:
     """Check every file, measure every stage, and print what a run takes. Raises `UserError`.
 
     Args:
         loop: a new one; its folder is where checkpoints would go. Its method cannot be used afterwards.
-        continued: the run has checkpoints there, which take some of the space.
     """
     method, stages, is_main = loop.method, loop.stages, loop.rank.is_main
     domains = method.domains.values()
     if is_main:
-        print(json.dumps(method.config.to_json(), indent=2))
         lists = [(files, domain.labels, domain.skips) for domain in domains for files in domain.lists]
         if (validator := method.validator) is not None:
             lists.append((validator.files, validator.with_labels, validator.skip_unusable))
@@ -53,8 +51,6 @@ def dry_run(loop: Loop, *, continued: bool) -> None:
     path = loop.folder.absolute()
     free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
     print(f"checkpoints: up to {needed / 1e6:,.1f} MB in {path}, where {free / 1e6:,.0f} MB are free")
-    if needed > free and not continued:
-        raise UserError(f"{path}: too little space for the checkpoints; free some, or choose a folder on another disk")
     print("dry run finished, nothing was written")
 
 
@@ -84,27 +80,21 @@ def _measure(loop: Loop, index: int) -> tuple[float, int, int]:
     loop.begin_stage(index, resumed=False)
     if (line := method.prepare_stage(index, None, lambda: None)) and loop.rank.is_main:
         print(line)
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     # The last steps of the stage include losses that begin after a warm-up.
     steps = range(max(0, stage.steps - 1 - STEPS), stage.steps)
     started = time.perf_counter()
     for count, batch in enumerate(islice(method.batches(index, steps), len(steps))):
         if count == 1:
-            _synchronize(device)
             started = time.perf_counter()  # the first step also starts loaders and chooses algorithms
-        method.step(batch, index, steps[count])
-    _synchronize(device)
+        losses = method.step(batch, index, steps[count])
+        torch.stack([loss.float() for loss in losses.values()]).cpu()  # waits for a GPU
     seconds = (time.perf_counter() - started) / max(1, len(steps) - 1)
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    size = loop.checkpoint().size()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else used
+    written = io.BytesIO()
+    loop.checkpoint().write(written)
     method.end_stage(index)
-    return seconds, memory, size
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return seconds, memory, written.tell()

@@ -44,18 +44,6 @@ def is_launched() -> bool:
     return FOLDER in os.environ
 
 
-def remember(line: str) -> None:
-    """In a process of `launch`: keep a line for the processes that are started again after one has died."""
-    if is_launched():
-        (Path(os.environ[FOLDER]) / "remembered").write_text(line)
-
-
-def remembered() -> str:
-    """What `remember` was given; '' where nothing was, or where `launch` did not start this process."""
-    path = Path(os.environ.get(FOLDER, "")) / "remembered"
-    return path.read_text() if is_launched() and path.exists() else ""
-
-
 def is_restarted() -> bool:
     """Whether the elastic launcher started this process again after a process of the group had died."""
     return _restarts() != "0"
@@ -84,19 +72,8 @@ def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
     """
 
     def main() -> None:
-        is_main = True
-        try:
-            with _joined(if_lost) as rank:
-                is_main = rank.is_main
-                body(rank)
-        except UserError:
-            if not is_main:
-                print(file=sys.stderr)  # ends the line of the main process's progress bar
-            raise
-        except Stopped:
-            if is_main:
-                raise
-            raise SystemExit(STOPPED) from None
+        with _joined(if_lost) as rank:
+            body(rank)
 
     if is_launched():
         with _reporting_to_launcher():
@@ -107,7 +84,7 @@ def in_processes(body: Callable[[Rank], None], if_lost: str) -> None:
 
 def launch(
     script: Path, devices: Sequence[torch.device], *, restarts: int = RESTARTS,
-    if_killed: str = "the same command continues from the last checkpoint",
+    if_killed: str = "continue from the last checkpoint",
 ) -> None:  # fmt: skip
     """Run a script with this command line in one process for each device of this machine, and wait for all.
 
@@ -123,8 +100,7 @@ def launch(
         SystemExit: with the exit code of the processes, unless it is 0.
         UserError: a process was killed more often than it was restarted.
     """
-    if Path("/sys/class/net/lo").exists():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     logging.disable(logging.CRITICAL)  # PyTorch's launcher logs some thirty lines about a failure
     with tempfile.TemporaryDirectory(prefix="procst_ranks_") as name:
         folder, failure = Path(name), None
@@ -151,10 +127,8 @@ def launch(
         raise SystemExit(128 + received[-1] if received else failure.exitcode)
     signal_name = signal.Signals(-failure.exitcode).name
     hint = ", as the system does where memory runs out" if signal_name == "SIGKILL" else ""
-    often = f" after {restarts} restarts" if restarts else ""
     raise UserError(
-        f"process {index} ({devices[index]}) was ended by signal {-failure.exitcode} ({signal_name}{hint}){often}; "
-        f"{if_killed}"
+        f"process {index} ({devices[index]}) was ended by signal {-failure.exitcode} ({signal_name}{hint}); {if_killed}"
     )
 
 
@@ -208,8 +182,8 @@ def _joined(if_lost: str) -> Iterator[Rank]:
 
     Raises:
         UserError: the variables are wrong, or the others cannot be reached or are gone and are not restarted.
-        SystemExit: code 2 where another process reports bad input; code 1 where another process is gone, after which
-            the launcher starts all again.
+        SystemExit: code 2 or 75 where another process reports bad input or the stop; code 1 where another process is
+            gone, after which the launcher starts all again.
     """
     alone = not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if alone or environment_number("WORLD_SIZE") == 1:
@@ -226,11 +200,15 @@ def _joined(if_lost: str) -> Iterator[Rank]:
             rank.barrier()
         except Stopped:
             rank.barrier()
-            raise
-        except UserError:
-            if _is_first(store):
+            if rank.is_main:
                 raise
-            raise SystemExit(2) from None
+            raise SystemExit(STOPPED) from None
+        except UserError:
+            if not _is_first(store):
+                raise SystemExit(2) from None
+            if not rank.is_main:
+                print(file=sys.stderr)  # ends the line of the main process's progress bar
+            raise
         except Exception as error:
             if not _is_lost_connection(error):
                 raise

@@ -157,8 +157,6 @@ class Loop:
         if not self.has_begun:
             self.begin_stage(0, resumed=False)
             self._save(progress, LATEST)
-        if self.validations and self.rank.is_main:
-            atomic_write_json(self.folder / VALIDATIONS, self.validations)  # as of the checkpoint that is continued
         while True:
             stage = self.stages[self.stage]
             if not self.stage_finished:
@@ -175,14 +173,12 @@ class Loop:
 
     def _train_stage(self, stage: Stage, progress: Progress) -> None:
         self._require_equal_weights()
-        if self.best() is not None:
-            self._publish(BEST)  # the run may have been killed before it could
         validated = {(found["stage"], found["step"]) for found in self.validations}
         if self._is_validation_step(stage) and (self.stage, self.step) not in validated:
             self._validate(progress)  # the run was stopped during this validation
         alone = self.rank.count == 1  # several processes have to finish it together
-        with progress.untimed():
-            line = self.method.prepare_stage(self.stage, self.folder, lambda: self._stop_if(alone and self.stop()))
+        line = self.method.prepare_stage(self.stage, self.folder, lambda: self._stop_if(alone and self.stop()))
+        progress.restart_clock()
         if line:
             progress.say(line)
         batches = iter(self.method.batches(self.stage, range(self.step, stage.steps)))
@@ -256,9 +252,9 @@ class Loop:
         """Validate the method's net; save this state as the best one if it is the best so far."""
         validator = self.method.validator
         alone = self.rank.count == 1  # several processes have to finish it together
-        with progress.untimed():
-            # The state was saved before; an interrupted validation is repeated.
-            validation = validator(self.method.eval_net(), lambda *_: self._stop_if(alone and self.stop()))
+        # The state was saved before; an interrupted validation is repeated.
+        validation = validator(self.method.eval_net(), lambda *_: self._stop_if(alone and self.stop()))
+        progress.restart_clock()
         score = validator.score(validation)
         names = validator.files.data_set.class_names
         self._note_skipped(progress, *validation.skipped)
@@ -268,8 +264,6 @@ class Loop:
         best = score is not None and (earlier is None or score > earlier["score"])
         where, found = {"stage": self.stage, "step": self.step, "score": score, "best": best}, report(validation, names)
         self.validations.append({**where, **found})
-        if best:
-            self.info |= {"miou": found["miou"], "label_free": found["label_free"]}
         self._save(progress, *([BEST] if best else []), LATEST)
         # After the checkpoint: a run killed before it validates again, and would log the same validation twice.
         progress.validation(self.stage, self.step, validation, names)

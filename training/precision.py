@@ -77,14 +77,6 @@ def set_determinism(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def recomputes_blocks(precision: Precision, device: torch.device) -> bool:
-    """Whether a segmentation net in training recomputes its residual blocks in the backward pass to save memory.
-
-    Batch norm needs the whole batch, which rules out micro-batches. In bf16 activations take half of the memory.
-    """
-    return device.type == "cuda" and precision != "bf16"
-
-
 def channels_last(network: nn.Module) -> None:
     """Lay out the weights of `network` channels last, unless its class sets `prefers_channels_last` to False."""
     if getattr(network, "prefers_channels_last", True):

@@ -3,8 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -52,7 +51,10 @@ class Progress:
         self.board = Board(log_dir, purge_step=first + 1)  # hides what was logged after the checkpoint
         self.metrics = folder / METRICS if folder else None
         if self.metrics and self.metrics.exists():
-            _drop_later_lines(self.metrics, first)
+            lines = self.metrics.read_text(errors="replace").splitlines(keepends=True)
+            whole = (line for line in lines if line.endswith("}\n"))  # a killed run may leave half a line
+            kept = [line for line in whole if json.loads(line)["overall_step"] <= first]
+            atomic_write_bytes(self.metrics, "".join(kept).encode())
         self._names: list[str] = []
         self._unread: list[Tensor] = []
         self._window_started = time.perf_counter()
@@ -71,12 +73,9 @@ class Progress:
         if len(self._unread) == self.print_rate or step in (1, self.stages[stage].steps):
             self.read_losses(stage, step)
 
-    @contextmanager
-    def untimed(self) -> Iterator[None]:
-        """The time of the block does not count as time of a step."""
-        started = time.perf_counter()
-        yield
-        self._window_started += time.perf_counter() - started
+    def restart_clock(self) -> None:
+        """Leave out what was done since the losses were read last, such as a validation, from the time of a step."""
+        self._window_started = time.perf_counter()
 
     def read_losses(self, stage: int, step: int) -> None:
         """Log the means of the losses since the last reading; `step` is the last of these steps.
@@ -150,19 +149,6 @@ class Progress:
         """Finish the bar and flush TensorBoard."""
         self.bar.close()
         self.board("close")
-
-
-def _drop_later_lines(path: Path, overall_step: int) -> None:
-    """Drop the lines of later steps, and those that are cut short, from a file of metrics."""
-
-    def is_kept(line: str) -> bool:
-        try:
-            return line.endswith("\n") and int(json.loads(line)["overall_step"]) <= overall_step
-        except (ValueError, KeyError, TypeError):
-            return False
-
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
-    atomic_write_bytes(path, "".join(filter(is_kept, lines)).encode())
 
 
 def _tag(stage: Stage, loss_name: str) -> str:

@@ -1,10 +1,10 @@
 """A run from its flags to its end: configuration, devices, folder, loop. The same for every method."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ from training.config import StartFlags
 from training.distributed import Rank
 from training.dry_run import dry_run
 from training.flags import section_from
-from training.launching import in_processes, is_launched, is_restarted, launch, remember, remembered
+from training.launching import RESTARTS, in_processes, is_launched, is_restarted, launch
 from training.loop import Loop
 from training.method import Method
 from training.precision import Precision, resolve_precision, set_convolution_precision, set_determinism
 from training.progress import Progress
-from training.run_folder import Continued, environment, lock_run_folder, log_name, run_to_continue, write_record
+from training.run_folder import Continued, environment, locked_run_folder, log_name, run_to_continue, write_record
 from utils.devices import resolve_devices
 from utils.errors import UserError, out_of_memory_means
 from utils.files import check_folder
-from utils.stopping import LoaderDied, StopRequests, is_loader_death
+from utils.stopping import StopRequests
 
 # Checks everything that can be wrong with the input of a run (`UserError`) and makes its method.
 Prepare = Callable[[Any, Rank, Continued | None], Method]
@@ -35,22 +35,14 @@ def train(*, script: str, method: type[Method], prepare: Prepare, given: Mapping
         script: file of the command.
         given: the flags on the command line.
     """
-
-    def run(rank: Rank) -> None:
-        with ExitStack() as stack:
-            _start(script, method, prepare, given, rank, stack)
-
-    in_processes(run, "continue from the last checkpoint")
+    in_processes(partial(_start, script, method, prepare, given), "continue from the last checkpoint")
 
 
-def _start(
-    script: str, method: type[Method], prepare: Prepare, given: Mapping[str, Any], rank: Rank, stack: ExitStack
-) -> None:
-    """See `train`; `stack` holds what lasts for the run."""
+def _start(script: str, method: type[Method], prepare: Prepare, given: Mapping[str, Any], rank: Rank) -> None:
     method.config_class.check_given(given)
     flags = section_from(StartFlags, given)
-    run_dir = flags.run_dir or ("" if flags.continue_train_from_path else remembered())
-    if is_restarted() and not (is_launched() or run_dir or flags.continue_train_from_path):
+    run_dir, has_folder = flags.run_dir, bool(flags.run_dir or flags.continue_train_from_path)
+    if is_restarted() and not has_folder:
         raise UserError("--run_dir is needed where processes are restarted: without it, each start is a new run")
     stop = StopRequests(quiet=is_launched() or not rank.is_main)
     continued = run_to_continue(flags.continue_train_from_path, run_dir, method.name)
@@ -61,27 +53,30 @@ def _start(
         return
     devices = resolve_devices(config.run.gpus)
     if rank.count == 1 and len(devices) > 1:
-        launch(Path(script), devices)
+        launch(Path(script), devices, restarts=RESTARTS if has_folder else 0)
         return
     rank = rank.at(devices)
     if not config.run.gpus and rank.is_main:
         print(f"computing on {rank.device} (choose with --gpus)")
     # Until the training begins there is nothing to save; several processes decide together when they are trained.
     stop.at_once = rank.count == 1
-    stack.enter_context(stop)
-    set_determinism(config.run.deterministic)
-    precision = agreed_precision(config.run.precision, rank)
-    set_convolution_precision(precision)
-    config = replace(config, run=replace(config.run, precision=precision))
-    prepared = prepare(config, rank, continued)
-    for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
-        check_folder(Path(getattr(config.run, name)), f"--{name}")
-    _require_one_run(prepared)
-    if flags.dry_run:
-        folder = continued.origin.parent if continued else Path(run_dir or config.run.checkpoints_dir)
-        _dry_run(prepared, folder, continued is not None)
-    else:
-        _train(prepared, continued, run_dir, flags.resume_to_epoch, stop, stack)
+    with stop:
+        set_determinism(config.run.deterministic)
+        precision = agreed_precision(config.run.precision, rank)
+        set_convolution_precision(precision)
+        config = replace(config, run=replace(config.run, precision=precision))
+        prepared = prepare(config, rank, continued)
+        for name in ("tb_logs_dir",) if continued or run_dir else ("checkpoints_dir", "tb_logs_dir"):
+            check_folder(Path(getattr(config.run, name)), f"--{name}")
+        _require_one_run(prepared)
+        if flags.dry_run:
+            folder = continued.origin.parent if continued else Path(run_dir or config.run.checkpoints_dir)
+            _dry_run(prepared, folder)
+            return
+        # All input has been checked; only now is a run folder made.
+        where = {"run_dir": run_dir, "parent": Path(config.run.checkpoints_dir), "task": prepared.task()}
+        with locked_run_folder(continued, **where) if rank.is_main else nullcontext() as folder:
+            _train(prepared, continued, rank.broadcast(folder), flags.resume_to_epoch, stop)
 
 
 def _config(method: type[Method], given: Mapping[str, Any], rank: Rank, continued: Continued | None) -> Any:
@@ -106,26 +101,19 @@ def _require_one_run(method: Method) -> None:
         )
 
 
-def _dry_run(method: Method, folder: Path, continued: bool) -> None:
+def _dry_run(method: Method, folder: Path) -> None:
     method.domains = {name: replace(domain, cache_dir="") for name, domain in method.domains.items()}
     loop = Loop(method=method, folder=folder)
     if method.rank.is_main:
         _print_description(method)
     with out_of_memory_means(lambda: _less_memory(loop)):
-        dry_run(loop, continued=continued)
+        dry_run(loop)
 
 
 def _train(
-    method: Method, continued: Continued | None, run_dir: str, resume_to_epoch: int, stop: StopRequests,
-    stack: ExitStack,
-) -> None:  # fmt: skip
-    rank, config, folder = method.rank, method.config, None
-    if rank.is_main:
-        # All input has been checked; only now is a run folder made.
-        parent = Path(config.run.checkpoints_dir)
-        folder = lock_run_folder(continued, run_dir=run_dir, parent=parent, task=method.task(), stack=stack)
-        remember(str(folder))
-    folder = rank.broadcast(folder)
+    method: Method, continued: Continued | None, folder: Path, resume_to_epoch: int, stop: StopRequests
+) -> None:
+    rank, config = method.rank, method.config
     loop = Loop(method=method, folder=folder, info={"run": str(folder)}, stop=stop)
     if continued:
         loop.restore(continued.checkpoint, continued.origin)
@@ -148,11 +136,6 @@ def _train(
     try:
         with out_of_memory_means(lambda: _less_memory(loop)):
             loop.run(progress)
-    except Exception as error:
-        if rank.count == 1 or not is_loader_death(error):
-            raise
-        print(f"{LoaderDied.because(error)}; the run continues from its last checkpoint", file=sys.stderr)
-        raise SystemExit(1) from None
     finally:
         progress.close()
     if rank.is_main:

@@ -3,11 +3,10 @@
 import hashlib
 import os
 import platform
-import re
 import subprocess
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,10 @@ DAMAGED = "damaged.pth"
 
 @dataclass(frozen=True, kw_only=True)
 class Continued:
-    """The run that is continued: its newest checkpoint, the file that holds it, and `_stamps` of its folder."""
+    """The run that is continued: its newest checkpoint, and the file that holds it."""
 
     checkpoint: Checkpoint
     origin: Path
-    stamps: list[tuple[int, int]]
 
 
 def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
@@ -39,7 +37,6 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
     folder = _folder_to_continue(path, run_dir)
     if folder is None:
         return None
-    stamps = _stamps(folder)
     checkpoint, origin = read_newest(folder)
     if checkpoint.method != method:
         raise UserError(
@@ -48,21 +45,17 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
         )
     if not checkpoint.optimizers:
         raise UserError(f"{origin} holds a finished net and no training state")
-    return Continued(checkpoint=checkpoint, origin=origin, stamps=stamps)
+    return Continued(checkpoint=checkpoint, origin=origin)
 
 
 def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
     if continued:
-        path = Path(continued)
-        if path.is_file() and path.name != LATEST:
-            # Continuing from an older state in the same folder would overwrite the newer ones.
-            raise UserError(
-                f"--continue_train_from_path {path}: a run continues from its {LATEST}; to continue from another "
-                f"checkpoint, copy it into an empty folder under the name {LATEST}"
-            )
-        folder = path.parent if path.is_file() else path
+        folder = Path(continued)
         if not has_checkpoint(folder):
-            raise UserError(f"--continue_train_from_path {path}: there is no {LATEST} to continue from")
+            raise UserError(
+                f"--continue_train_from_path {folder}: no folder with a {LATEST}; to continue from another checkpoint, "
+                f"copy it into an empty folder under the name {LATEST}"
+            )
         return folder.resolve()  # the folder's name names the TensorBoard log
     if not run_dir:
         return None
@@ -79,20 +72,13 @@ def _folder_to_continue(continued: str, run_dir: str) -> Path | None:
 
 
 def log_name(folder: Path) -> str:
-    """Name of a run's TensorBoard log: its folder's name, with a hash of the path if a user chose the name."""
-    if re.match(r"\d{4}-\d\d-\d\d_", folder.name):
-        return folder.name
+    """Name of a run's TensorBoard log: its folder's name and a hash of its path, as users name folders alike."""
     return f"{folder.name}_{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}"
 
 
-def _stamps(folder: Path) -> list[tuple[int, int]]:
-    """Inode and time of the checkpoints in a folder, which tell whether another process has replaced one."""
-    found = [path.stat() for path in (folder / LATEST, folder / PREVIOUS) if path.is_file()]
-    return [(status.st_ino, status.st_mtime_ns) for status in found]
-
-
-def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, task: str, stack: ExitStack) -> Path:
-    """The run's folder, locked for this process until `stack` is closed; made here for a new run. Raises `UserError`.
+@contextmanager
+def locked_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, task: str) -> Iterator[Path]:
+    """The run's folder, locked for this process inside the block; made here for a new run. Raises `UserError`.
 
     Without `run_dir` (`--run_dir`) a new run goes into a new folder in `parent`; `task` ends its name.
     """
@@ -100,14 +86,11 @@ def lock_run_folder(continued: Continued | None, *, run_dir: str, parent: Path, 
         folder = continued.origin.parent
     else:
         folder = (make_folder(Path(run_dir), "--run_dir") if run_dir else new_run_folder(parent, task)).resolve()
-    flag = "--continue_train_from_path" if continued and not run_dir else "--run_dir"
-    stack.enter_context(locked(folder, flag))
-    if _stamps(folder) != (continued.stamps if continued else []):
-        raise UserError(f"{flag} {folder}: another process has trained this run meanwhile; run the command again")
-    if continued and continued.origin.name == PREVIOUS and (folder / LATEST).is_file():
-        os.replace(folder / LATEST, folder / DAMAGED)  # the next save would keep it in the place of the good one
-    remove_leftovers(folder)
-    return folder
+    with locked(folder, "--continue_train_from_path" if continued and not run_dir else "--run_dir"):
+        if continued and continued.origin.name == PREVIOUS and (folder / LATEST).is_file():
+            os.replace(folder / LATEST, folder / DAMAGED)  # the next save would keep it in the place of the good one
+        remove_leftovers(folder)
+        yield folder
 
 
 def new_run_folder(parent: Path, task: str) -> Path:

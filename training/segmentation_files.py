@@ -1,6 +1,5 @@
 """The segmentation net in a file: a checkpoint of this toolkit, or a net of the authors, pickled or of MXNet."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,44 +71,41 @@ def load_segmentation_net(path: Path, flag: str) -> tuple[SegmentationShape, nn.
         path = path / found
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
-    shape, net = _net_of_mxnet(path) if is_mxnet_file(path) else _net_of_torch(path, flag)
+    shape, net = _net_in(path, f"{flag} {path}")
     if not is_finite(net):
         raise UserError(f"{flag} {path}: the weights are not finite, the training diverged")
-    return shape, net
-
-
-def _net_of_mxnet(path: Path) -> tuple[SegmentationShape, nn.Module]:
-    classes = classes_in_file(path)
-    try:
-        shape = SegmentationShape("ResNet38", "resnet38", classes)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    net = build_segmentation_net(shape)
-    load_resnet38(net, path)
     return shape, net.eval().requires_grad_(False)
 
 
-def _net_of_torch(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
+def _net_in(path: Path, origin: str) -> tuple[SegmentationShape, nn.Module]:
+    if is_mxnet_file(path):
+        shape = _shape(origin, model="ResNet38", backbone="resnet38", num_classes=classes_in_file(path))
+        net = build_segmentation_net(shape)
+        load_resnet38(net, path)
+        return shape, net
     content = read_tensor_file(path)
     if is_checkpoint(content):
-        return _net_of(checkpoint_from(content, path), f"{flag} {path}")
+        return _net_of(checkpoint_from(content, path), origin)
     if (state := read_two_headed(path)) is not None:
-        return _two_headed(state, f"{flag} {path}")
+        backbone, classes, restitutes = traits_of(state, origin)
+        shape = _shape(origin, model=TWO_HEADED_DEEPLAB[restitutes], backbone=backbone, num_classes=classes)
+        net = build_segmentation_net(shape)
+        fill(net, state, origin)
+        return shape, net
     if content is None:
         return load_legacy_segmentation(path)
     raise UserError(
-        f"{flag} {path}: holds no segmentation net this program knows (a checkpoint of its own, the ProCST authors' "
+        f"{origin}: holds no segmentation net this program knows (a checkpoint of its own, the ProCST authors' "
         "pretrained_semseg_on_*.pth, the CBST authors' .params, or a two-headed net of the MaxSquare, SNR or "
         "AdaptSegNet authors)"
     )
 
 
-def _two_headed(state: Mapping[str, torch.Tensor], origin: str) -> tuple[SegmentationShape, nn.Module]:
-    backbone, classes, restitutes = traits_of(state, origin)
-    shape = SegmentationShape(TWO_HEADED_DEEPLAB[restitutes], backbone, classes)
-    net = build_segmentation_net(shape)
-    fill(net, state, origin)
-    return shape, net.eval().requires_grad_(False)
+def _shape(origin: str, **fields: Any) -> SegmentationShape:
+    try:
+        return SegmentationShape(**fields)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 def _net_of(checkpoint: Checkpoint, origin: str) -> tuple[SegmentationShape, nn.Module]:
@@ -118,12 +114,10 @@ def _net_of(checkpoint: Checkpoint, origin: str) -> tuple[SegmentationShape, nn.
             f"{origin} holds no segmentation net: the run trains without label losses or has not reached its last scale"
         )
     try:
-        shape = SegmentationShape(**checkpoint.segmentation["shape"])
+        shape = _shape(origin, **checkpoint.segmentation["shape"])
         weights = checkpoint.modules[checkpoint.segmentation["module"]]
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"{origin} is incomplete: {error}") from None
     net = build_segmentation_net(shape)
     load_network(net, weights, origin)
-    return shape, net.eval().requires_grad_(False)
+    return shape, net

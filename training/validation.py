@@ -213,13 +213,13 @@ class Validator:
 @contextmanager
 def in_eval_mode(net: nn.Module) -> Iterator[None]:
     """Inside the block the net is in eval mode; afterwards each of its modules has its former mode."""
-    modes = {module: module.training for module in net.modules()}
+    in_training = [module for module in net.modules() if module.training]
     net.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in in_training:
+            module.training = True
 
 
 def _picture(sample: LabelledImage, prediction: Tensor, colours: Sequence[Sequence[int]]) -> np.ndarray:

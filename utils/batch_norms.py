@@ -14,8 +14,7 @@ def _batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
 def frozen_bn_stats(network: nn.Module) -> Iterator[None]:
     """Inside the block batch norms update a temporary copy of their running statistics.
 
-    In train mode they normalise by the batch as before. `torch.utils.checkpoint` requires that a recomputation saves
-    the same tensors for the backward pass as the first forward pass, and a batch norm saves its running statistics.
+    In train mode they normalise by the batch as before.
     """
     norms = _batch_norms(network)
     held = [dict(norm.named_buffers()) for norm in norms]

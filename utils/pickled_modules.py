@@ -50,20 +50,12 @@ class Record:
         """Submodules with their names."""
         return ((k, v) for k, v in self.attributes.get("_modules", {}).items() if isinstance(v, Record))
 
-    def named_records(self, prefix: str = "") -> Iterator[tuple[str, "Record"]]:
-        """All submodules under the names that `nn.Module.named_modules` would give them."""
-        for name, child in self.children():
-            yield prefix + name, child
-            yield from child.named_records(f"{prefix}{name}.")
-
     def state_dict(self) -> dict[str, Tensor]:
         """All parameters and buffers under the names that `nn.Module.state_dict` would give them."""
-        tensors = {}
-        for prefix, record in (("", self), *((f"{name}.", child) for name, child in self.named_records())):
-            for kind in ("_parameters", "_buffers"):
-                for name, value in record.attributes.get(kind, {}).items():
-                    if isinstance(value, Tensor):
-                        tensors[prefix + name] = value.detach()
+        own = {**self.attributes.get("_parameters", {}), **self.attributes.get("_buffers", {})}
+        tensors = {name: value.detach() for name, value in own.items() if isinstance(value, Tensor)}
+        for prefix, child in self.children():
+            tensors |= {f"{prefix}.{name}": value for name, value in child.state_dict().items()}
         return tensors
 
 def read_pickled_modules(path: Path, class_names: Collection[str]) -> Any:
