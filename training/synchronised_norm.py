@@ -7,9 +7,26 @@ consists of plain tensor operations and one all_reduce, whose gradient is the al
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_reduce  # differentiable any number of times
+from torch.autograd.function import FunctionCtx
 
 from models.losses import at_least_float32
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum of a tensor over all processes, differentiable any number of times.
+
+    Every process must call it, forwards and backwards, and all in the same order.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> Tensor:
+        return _AllReduce.apply(upstream)
 
 
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
@@ -28,15 +45,18 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
             features = at_least_float32(x)
             mean, variance, count = _moments(features)
             if self.track_running_stats:
-                with torch.no_grad():
-                    unbiased = variance * (count / (count - 1).clamp(min=1))
-                    self.num_batches_tracked.add_(1)
-                    self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                    self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                self._update_running_statistics(mean.detach(), variance.detach(), count)
             scale = (variance + self.eps).rsqrt() * self.weight
             shift = self.bias - mean * scale
             # Only the features are kept for the backward, as PyTorch's own batch norm does.
             return torch.addcmul(shift[:, None, None], features, scale[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +71,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     before = dist.get_rank()
     after = dist.get_world_size() - before - 1
     table = torch.cat([row.new_zeros(before, *row.shape), row[None], row.new_zeros(after, *row.shape)])
-    means, variances, counts = all_reduce(table, "sum", dist.group.WORLD).unbind(dim=1)
+    means, variances, counts = _AllReduce.apply(table).unbind(dim=1)
     counts = counts.detach()
     total = counts.sum(dim=0)
     weights = counts / total
