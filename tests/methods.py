@@ -263,7 +263,7 @@ ADAPTABLE = {
 }  # fmt: skip
 BRIDGED = {
     **LEARNABLE, "trg_data_dir": "{world}/evening", "trg_resize": (48, 32), "num_steps": 30, "batch_size": 4,
-    "lr_semseg": 1e-3, "warmup_steps": 0, "validation_rate": 30, "pseudo_threshold": 0.8,
+    "lr_semseg": 3e-3, "warmup_steps": 0, "validation_rate": 30, "pseudo_threshold": 0.8,
 }  # fmt: skip
 CASES = {
     "procst-group": procst(no_semseg=True, norm=("group",), learning={

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 import train_uda
 from data_handlers.classes import IGNORE
 from methods import CASES, DDB, SOURCE_NET, steps_of, write_world
+from nets import save_net
 from refusals import check_refusal, check_refused, tree
 from training.distributed import Rank
 from training.flags import section_from
-from uda.ddb import NET, TEACHER
+from uda.ddb import IMAGENET, NET, TEACHER
 from uda.ddb_config import DDBConfig, ScheduleConfig
 from uda.ddb_losses import weight_map, weighted_cross_entropy
 from uda.mixing import AREA, cut_box
@@ -254,3 +256,22 @@ def test_the_distance_of_features_is_learned(small_world, tmp_path, classes):
         assert losses[0] == 0.0
         found[weight] = losses[-1]
     assert 0.0 < found[10.0] < 0.5 * found[1e-9]
+
+
+def test_a_deeplab_keeps_near_its_imagenet_features(small_world, tmp_path):
+    """The frozen backbone has the weights of the file, also where the net starts from another one."""
+    weights = tmp_path / "resnet18.pth"
+    torch.manual_seed(1)
+    state = resnet18().state_dict()
+    torch.save(state, weights)
+    flags = {"model": "DeepLabV2", "backbone": "resnet18", "backbone_weights": str(weights), "lambda_features": 0.1}
+    for init in ("", str(save_net(tmp_path / "net.pth", "DeepLabV2", "resnet18"))):
+        method = CASES["ddb-class"].prepared(small_world, init=init, **flags)
+        (step, batch), *_ = steps_of(method, 0, 1, tmp_path)
+        losses = method.step(batch, 0, step)
+        assert 0.0 < float(losses["Source/FeatureDistance"]) < float("inf")
+        frozen = method.modules[IMAGENET]
+        assert torch.equal(frozen.conv1.weight, state["conv1.weight"])
+        assert torch.equal(frozen.bn1.running_mean, state["bn1.running_mean"])
+        same = torch.equal(method.modules[TEACHER].backbone.conv1.weight, frozen.conv1.weight)
+        assert same is not bool(init)

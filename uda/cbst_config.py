@@ -53,7 +53,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class ModeConfig:
-    """Whose arithmetic."""
+    """Whether a method computes as its published code does."""
 
     mode: str = option(
         "clean", "reference computes as the published code does; docs/uda.md lists the differences",
@@ -63,7 +63,7 @@ class ModeConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Which state is kept."""
+    """Which state of a run is kept besides the last one."""
 
     select_by: str = option(
         "none", "keep a best state besides the last one: none, by mIoU on the target's val split, which then is no "

@@ -169,7 +169,7 @@ class DDBTraining(Method):
             logits = self.run(self.net, image)
         losses[f"{name}/Loss"] = fraction * weighted_cross_entropy(logits, label, weight)
         sum(losses.values()).backward()
-        counted = label.new_tensor(label.numel()) if self.reference else (label != IGNORE).sum()
+        counted = label.new_full((), label.numel()) if self.reference else (label != IGNORE).sum()
         share = fraction if self.reference else self.rank.labelled_fraction(label)
         losses[f"{name}/Accuracy"] = share * correct(logits, label) / counted.clamp(min=1)
         return {name: loss.detach() for name, loss in losses.items()}
