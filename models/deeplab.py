@@ -76,5 +76,10 @@ class DeepLab(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B,3,h,w) in [-1,1] -> logits (B,num_classes,h,w)."""
-        logits = self.head(self.backbone(image))
-        return F.interpolate(logits, size=image.shape[2:], mode="bilinear", align_corners=True)
+        return self.with_features(image)[0]
+
+    def with_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,3,h,w) -> the logits, and the features of the backbone's last stage (B,C,h',w')."""
+        features = self.backbone(image)
+        logits = F.interpolate(self.head(features), size=image.shape[2:], mode="bilinear", align_corners=True)
+        return logits, features

@@ -21,18 +21,21 @@ from training.config import StartFlags
 from training.flags import build_parser, flag_of, options_of, parse
 from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.ddb_config import DDBConfig
 from uda.maxsquare_config import MaxSquareConfig
 from uda.presets import PresetFlags
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 STARTING = (StartFlags, PresetFlags)  # no part of a configuration
-CONFIGS = (ProCSTConfig, SourceTrainingConfig, SelfTrainingConfig, MaxSquareConfig)
+CONFIGS = (ProCSTConfig, SourceTrainingConfig, SelfTrainingConfig, MaxSquareConfig, DDBConfig)
 SCRIPTS = (train_procst, train_semseg_on_source, train_uda)
 REFUSED = {SelfTrainingConfig: ("cache_dir", "resample")}  # flags of all trainings that cannot act in one
 
 
-ALWAYS = {MaxSquareConfig: ("--method", "iw_entropy", "--lambda_restitution", "0.3")}  # of their command lines
+ALWAYS = {  # of their command lines
+    MaxSquareConfig: ("--method", "iw_entropy", "--lambda_restitution", "0.3"), DDBConfig: ("--method", "ddb-cut"),
+}  # fmt: skip
 
 
 def sections(config):
@@ -65,7 +68,9 @@ def test_a_typo_is_answered_before_pytorch_is_imported(script):
     assert result.stderr == "error: unrecognized arguments: --typo 1 (see --help)\n"
 
 
-@pytest.mark.parametrize(("script", "config"), [*zip(SCRIPTS, CONFIGS, strict=False), (train_uda, MaxSquareConfig)])
+@pytest.mark.parametrize(
+    ("script", "config"), [*zip(SCRIPTS, CONFIGS, strict=False), *((train_uda, config) for config in CONFIGS[3:])]
+)
 def test_help_begins_with_the_flags_that_matter_most(run_script, script, config):
     result = run_script(script, *ALWAYS.get(config, ()), "--help")
     assert result.code == 0
@@ -135,6 +140,8 @@ OTHER_VALUES = {
     "trg_data_dir": "other --target gta5",
     "spatial_prior": "other --method cbst-sp", "method": "st", "mine_port": "0.5", "scale_rate_range": "0.5 2",
     "mode": "reference",
+    "teacher_alpha": "0.5", "pseudo_threshold": "0.5", "cat_max_ratio": "0.5", "jitter_p": "0.5",
+    "feature_classes": "1 2 --lambda_features 0.1", "feature_min_ratio": "0.5 --lambda_features 0.1",
 }  # fmt: skip
 
 
@@ -144,6 +151,7 @@ OTHER_VALUES_IN = {
         "trg_data_dir": "other", "trg_labels": "trainids", "threshold": "0.5 --multi", "backbone_weights": "",
         "micro_batch": "2 --lambda_restitution 0", "lambda_restitution": "0.5", "IW_ratio": "0.5",
     },
+    DDBConfig: {"method": "ddb-class"},
 }  # fmt: skip
 
 
@@ -199,6 +207,7 @@ def test_what_may_change(config):
         SourceTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images", "output"},
         SelfTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images"},
         MaxSquareConfig: {"trg_data_dir", "src_label_dir", "source_images"},
+        DDBConfig: {"trg_data_dir", "src_label_dir", "source_images"},
     }
     expected = (shared | own[config]) & options.keys()
     assert {name for name, field in options.items() if field.metadata["may_change"]} == expected

@@ -21,7 +21,7 @@ from models.shapes import RESTITUTED, TWO_HEADED, SegmentationShape
 from training.distributed import Rank, all_reduce_and_step, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
-from training.preparation import make_domain, source_files, target_files, target_validator
+from training.preparation import make_pair, source_files, target_files, target_validator
 from training.run_folder import Continued
 from training.segmentation_files import trainable_net
 from training.synchronised_norm import synchronise_batch_norms
@@ -266,16 +266,9 @@ def prepare_maxsquare(config: MaxSquareConfig, rank: Rank, continued: Continued 
     )
     target = target_files(config.target, shape.num_classes, labels=config.target.trg_labels)
     target = replace(target, data_set=of_source(target.data_set, files.data_set, shape.num_classes))
-    for name, found in (("source", files), ("target", target)):
-        if len(found) < batch:
-            raise UserError(f"--batch_size {batch}: there are {len(found)} {name} images")
-    domains = {
-        name: make_domain(
-            config, rank, listed, name, resize=resize, crop=sizes.crop_size or resize, flip=True,
-            labels=name == "source", image_roots=images.source_images if name == "source" else (),
-        )
-        for name, listed, resize in (("source", files, sizes.src_resize), ("target", target, sizes.trg_resize))
-    }  # fmt: skip
+    domains = make_pair(
+        config, rank, source=files, target=target, sizes=sizes, batch=batch, image_roots=images.source_images
+    )
     method = MaxSquareTraining(config=config, rank=rank, net=net, shape=shape, **domains)
     known = replace(files.data_set, class_names=target.data_set.class_names)
     method.validator, method.validation_line = target_validator(
