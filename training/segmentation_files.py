@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.deeplab_multi_files import fill, new_tensors, read_two_headed, traits_of
+from models.deeplab_multi_files import counters, fill, new_tensors, read_published, traits_of, two_headed
 from models.legacy import load_legacy_segmentation
+from models.mmseg_files import mmseg_net
 from models.resnet38_files import classes_in_file, load_resnet38
 from models.segmentation import build_segmentation_net, load_backbone
 from models.shapes import TWO_HEADED_DEEPLAB, SegmentationShape
@@ -93,14 +94,19 @@ def _net_of_torch(path: Path, flag: str) -> tuple[SegmentationShape, nn.Module]:
     content = read_tensor_file(path)
     if is_checkpoint(content):
         return _net_of(checkpoint_from(content, path), f"{flag} {path}")
-    if (state := read_two_headed(path)) is not None:
-        return _two_headed(state, f"{flag} {path}")
+    published, origin = read_published(path), f"{flag} {path}"
+    if (state := two_headed(published)) is not None:
+        return _two_headed(state, origin)
+    if (found := mmseg_net(published, origin)) is not None:
+        net = build_segmentation_net(found[0])
+        load_network(net, counters(net) | found[1], origin)
+        return found[0], net.eval().requires_grad_(False)
     if content is None:
         return load_legacy_segmentation(path)
     raise UserError(
-        f"{flag} {path}: holds no segmentation net this program knows (a checkpoint of its own, the ProCST authors' "
-        "pretrained_semseg_on_*.pth, the CBST authors' .params, or a two-headed net of the MaxSquare, SNR or "
-        "AdaptSegNet authors)"
+        f"{origin}: holds no segmentation net this program knows (a checkpoint of its own, the ProCST authors' "
+        "pretrained_semseg_on_*.pth, the CBST authors' .params, a two-headed net of the MaxSquare, SNR or "
+        "AdaptSegNet authors, or mmsegmentation's net of the DDB authors)"
     )
 
 
