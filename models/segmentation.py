@@ -60,7 +60,8 @@ def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
         net = DeepLab(backbone, head(backbone.out_channels, shape.num_classes))
     net.start = ""
     if shape.model not in SMP_MODELS:
-        inputs = {"ResNet38": IMAGENET_INPUT, DDB_MODEL: IMAGENET_INPUT, **dict.fromkeys(TWO_HEADED_DEEPLAB, CAFFE_INPUT)}
+        inputs = dict.fromkeys(("ResNet38", DDB_MODEL), IMAGENET_INPUT)
+        inputs |= dict.fromkeys(TWO_HEADED_DEEPLAB, CAFFE_INPUT)
         net.network_input = inputs.get(shape.model, PROCST_INPUT)
     return net
 

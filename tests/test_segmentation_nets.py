@@ -59,7 +59,7 @@ def expected_count(model, backbone, classes):
     if model == DDB_MODEL:
         resnet, _, deep = backbone.partition("_")
         stem = conv(3, 32, 3, False) + conv(32, 32, 3, False) + conv(32, 64, 3, False) + 2 * (32 + 32 + 64)
-        head = 2 * (conv(features, 128, 3, False) + 2 * 128) + conv(256, 256, 3, False) + 2 * 256 + conv(256, classes, 1)
+        head = 2 * conv(features, 128, 3, False) + conv(256, 256, 3, False) + 4 * 256 + conv(256, classes, 1)
         return RESNET_COUNTS[resnet] + head + (stem - conv(3, 64, 7, False) - 2 * 64 if deep else 0)
     if model in TWO_HEADED_DEEPLAB:
         heads = 4 * (conv(features, classes, 3) + conv(features // 2, classes, 3))
