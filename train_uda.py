@@ -11,14 +11,18 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from training.flags import Config, build_parser, parse
-from uda.cbst_config import MAXSQUARE_METHODS, MethodConfig, SelfTrainingConfig
+from uda.cbst_config import DDB_METHODS, MAXSQUARE_METHODS, MethodConfig, SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.ddb_config import DDBConfig, SamplesConfig
 from uda.maxsquare_config import MaxSquareConfig, SizesConfig
 from uda.presets import listing
 from utils.errors import run_cli
 
 GROUPS, FIRST = SelfTrainingConfig.groups, SelfTrainingConfig.first
-MORE_GROUPS = {f"With --method {', '.join(MAXSQUARE_METHODS)}": [SizesConfig, *MaxSquareConfig.groups["method"]]}
+MORE_GROUPS = {
+    f"With --method {', '.join(MAXSQUARE_METHODS)}": [SizesConfig, *MaxSquareConfig.groups["method"]],
+    f"With --method {', '.join(DDB_METHODS)}": [SamplesConfig, *DDBConfig.groups["method"]],
+}
 
 
 def flags_of(words: Sequence[str]) -> tuple[type[Config], Mapping[str, Sequence[type]]]:
@@ -27,7 +31,8 @@ def flags_of(words: Sequence[str]) -> tuple[type[Config], Mapping[str, Sequence[
     chosen = {value for flag, value in pairwise(split) if flag == "--method"}
     if "source" in chosen:
         return SourceTrainingConfig, {"method": [MethodConfig], **SourceTrainingConfig.groups}
-    config = MaxSquareConfig if chosen.intersection(MAXSQUARE_METHODS) else SelfTrainingConfig
+    config = DDBConfig if chosen.intersection(DDB_METHODS) else SelfTrainingConfig
+    config = MaxSquareConfig if chosen.intersection(MAXSQUARE_METHODS) else config
     return config, config.groups
 
 
@@ -38,20 +43,13 @@ def main() -> None:
     if given.pop("list_presets", False):
         print(listing())
         return
+    if config is SourceTrainingConfig:
+        del given["method"]
     # Imported after the flags are read: a mistyped flag is answered at once.
     from training.run import train
+    from uda.starting import METHODS
 
-    if config is SourceTrainingConfig:
-        from uda.source import SourceTraining as method
-        from uda.source import prepare_source as prepare
-
-        del given["method"]
-    elif config is MaxSquareConfig:
-        from uda.maxsquare import MaxSquareTraining as method
-        from uda.maxsquare import prepare_maxsquare as prepare
-    else:
-        from uda.cbst import SelfTraining as method
-        from uda.cbst import prepare_self_training as prepare
+    method, prepare = METHODS[config]
     train(script=__file__, method=method, prepare=prepare, given=given)
 
 

@@ -25,6 +25,7 @@ from utils.errors import UserError
 from utils.loaders import MOST_SKIPPED, disk_fault, load_in_order
 
 DOMAINS = ("source", "target")
+CROP = 1  # purpose of the random numbers of a crop
 
 # Cropped base image, uint8 (h,w,3) -> uint8 arrays of the pyramid levels wanted.
 PyramidOf = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -150,10 +151,19 @@ class Samples:
         order = _permutation(self._seed(0, epoch), self.epoch_length)
         return int(order[(place + skipped) % self.epoch_length]) % len(self)
 
-    def crop_offset(self, position: int) -> tuple[int, int]:
-        """(x,y) of the crop in the resized image; every offset that fits is possible, the last one included."""
-        rng = self.generator(1, position)
-        x, y = (int(rng.integers(r - c + 1)) for r, c in zip(self.domain.resize, self.domain.crop, strict=True))
+    @property
+    def stored(self) -> Sequence[ResizedFiles]:
+        """The images and labels that are cropped, from each folder of images."""
+        return self.domain.resized
+
+    def crop_offset(self, position: int, size: tuple[int, int], label: np.ndarray | None = None) -> tuple[int, int]:
+        """(x,y) of the crop in a resized image; every offset that fits is possible, the last one included.
+
+        Args:
+            size: (W,H) of that image; `label`, (H,W), is its label where labels are read.
+        """
+        rng = self.generator(CROP, position)
+        x, y = (int(rng.integers(r - c + 1)) for r, c in zip(size, self.domain.crop, strict=True))
         return x, y
 
     def batch(self, positions: Iterable[int]) -> DomainBatch:
@@ -193,10 +203,10 @@ class Samples:
 
     def read(self, index: int, position: int) -> tuple[Sequence[np.ndarray], np.ndarray | None]:
         """Levels and label of image `index` for the sample at a position. Raises `UserError` if it cannot be used."""
-        stored = self.drawn(self.domain.resized, position)
+        stored = self.drawn(self.stored, position)
         image = stored.image(index)
         label = stored.label(index) if self.domain.labels and self.labels else None
-        x, y = self.crop_offset(position)
+        x, y = self.crop_offset(position, image.shape[1::-1], label)
         width, height = self.domain.crop
         window = np.s_[y : y + height, x : x + width]
         step = -1 if self.domain.flip and self.generator(2, position).integers(2) else 1

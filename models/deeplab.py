@@ -105,6 +105,8 @@ class AdapterHead(nn.Module):
 class DeepLab(nn.Module):
     """A backbone and a head; logits are upsampled bilinearly, corners aligned, to the size of the image."""
 
+    align_corners = True
+
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
@@ -112,24 +114,23 @@ class DeepLab(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B,3,h,w) in [-1,1] -> logits (B,num_classes,h,w)."""
-        logits = self.head(self.backbone(image))
-        return F.interpolate(logits, size=image.shape[2:], mode="bilinear", align_corners=True)
+        return self.with_features(image)[0]
+
+    def with_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,3,h,w) -> the logits, and the features of the backbone's last stage (B,C,h',w')."""
+        features = self.backbone(image)
+        return self._upsampled(self.head(features), image), features
+
+    def _upsampled(self, logits: Tensor, image: Tensor) -> Tensor:
+        return F.interpolate(logits, size=image.shape[2:], mode="bilinear", align_corners=self.align_corners)
 
 
-class DeepLabDDB(nn.Module):
-    """A `DDBResNet` with an `AdapterHead`; logits are upsampled bilinearly, corners not aligned."""
+class DeepLabDDB(DeepLab):
+    """A `DDBResNet` with an `AdapterHead`; corners are not aligned."""
 
-    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = AdapterHead(backbone.out_channels, num_classes)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(B,3,h,w), made by `network_input` -> logits (B,num_classes,h,w)."""
-        return self.features_and_logits(image)[1]
+    align_corners = False
 
     def features_and_logits(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,3,h,w) -> features (B,256,h',w'), h' about h/8, and logits (B,num_classes,h,w)."""
+        """(B,3,h,w), made by `network_input` -> features (B,256,h',w'), h' about h/8, and logits (B,C,h,w)."""
         features = self.head.features(self.backbone(image))
-        logits = self.head.classify(features)
-        return features, F.interpolate(logits, size=image.shape[2:], mode="bilinear", align_corners=False)
+        return features, self._upsampled(self.head.classify(features), image)

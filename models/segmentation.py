@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD
 
 from data_handlers.images import IMAGENET_INPUT, PROCST_INPUT
-from models.deeplab import DeepLab, DeepLabDDB, DilatedSumHead, FiveBranchHead
+from models.deeplab import AdapterHead, DeepLab, DeepLabDDB, DilatedSumHead, FiveBranchHead
 from models.deeplab_multi import CAFFE_INPUT, DeepLabMulti
 from models.deeplab_multi_files import load_two_headed_backbone
 from models.fcn8s import FCN8s
@@ -46,7 +46,8 @@ def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
     elif shape.model in SMP_MODELS:
         net = SmpNet(shape)
     elif shape.model == DDB_MODEL:
-        net = DeepLabDDB(DDBResNet(shape.backbone), shape.num_classes)
+        backbone = DDBResNet(shape.backbone)
+        net = DeepLabDDB(backbone, AdapterHead(backbone.out_channels, shape.num_classes))
     elif shape.model in TWO_HEADED_UNET:
         net = UNetMulti(shape.num_classes, restitutes=shape.model in RESTITUTED)
     elif shape.model in TWO_HEADED_DEEPLAB:

@@ -188,7 +188,7 @@ def test_every_crop_offset_is_reachable_and_the_whole_image_is_a_crop(tmp_path):
         ((32, 24), 20, {(0, 0)}),
     ):
         samples = Samples(domain=domain_of(files, resize=resize), stage=1, per_epoch=6, epoch_length=6, pyramid=WHOLE)
-        assert {samples.crop_offset(position) for position in range(positions)} == expected
+        assert {samples.crop_offset(position, samples.domain.resize) for position in range(positions)} == expected
 
 
 def test_image_and_label_share_the_crop(tmp_path):

@@ -268,6 +268,12 @@ def check_common(given: Mapping[str, Any]) -> None:
           "--validation_rate acts only with a --select_by that validates")  # fmt: skip
 
 
+def check_start(given: Mapping[str, Any]) -> None:
+    """Raise `UserError` for weights of a backbone on the command line that `--init` replaces."""
+    for name in ("backbone_weights", "no_pretrained_backbone"):
+        check(not (given.get("init") and given.get(name)), f"--init and --{name} contradict each other; give one")
+
+
 def check_crop(crop: Size) -> None:
     """Raise `UserError` unless a crop is large enough for a segmentation net."""
     check(min(crop) >= SMALLEST_CROP, f"--crop_size {as_given(crop)}: both sides must be at least {SMALLEST_CROP}")

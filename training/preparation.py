@@ -106,6 +106,27 @@ def make_domain(
     return domain
 
 
+def make_pair(
+    config: Any, rank: Rank, *, source: FileList, target: FileList, sizes: Any, batch: int, image_roots: Sequence[str]
+) -> dict[str, Domain]:
+    """Labelled source and target images, mirrored at random, each list with at least a batch, as `make_domain`.
+
+    Args:
+        sizes: with the fields `src_resize`, `trg_resize` and `crop_size` of the flags; None as crop for whole images.
+    """
+    domains = {}
+    for name, files, resize, roots in (
+        ("source", source, sizes.src_resize, image_roots), ("target", target, sizes.trg_resize, ())
+    ):  # fmt: skip
+        if len(files) < batch:
+            raise UserError(f"--batch_size {batch}: there are {len(files)} {name} images")
+        domains[name] = make_domain(
+            config, rank, files, name, resize=resize, crop=sizes.crop_size or resize, flip=True,
+            labels=name == "source", image_roots=roots,
+        )  # fmt: skip
+    return domains
+
+
 def make_validator(
     config: Any, rank: Rank, files: FileList, *, flag: str = "--trg_labels", with_labels: bool, **fields: Any
 ) -> tuple[Validator, str]:

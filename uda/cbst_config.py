@@ -34,6 +34,7 @@ from uda.presets import PresetFlags
 METHODS = ("st", "cbst", "cbst-sp")
 IMAGE_WISE = ("iw_maxsquare", "iw_entropy")
 MAXSQUARE_METHODS = ("maxsquare", "entropy", *IMAGE_WISE, "hard")
+DDB_METHODS = ("ddb-cut", "ddb-class")
 TRAIN_FIRST = "train one first with train_semseg_on_source.py"
 
 
@@ -44,19 +45,37 @@ class MethodConfig:
     method: str = option(
         "cbst", "source: on labelled source images alone, with the flags of train_semseg_on_source.py; st: "
         "self-training with one threshold for all classes; cbst: with one for each class; cbst-sp: and a spatial "
-        "prior; maxsquare, entropy, iw_maxsquare, iw_entropy, hard: a loss on the predictions",
-        choices=("source", *METHODS, *MAXSQUARE_METHODS),
+        "prior; maxsquare, entropy, iw_maxsquare, iw_entropy, hard: a loss on the predictions; ddb-cut, ddb-class: a "
+        "teacher labels target images, which are mixed with source images by rectangles or by classes",
+        choices=("source", *METHODS, *MAXSQUARE_METHODS, *DDB_METHODS),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class LabellingConfig:
-    """How a net labels the target."""
+class ModeConfig:
+    """Whose arithmetic."""
 
     mode: str = option(
         "clean", "reference computes as the published code does; docs/uda.md lists the differences",
         choices=("clean", "reference"),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which state is kept."""
+
+    select_by: str = option(
+        "none", "keep a best state besides the last one: none, by mIoU on the target's val split, which then is no "
+        "test any more, or by the mutual information of the predictions, which needs no labels",
+        choices=("none", "miou", "label_free"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LabellingConfig(ModeConfig):
+    """How a net labels the target."""
+
     spatial_prior: str = path_option(
         "", "of cbst-sp: file of make_spatial_prior.py, or the published one", metavar="FILE"
     )
@@ -70,14 +89,8 @@ class LabellingConfig:
 
 
 @dataclass(frozen=True)
-class AdaptationConfig(LabellingConfig, InitConfig):
+class AdaptationConfig(LabellingConfig, SelectionConfig, InitConfig):
     """The net that is adapted, and how it labels the target."""
-
-    select_by: str = option(
-        "none", "keep a best round besides the last one: none, by mIoU on the target's val split, which then is no "
-        "test any more, or by the mutual information of the predictions, which needs no labels",
-        choices=("none", "miou", "label_free"),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from training.config import (
     ValidationConfig,
     check_common,
     check_crop,
+    check_start,
     default_semseg_weights,
     resolve_common,
 )
@@ -142,8 +143,7 @@ class SourceTrainingConfig(Config):
             check(name not in given, f"--{name} acts only with --target")
         both = given.get("val_list") and given.get("val_count")
         check(not both, "--val_list and --val_count contradict each other; give one")
-        for name in ("backbone_weights", "no_pretrained_backbone"):
-            check(not (given.get("init") and given.get(name)), f"--init and --{name} contradict each other; give one")
+        check_start(given)
 
     @classmethod
     def resolve(cls, flags: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from models.shapes import RESTITUTED, TWO_HEADED, SegmentationShape
 from training.distributed import Rank, all_reduce_and_step, zero_gradients
 from training.method import Method, Stage
 from training.precision import Runner, channels_last
-from training.preparation import make_domain, source_files, target_files, target_validator
+from training.preparation import make_pair, source_files, target_files, target_validator
 from training.run_folder import Continued
 from training.segmentation_files import trainable_net
 from training.synchronised_norm import synchronise_batch_norms
@@ -227,16 +227,9 @@ def prepare_maxsquare(config: MaxSquareConfig, rank: Rank, continued: Continued 
         config.source, shape.num_classes, images.src_label_dir, origin=f"--init {config.adaptation.init}"
     )
     target = target_files(config.target, shape.num_classes, labels=config.target.trg_labels)
-    for name, found in (("source", files), ("target", target)):
-        if len(found) < batch:
-            raise UserError(f"--batch_size {batch}: there are {len(found)} {name} images")
-    domains = {
-        name: make_domain(
-            config, rank, listed, name, resize=resize, crop=sizes.crop_size or resize, flip=True,
-            labels=name == "source", image_roots=images.source_images if name == "source" else (),
-        )
-        for name, listed, resize in (("source", files, sizes.src_resize), ("target", target, sizes.trg_resize))
-    }  # fmt: skip
+    domains = make_pair(
+        config, rank, source=files, target=target, sizes=sizes, batch=batch, image_roots=images.source_images
+    )
     method = MaxSquareTraining(config=config, rank=rank, net=net, shape=shape, **domains)
     method.validator, method.validation_line = target_validator(
         config, rank, files.data_set, target, shape.num_classes, config.adaptation.select_by, always=True

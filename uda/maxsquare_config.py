@@ -19,7 +19,7 @@ from training.config import (
     check_crop_fits,
 )
 from training.flags import Config, Size, check, check_not_negative, check_positive, option, size_option
-from uda.cbst_config import IMAGE_WISE, MAXSQUARE_METHODS, MethodConfig, check_shares
+from uda.cbst_config import IMAGE_WISE, MAXSQUARE_METHODS, MethodConfig, ModeConfig, SelectionConfig, check_shares
 from uda.config import AuxiliaryConfig, SourceImages
 
 PUBLISHED_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "cityscapes": (1024, 512)}
@@ -47,7 +47,7 @@ class SizesConfig(TargetConfig):
 
 
 @dataclass(frozen=True)
-class TargetLossConfig(AuxiliaryConfig, InitConfig):
+class TargetLossConfig(AuxiliaryConfig, ModeConfig, SelectionConfig, InitConfig):
     """The net that is adapted, and what it learns from the target."""
 
     model: str = option(
@@ -58,10 +58,6 @@ class TargetLossConfig(AuxiliaryConfig, InitConfig):
         None, "branches of the heads of a two-headed net that are computed (default: those of --init's, published 2)",
         choices=(2, 4), type=int,
     )  # fmt: skip
-    mode: str = option(
-        "clean", "reference computes as the published code does; docs/uda.md lists the differences",
-        choices=("clean", "reference"),
-    )  # fmt: skip
     lambda_target: float = option(0.1, "weight of the losses on the target")
     IW_ratio: float = option(0.2, "of iw_ methods: 0 weighs all pixels of an image alike, 1 all of its classes")
     threshold: float = option(0.95, "of hard and of --multi: probability above which a prediction is a label")
@@ -69,11 +65,6 @@ class TargetLossConfig(AuxiliaryConfig, InitConfig):
         0.0, "weight of the dual restitution loss on source, and of the cross-entropy of its heads; needs SNR"
     )
     freeze_bn: bool = option(False, "batch norms keep their statistics")
-    select_by: str = option(
-        "none", "keep a best state besides the last one: none, by mIoU on the target's val split, which then is no "
-        "test any more, or by the mutual information of the predictions, which needs no labels",
-        choices=("none", "miou", "label_free"),
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

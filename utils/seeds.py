@@ -3,7 +3,7 @@
 import numpy as np
 
 # The uses. A new one takes the next number; 0 to 2 are used where NumPy generators are seeded with lists.
-SCALE_WEIGHTS, STEP, NET_WEIGHTS = 3, 4, 5
+SCALE_WEIGHTS, STEP, NET_WEIGHTS, MIXING = 3, 4, 5, 6
 
 
 def seed_for(*parts: int) -> int:
