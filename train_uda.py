@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from training.flags import Config, build_parser, parse
-from uda.cbst_config import DDB_METHODS, MAXSQUARE_METHODS, MethodConfig, SelfTrainingConfig
+from uda.cbst_config import DDB_CKD, DDB_METHODS, MAXSQUARE_METHODS, MethodConfig, SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.ddb_ckd_config import DistillationTrainingConfig, DistilledSamplesConfig
 from uda.ddb_config import DDBConfig, SamplesConfig
 from uda.maxsquare_config import MaxSquareConfig, SizesConfig
 from uda.presets import listing
@@ -22,6 +23,7 @@ GROUPS, FIRST = SelfTrainingConfig.groups, SelfTrainingConfig.first
 MORE_GROUPS = {
     f"With --method {', '.join(MAXSQUARE_METHODS)}": [SizesConfig, *MaxSquareConfig.groups["method"]],
     f"With --method {', '.join(DDB_METHODS)}": [SamplesConfig, *DDBConfig.groups["method"]],
+    f"With --method {DDB_CKD}": [DistilledSamplesConfig, *DistillationTrainingConfig.groups["method"]],
 }
 
 
@@ -32,6 +34,7 @@ def flags_of(words: Sequence[str]) -> tuple[type[Config], Mapping[str, Sequence[
     if "source" in chosen:
         return SourceTrainingConfig, {"method": [MethodConfig], **SourceTrainingConfig.groups}
     config = DDBConfig if chosen.intersection(DDB_METHODS) else SelfTrainingConfig
+    config = DistillationTrainingConfig if DDB_CKD in chosen else config
     config = MaxSquareConfig if chosen.intersection(MAXSQUARE_METHODS) else config
     return config, config.groups
 

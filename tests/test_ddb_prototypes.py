@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from uda import prototypes
+from uda.ddb_losses import correct, weight_map, weighted_cross_entropy
+from uda.distillation import ensemble, hard_labels, soft_loss
 from uda.prototypes import Prototypes, class_means, distances, rectification, upsampled
 from uda_golden import load, over
 
@@ -21,19 +23,12 @@ def assert_near(found, expected, tolerance=1e-5, name=""):
     assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max()), name
 
 
-def empty(classes, channels, **made_from):
-    return Prototypes(
-        vectors=torch.zeros(classes, channels), counts=torch.zeros(classes, dtype=torch.int64), images=0,
-        made_from=made_from,
-    )  # fmt: skip
-
-
 @over("ddb_prototypes")
 def test_prototypes_of_a_stream(path, monkeypatch):
     data, meta = load(path)
     monkeypatch.setattr(prototypes, "LEAST_PIXELS", meta["min_pixels"])
     monkeypatch.setattr(prototypes, "MOST_IMAGES", meta["cap"])
-    found = empty(meta["num_classes"], meta["channels"])
+    found = Prototypes.empty(meta["num_classes"], meta["channels"], {})
     for number, batch in enumerate(meta["batches"]):
         size, prefix = (batch["H"], batch["W"]), f"batch{number}"
         vectors, classes = tensor(data, f"{prefix}/vector"), data[f"{prefix}/vector_class"].tolist()
@@ -54,7 +49,6 @@ def test_prototypes_of_a_stream(path, monkeypatch):
         assert torch.equal(torch.stack(listed).byte(), tensor(data, f"{prefix}/argmax"))
         assert_near(found.vectors, tensor(data, f"{prefix}/prototypes_after"))
         assert torch.equal(found.counts.float(), tensor(data, f"{prefix}/counts_after"))
-    assert found.images == sum(batch["n"] for batch in meta["batches"])
 
 
 @over("ddb_prototypes")
@@ -62,11 +56,11 @@ def test_classes_of_few_pixels_and_of_many_images(path, monkeypatch):
     data, meta = load(path)
     monkeypatch.setattr(prototypes, "LEAST_PIXELS", meta["min_pixels"])
     monkeypatch.setattr(prototypes, "MOST_IMAGES", meta["cap"])
-    found = empty(meta["num_classes"], meta["channels"])
+    found = Prototypes.empty(meta["num_classes"], meta["channels"], {})
     found.add(tensor(data, "minpix/feature")[0], tensor(data, "minpix/label")[0])
     assert_near(found.vectors, tensor(data, "minpix/prototypes"))
     assert torch.equal(found.counts.float(), tensor(data, "minpix/counts"))
-    found = empty(*data["cap/P0"].shape)
+    found = Prototypes.empty(*data["cap/P0"].shape, {})
     found.vectors, found.counts = tensor(data, "cap/P0").clone(), tensor(data, "cap/counts0").long()
     for vectors, expected, counts in zip(*(tensor(data, f"cap/{n}") for n in ("vectors", "P", "counts")), strict=True):
         # An image in which each class has a row, whose features are its vector.
@@ -112,3 +106,91 @@ def test_means_are_those_of_the_pixels(size):
         torch.testing.assert_close(means[k], up[:, label == k].mean(dim=1))
         assert pixels[k] == (label == k).sum()
     assert not means[3].any()
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+@over("ddb_ckd", lambda data, meta: [variant["name"] for variant in meta["variants"]])
+def test_distillation(path, item):
+    data, meta = load(path)
+    given = next(variant for variant in meta["variants"] if variant["name"] == item)
+    size, teachers = (meta["H"], meta["W"]), []
+    for name in ("cu", "ca"):
+        features = tensor(data, f"{name}_feature_low")
+        logits = upsampled(tensor(data, f"{name}_logits_low"), size)
+        near = rectification(features, tensor(data, f"{name}_prototypes"), None, size)
+        assert_near(near[:1], tensor(data, f"{name}_proto_weight"))
+        teachers.append((logits, near if given["proto_rectify"] else None))
+    assert_near(teachers[0][0][:1], tensor(data, "cu_logits_up"))
+    assert_near(upsampled(tensor(data, "cu_feature_low"), size)[:1], tensor(data, "cu_feature_up"))
+    student = {name: tensor(data, f"student_{name}_logits_low").requires_grad_(True) for name in ("src", "tgt")}
+    source, target = (upsampled(logits, size) for logits in student.values())
+    label = tensor(data, "src_label")[:, 0]
+    losses = {"stu_src.decode.loss_ce": weighted_cross_entropy(source, label)}
+    accuracies = {"stu_src": (source, label)}
+    if given["soft_distill"]:
+        losses["stu_tgt.loss_distill"] = given["soft_distill_w"] * soft_loss(target, teachers, given["temp"], True)
+    else:
+        probability = ensemble(teachers, not given["rectify_on_prob"], reference=True)
+        pseudo, confidence = hard_labels(probability, reference=True)
+        weight = torch.ones_like(confidence)
+        if given["use_pl_weight"]:
+            share = (confidence >= given["pseudo_threshold"]).double().mean()
+            assert float(share) == pytest.approx(given["weight_value"], rel=1e-6)
+            weight = weight_map(share, confidence, 0, 0)
+        assert torch.equal(pseudo.byte(), tensor(data, f"{item}/pseudo_label"))
+        assert_near(weight, tensor(data, f"{item}/weight").expand_as(weight))
+        if f"{item}/ensemble_prob" in data:
+            assert_near(probability[:1], tensor(data, f"{item}/ensemble_prob"))
+        losses["stu_tgt.decode.loss_ce"] = weighted_cross_entropy(target, pseudo, weight)
+        accuracies["stu_tgt"] = (target, pseudo)
+    sum(losses.values()).backward()
+    for name, (logits, labels) in accuracies.items():
+        accuracy = 100 * float(correct(logits, labels)) / labels.numel()
+        assert accuracy == pytest.approx(float(data[f"{item}/log/{name}.decode.acc_seg"]), rel=1e-5)
+    for name, loss in losses.items():
+        assert float(loss.detach()) == pytest.approx(float(data[f"{item}/log/{name}"]), rel=1e-5), name
+    assert {f"{item}/log/{name}" for name in losses} == {
+        name for name in data if name.startswith(f"{item}/log/stu_") and not name.endswith("acc_seg")
+    }
+    for name, logits in student.items():
+        assert_near(logits.grad, tensor(data, f"{item}/grad_{name}_low"), name=name)
+
+
+def test_what_the_soft_loss_is():
+    logits = [torch.tensor(values)[None, :, None, None] for values in ((2.0, 0.0), (0.0, 0.0))]
+    teachers = [(one, None) for one in logits]
+    for temperature, expected in ((1.0, 0.110944), (2.0, 4 * 0.0302999)):
+        loss = soft_loss(torch.zeros(1, 2, 1, 1), teachers, temperature, reference=False)
+        assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_nearer_teacher_decides():
+    """Example B of the specification, from probabilities and nearnesses."""
+    def prediction(probability, near):
+        shaped = [torch.tensor(values)[None, :, None, None] for values in (probability, near)]
+        return shaped[0].log(), shaped[1]
+
+    teachers = [prediction((0.6, 0.4), (0.268941, 0.731059)), prediction((0.45, 0.55), (0.622459, 0.377541))]
+    probability = ensemble(teachers, on_logits=False, reference=True)
+    torch.testing.assert_close(probability.flatten(), torch.tensor([0.220736, 0.250035]), atol=1e-6, rtol=0)
+    label, confidence = hard_labels(probability, reference=True)
+    assert (int(label), float(confidence)) == (1, pytest.approx(0.250035, abs=1e-6))
+    assert float(hard_labels(probability, reference=False)[1]) == pytest.approx(0.250035 / 0.470771, abs=5e-6)
+    plain = ensemble([(logits, None) for logits, _ in teachers], on_logits=False, reference=False)
+    torch.testing.assert_close(plain.flatten(), torch.tensor([0.525, 0.475]))
+
+
+def test_rectified_logits_mean_what_rectified_probabilities_mean():
+    """Also where logits are negative, which the published product would raise, and for a class that is far away."""
+    logits = torch.tensor([-3.0, -1.0, -2.0])[None, :, None, None]
+    near = torch.tensor([0.5, 0.5, 0.0])[None, :, None, None]
+    expected = near * logits.softmax(1)
+    found = ensemble([(logits, near)], on_logits=True, reference=False)
+    torch.testing.assert_close(found, expected / expected.sum())
+    student = torch.zeros(1, 3, 1, 1, requires_grad=True)
+    loss = soft_loss(student, [(logits, near)], 2.0, reference=False)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()

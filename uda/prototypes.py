@@ -1,4 +1,4 @@
-"""Class prototypes: the mean feature of each class over a target, and how near a pixel is to each (docs/uda.md, DDB)."""
+"""Class prototypes: the mean feature of each class over a target, and how near pixels are to them (docs/uda.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +36,12 @@ class Prototypes:
     images: int
     made_from: Mapping[str, Any]
 
+    @classmethod
+    def empty(cls, classes: int, channels: int, made_from: Mapping[str, Any]) -> "Prototypes":
+        """Of no image."""
+        counts = torch.zeros(classes, dtype=torch.int64)
+        return cls(vectors=torch.zeros(classes, channels), counts=counts, images=0, made_from=made_from)
+
     def add(self, features: Tensor, label: Tensor) -> None:
         """Count an image: its mean feature of every class that at least `LEAST_PIXELS` pixels are labelled with.
 
@@ -52,13 +58,10 @@ class Prototypes:
                 count = self.counts[k]
                 self.vectors[k] = (self.vectors[k] * count + means[k]) / (count + 1)
                 self.counts[k] = min(count + 1, MOST_IMAGES)
-        self.images += 1
 
     def save(self, path: Path) -> None:
         """Write them to a file, atomically. Raises `UserError`."""
-        content = {"kind": KIND, "prototypes": self.vectors, "counts": self.counts, "images": self.images,
-                   "made_from": dict(self.made_from)}  # fmt: skip
-        atomic_write(path, partial(torch.save, content))
+        atomic_write(path, partial(torch.save, {"kind": KIND, **vars(self)}))
 
     @property
     def finished(self) -> bool:
@@ -74,10 +77,7 @@ def load_prototypes(path: Path, flag: str) -> Prototypes:
         raise UserError(f"{flag} {error}") from None
     if not isinstance(content, Mapping) or content.get("kind") != KIND:
         raise UserError(f"{flag} {path}: no file of calculate_prototypes.py")
-    return Prototypes(
-        vectors=content["prototypes"], counts=content["counts"], images=content["images"],
-        made_from=content["made_from"],
-    )  # fmt: skip
+    return Prototypes(**{name: content[name] for name in Prototypes.__dataclass_fields__})
 
 
 def class_means(features: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
