@@ -46,8 +46,8 @@ class MethodConfig:
         "cbst", "source: on labelled source images alone, with the flags of train_semseg_on_source.py; st: "
         "self-training with one threshold for all classes; cbst: with one for each class; cbst-sp: and a spatial "
         "prior; maxsquare, entropy, iw_maxsquare, iw_entropy, hard: a loss on the predictions; ddb-cut, ddb-class: a "
-        "teacher labels target images, which are mixed with source images by rectangles or by classes; ddb-ckd: the two "
-        "label them for another net",
+        "teacher labels target images, which are mixed with source images by rectangles or by classes; ddb-ckd: "
+        "these two label them for another net",
         choices=("source", *METHODS, *MAXSQUARE_METHODS, *DDB_METHODS, DDB_CKD),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The second step of deliberated domain bridging (docs/uda.md, section DDB): two teachers are distilled into one net.
 
-The nets of `ddb-cut` and of `ddb-class`, frozen, label clean target images together; a net that begins anew learns these
-labels on strongly augmented images, and those of source images.
+The nets of `ddb-cut` and of `ddb-class`, frozen, label clean target images together; a net that begins anew learns
+these labels on strongly augmented images, and those of source images.
 """
 
 import hashlib
