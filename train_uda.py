@@ -19,6 +19,10 @@ from uda.maxsquare_config import MaxSquareConfig, SizesConfig
 from uda.presets import listing
 from utils.errors import run_cli
 
+CONFIGS = {
+    "source": SourceTrainingConfig, **dict.fromkeys(MAXSQUARE_METHODS, MaxSquareConfig),
+    **dict.fromkeys(DDB_METHODS, DDBConfig), DDB_CKD: DistillationTrainingConfig,
+}  # fmt: skip
 GROUPS, FIRST = SelfTrainingConfig.groups, SelfTrainingConfig.first
 MORE_GROUPS = {
     f"With --method {', '.join(MAXSQUARE_METHODS)}": [SizesConfig, *MaxSquareConfig.groups["method"]],
@@ -30,13 +34,10 @@ MORE_GROUPS = {
 def flags_of(words: Sequence[str]) -> tuple[type[Config], Mapping[str, Sequence[type]]]:
     """The configuration of the method that a command line names, and the groups of its flags."""
     split = [word for argument in words for word in argument.split("=", 1)]
-    chosen = {value for flag, value in pairwise(split) if flag == "--method"}
-    if "source" in chosen:
-        return SourceTrainingConfig, {"method": [MethodConfig], **SourceTrainingConfig.groups}
-    config = DDBConfig if chosen.intersection(DDB_METHODS) else SelfTrainingConfig
-    config = DistillationTrainingConfig if DDB_CKD in chosen else config
-    config = MaxSquareConfig if chosen.intersection(MAXSQUARE_METHODS) else config
-    return config, config.groups
+    chosen = [value for flag, value in pairwise(split) if flag == "--method"]
+    config = CONFIGS.get(chosen[-1] if chosen else "", SelfTrainingConfig)
+    more = {"method": [MethodConfig]} if config is SourceTrainingConfig else {}
+    return config, {**more, **config.groups}
 
 
 def main() -> None:
