@@ -19,10 +19,8 @@ from uda.maxsquare_config import MaxSquareConfig, SizesConfig
 from uda.presets import listing
 from utils.errors import run_cli
 
-CONFIGS = {
-    "source": SourceTrainingConfig, **dict.fromkeys(MAXSQUARE_METHODS, MaxSquareConfig),
-    **dict.fromkeys(DDB_METHODS, DDBConfig), DDB_CKD: DistillationTrainingConfig,
-}  # fmt: skip
+CONFIGS = {"source": SourceTrainingConfig, DDB_CKD: DistillationTrainingConfig}
+CONFIGS |= dict.fromkeys(MAXSQUARE_METHODS, MaxSquareConfig) | dict.fromkeys(DDB_METHODS, DDBConfig)
 GROUPS, FIRST = SelfTrainingConfig.groups, SelfTrainingConfig.first
 MORE_GROUPS = {
     f"With --method {', '.join(MAXSQUARE_METHODS)}": [SizesConfig, *MaxSquareConfig.groups["method"]],
