@@ -291,7 +291,11 @@ CASES = {
     }, change=_narrow),
     "ddb-ckd": distillation({"use_pl_weight": True, "pseudo_threshold": 0.1, "select_by": "miou"}),
     "ddb-ckd-soft-reference": distillation({"soft_distill": True, "mode": "reference"}, change=_with_batch_norm),
-    "ddb-ckd-unrectified": distillation({"rectify": "none", "cut_prototypes": "", "class_prototypes": ""}),
+    "ddb-ckd-unrectified": distillation({"rectify": "none", "cut_prototypes": "", "class_prototypes": ""}, learning={
+        **LEARNABLE, "trg_data_dir": "{world}/evening", "trg_resize": (48, 32), "num_steps": 30, "batch_size": 4,
+        "validation_rate": 30, "warmup_steps": 0, "lr_semseg": 3e-3,
+        **dict.fromkeys(("cut_teacher", "class_teacher"), f"{{world}}/{SOURCE_NET}"),
+    }, adapts=True),
     "cbst-sp-reference": self_training(
         "cbst-sp", {"spatial_prior": "{world}/prior.mat", "mode": "reference"}, change=_with_batch_norm
     ),

@@ -114,6 +114,14 @@ def test_a_net_without_features_is_refused(world, tmp_path, run_script):
     assert not (tmp_path / "out.pth").exists()
 
 
+def test_features_that_are_not_finite_are_refused(world, tmp_path, run_script):
+    huge = {"head.stages.2.4.weight": torch.full((16,), 3e38), "head.stages.2.4.bias": torch.full((16,), 3e38)}
+    other = save_net(tmp_path / "net.pth", num_classes=5, **huge)
+    flags = flags_for(world, other, tmp_path / "out.pth")
+    check_refusal(run_script(calculate_prototypes, *flags), "features are not finite")
+    assert not (tmp_path / "out.pth").exists()
+
+
 def test_an_image_that_cannot_be_used_is_refused_or_skipped(net, tmp_path, run_script):
     (tmp_path / "images").mkdir()
     for name in ("a.png", "b.png", "c.png"):

@@ -50,9 +50,13 @@ class Prototypes:
         Args:
             features: (D,h,w), upsampled bilinearly to the label's size.
             label: integer (H,W), classes below C.
+
+        Raises:
+            UserError: a mean is not finite.
         """
-        means, pixels = class_means(features, label, len(self.counts))
-        means, pixels = means.cpu(), pixels.cpu()
+        means, pixels = (values.cpu() for values in class_means(features, label, len(self.counts)))
+        if not means.isfinite().all():
+            raise UserError("the net's features are not finite: its training diverged")
         for k in range(len(self.counts)):
             if pixels[k] >= LEAST_PIXELS and means[k].sum() != 0:
                 count = self.counts[k]
@@ -75,9 +79,10 @@ def load_prototypes(path: Path, flag: str) -> Prototypes:
         content = read_tensor_file(path)
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
-    if not isinstance(content, Mapping) or content.get("kind") != KIND:
+    known = Prototypes.__dataclass_fields__.keys()
+    if not isinstance(content, Mapping) or content.get("kind") != KIND or not known <= content.keys():
         raise UserError(f"{flag} {path}: no file of calculate_prototypes.py")
-    return Prototypes(**{name: content[name] for name in Prototypes.__dataclass_fields__})
+    return Prototypes(**{name: content[name] for name in known})
 
 
 def class_means(features: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
