@@ -29,8 +29,10 @@ from training.progress import Progress
 from uda.cbst import prepare_self_training
 from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.ddb import prepare_ddb
 from uda.ddb_ckd import prepare_distillation
 from uda.ddb_ckd_config import DistillationTrainingConfig
+from uda.ddb_config import DDBConfig
 from uda.maxsquare import prepare_maxsquare
 from uda.maxsquare_config import MaxSquareConfig
 from uda.restitution import RestitutionHeads
@@ -241,6 +243,21 @@ def maxsquare(method: str, flags: Mapping[str, Any] | None = None, **more: Any) 
     )  # fmt: skip
 
 
+DDB = {
+    "trg_data_dir": "{world}/cityscapes", "model": "UNet", "init": f"{{world}}/{SOURCE_NET}", "trg_resize": (40, 32),
+    "num_steps": 6, "batch_size": 3, "lr_semseg": 1e-3, "warmup_steps": 2, "validation_rate": 2,
+    "pseudo_threshold": 0.06,
+}  # fmt: skip
+
+
+def ddb(method: str, flags: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    """A net that learns from its teacher."""
+    return Case(
+        config=DDBConfig, prepare=prepare_ddb, flags={**DDB, "method": method, **(flags or {})},
+        stops=((0, 1), (0, 4)), adapts=True, **more,
+    )  # fmt: skip
+
+
 DISTILLATION = {
     "method": "ddb-ckd", "model": "UNet", "trg_data_dir": "{world}/cityscapes", "trg_resize": (40, 32), "num_steps": 6,
     "batch_size": 3, "lr_semseg": 1e-3, "validation_rate": 2, "cut_teacher": "{world}/cut.pth",
@@ -263,6 +280,10 @@ ADAPTABLE = {
     "trg_data_dir": "{world}/evening", "num_round": 4, "batch_size": 4, "base_lr": 2e-2, "crop_size": 32,
     "epoch_per_round": 3, "init_tgt_port": 0.3, "step_tgt_port": 0.2, "max_tgt_port": 0.9, "init_src_port": 1.0,
     "mine_port": 0.5, "select_by": "none",
+}  # fmt: skip
+BRIDGED = {
+    **LEARNABLE, "trg_data_dir": "{world}/evening", "trg_resize": (48, 32), "num_steps": 30, "batch_size": 4,
+    "lr_semseg": 1e-3, "warmup_steps": 0, "validation_rate": 30, "pseudo_threshold": 0.8,
 }  # fmt: skip
 CASES = {
     "procst-group": procst(no_semseg=True, norm=("group",), learning={
@@ -289,11 +310,15 @@ CASES = {
         "init": f"{{world}}/{TWO_HEADED_NET}", "multi": True, "threshold": 0.3, "lambda_restitution": 0.1,
         "select_by": "miou",
     }, change=_narrow),
+    "ddb-cut": ddb("ddb-cut", {"select_by": "miou"}, learning=BRIDGED),
+    "ddb-class": ddb("ddb-class", learning=BRIDGED),
+    "ddb-cut-batchnorm": ddb("ddb-cut", {"photometric_distortion": True}, change=_with_batch_norm),
+    "ddb-class-reference": ddb("ddb-class", {"mode": "reference", "ignore_top": 3}, change=_with_batch_norm),
+    "ddb-dropout": ddb("ddb-cut", change=_with_dropout, has_dropout=True),
     "ddb-ckd": distillation({"use_pl_weight": True, "pseudo_threshold": 0.1, "select_by": "miou"}),
     "ddb-ckd-soft-reference": distillation({"soft_distill": True, "mode": "reference"}, change=_with_batch_norm),
     "ddb-ckd-unrectified": distillation({"rectify": "none", "cut_prototypes": "", "class_prototypes": ""}, learning={
-        **LEARNABLE, "trg_data_dir": "{world}/evening", "trg_resize": (48, 32), "num_steps": 30, "batch_size": 4,
-        "validation_rate": 30, "warmup_steps": 0, "lr_semseg": 3e-3,
+        **BRIDGED, "lr_semseg": 3e-3,
         **dict.fromkeys(("cut_teacher", "class_teacher"), f"{{world}}/{SOURCE_NET}"),
     }, adapts=True),
     "cbst-sp-reference": self_training(

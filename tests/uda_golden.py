@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import GOLDEN_DIR
 from data_handlers.images import NetworkInput
@@ -61,3 +62,11 @@ def search(maps, run, reference=True):
     for confidences in maps:
         lower.add(confidences)
     return plan, lower.thresholds()
+
+
+def check_close(found, expected, tolerance, name=""):
+    """Values differ by at most the tolerance, relative to the largest magnitude that is expected."""
+    found, expected = (torch.as_tensor(value).detach().double() for value in (found, expected))
+    assert found.shape == expected.shape, name
+    difference = float((found - expected).abs().max())
+    assert difference <= tolerance * float(expected.abs().max()), f"{name}: {difference}"
