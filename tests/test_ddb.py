@@ -245,8 +245,8 @@ def test_the_distance_of_features_is_learned(small_world, tmp_path, classes):
         net.network_input, net.start = method.net.network_input, ""
         teacher = replace(method.config.teacher, lambda_features=weight)
         method = type(method)(
-            config=replace(method.config, teacher=teacher), rank=Rank(), net=net, imagenet=Features().backbone.requires_grad_(False),
-            **method.domains,
+            config=replace(method.config, teacher=teacher), rank=Rank(), net=net,
+            imagenet=Features().backbone.requires_grad_(False), **method.domains,
         )  # fmt: skip
         method.imagenet.load_state_dict(net.backbone.state_dict())
         losses = [float(method.step(batch, 0, step)["Source/FeatureDistance"]) / weight
