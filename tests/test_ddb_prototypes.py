@@ -60,11 +60,11 @@ def test_classes_of_few_pixels_and_of_many_images(path, monkeypatch):
     found.add(tensor(data, "minpix/feature")[0], tensor(data, "minpix/label")[0])
     assert_near(found.vectors, tensor(data, "minpix/prototypes"))
     assert torch.equal(found.counts.float(), tensor(data, "minpix/counts"))
-    found = Prototypes.empty(*data["cap/P0"].shape, {})
+    found, width = Prototypes.empty(*data["cap/P0"].shape, {}), meta["min_pixels"]
     found.vectors, found.counts = tensor(data, "cap/P0").clone(), tensor(data, "cap/counts0").long()
     for vectors, expected, counts in zip(*(tensor(data, f"cap/{n}") for n in ("vectors", "P", "counts")), strict=True):
         # An image in which each class has a row, whose features are its vector.
-        found.add(vectors.T[..., None].expand(-1, -1, 16), torch.arange(len(vectors))[:, None].expand(-1, 16))
+        found.add(vectors.T[..., None].expand(-1, -1, width), torch.arange(len(vectors))[:, None].expand(-1, width))
         assert_near(found.vectors, expected)
         assert torch.equal(found.counts.float(), counts)
 
