@@ -11,17 +11,21 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from training.flags import Config, build_parser, parse
-from uda.cbst_config import DDB_METHODS, MAXSQUARE_METHODS, MethodConfig, SelfTrainingConfig
+from uda.cbst_config import DDB_CKD, DDB_METHODS, MAXSQUARE_METHODS, MethodConfig, SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.ddb_ckd_config import DistillationTrainingConfig, DistilledSamplesConfig
 from uda.ddb_config import DDBConfig, SamplesConfig
 from uda.maxsquare_config import MaxSquareConfig, SizesConfig
 from uda.presets import PresetFlags, listing, preset
 from utils.errors import run_cli
 
+CONFIGS = {"source": SourceTrainingConfig, DDB_CKD: DistillationTrainingConfig}
+CONFIGS |= dict.fromkeys(MAXSQUARE_METHODS, MaxSquareConfig) | dict.fromkeys(DDB_METHODS, DDBConfig)
 GROUPS, FIRST = SelfTrainingConfig.groups, SelfTrainingConfig.first
 MORE_GROUPS = {
     f"With --method {', '.join(MAXSQUARE_METHODS)}": [SizesConfig, *MaxSquareConfig.groups["method"]],
     f"With --method {', '.join(DDB_METHODS)}": [SamplesConfig, *DDBConfig.groups["method"]],
+    f"With --method {DDB_CKD}": [DistilledSamplesConfig, *DistillationTrainingConfig.groups["method"]],
 }
 
 
@@ -29,11 +33,9 @@ def flags_of(words: Sequence[str]) -> tuple[type[Config], Mapping[str, Sequence[
     """The configuration of the method that a command line or its preset names, and the groups of its flags."""
     given = dict(pairwise(word for argument in words for word in argument.split("=", 1)))
     method = given.get("--method") or (preset(given["--preset"])["method"] if "--preset" in given else "")
-    if method == "source":
-        return SourceTrainingConfig, {"method": [PresetFlags, MethodConfig], **SourceTrainingConfig.groups}
-    config = DDBConfig if method in DDB_METHODS else SelfTrainingConfig
-    config = MaxSquareConfig if method in MAXSQUARE_METHODS else config
-    return config, config.groups
+    config = CONFIGS.get(method, SelfTrainingConfig)
+    more = {"method": [PresetFlags, MethodConfig]} if config is SourceTrainingConfig else {}
+    return config, {**more, **config.groups}
 
 
 def main() -> None:

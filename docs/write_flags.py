@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import calculate_prototypes
 import create_sit_dataset
 import evaluate
 import generate_pseudo_labels
@@ -23,7 +24,7 @@ from training.flags import flag_of, options_of, shown_default
 
 SCRIPTS = (
     train_procst, create_sit_dataset, train_semseg_on_source, train_uda, make_spatial_prior,
-    generate_pseudo_labels, evaluate, measure_domain_distance, make_toy_data, make_demo,
+    generate_pseudo_labels, calculate_prototypes, evaluate, measure_domain_distance, make_toy_data, make_demo,
 )  # fmt: skip
 HEAD = """# All flags
 

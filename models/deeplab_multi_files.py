@@ -47,35 +47,41 @@ def our_name(name: str) -> str:
     return named
 
 
-def read_two_headed(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of an authors' two-headed net by our names, None where the file holds another thing.
+def read_published(path: Path) -> dict[str, Any]:
+    """The state dict of a published net: bare, or as `state_dict` in a dictionary; without `module.` before its names.
 
-    The file is a state dict or a dictionary with one as `state_dict`, whose names may start with `module.`.
-
-    Raises:
-        UserError: missing or damaged.
+    It is empty where the file holds another thing. Raises `UserError`: missing or damaged.
     """
     stubs = [(type(name, (_Skipped,), {}), name) for name in _NUMBERS]
     with torch.serialization.safe_globals(stubs):
         content = read_tensor_file(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
-        return None
-    theirs = {str(name).removeprefix("module."): value for name, value in state.items()}
+    named = state.items() if isinstance(state, Mapping) else ()
+    return {str(name).removeprefix("module."): value for name, value in named}
+
+
+def two_headed(theirs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of an authors' two-headed net by our names, None where the state dict is of another net."""
     if any(getattr(theirs.get(name), "ndim", 0) != 4 for name in (FIRST, "layer6.conv2d_list.0.weight")):
         return None
-    theirs[FIRST] = theirs[FIRST].flip(1)
+    theirs = {**theirs, FIRST: theirs[FIRST].flip(1)}
     return {our_name(name): value for name, value in theirs.items()}
 
 
 def traits_of(state: Mapping[str, Tensor], origin: str) -> tuple[str, int, bool]:
     """Backbone, classes and whether it restitutes of a net by our names. Raises `UserError` for no known backbone."""
+    classes = len(state["head.main.branches.0.weight"])
+    return backbone_of(state, origin), classes, "backbone.snr.0.norm.weight" in state
+
+
+def backbone_of(state: Mapping[str, Tensor], origin: str) -> str:
+    """The ResNet of a net by our names. Raises `UserError`, which names `origin`, if it is none that is known."""
     blocks = tuple(len({n.split(".")[2] for n in state if n.startswith(f"backbone.layer{k}.")}) for k in range(1, 5))
     expansion = 4 if "backbone.layer1.0.conv3.weight" in state else 1
     found = [name for name, (block, counts) in RESNETS.items() if (block.expansion, counts) == (expansion, blocks)]
     if not found:
         raise UserError(f"{origin}: its backbone of {blocks} blocks is none of {', '.join(RESNETS)}")
-    return found[0], len(state["head.main.branches.0.weight"]), "backbone.snr.0.norm.weight" in state
+    return found[0]
 
 
 def fill(net: DeepLabMulti, state: Mapping[str, Tensor], origin: str) -> list[str]:
@@ -88,7 +94,7 @@ def fill(net: DeepLabMulti, state: Mapping[str, Tensor], origin: str) -> list[st
         UserError: see `load_network`.
     """
     new = _restitution(net, state)
-    load_network(net, _counters(net) | new | dict(state), origin)
+    load_network(net, counters(net) | new | dict(state), origin)
     return list(new)
 
 
@@ -118,11 +124,11 @@ def load_two_headed_backbone(net: DeepLabMulti, weights: Mapping[str, Tensor], o
         state[FIRST] = first.flip(1) if published else first / std
     backbone = net.backbone
     new = _restitution(backbone, state)
-    load_network(backbone, _counters(backbone) | new | state, origin)
+    load_network(backbone, counters(backbone) | new | state, origin)
     return new_tensors(list(new), origin)
 
 
-def _counters(net: nn.Module) -> dict[str, Tensor]:
+def counters(net: nn.Module) -> dict[str, Tensor]:
     """The counters of batch norm, which nothing reads and older files do not hold."""
     return {name: value for name, value in net.state_dict().items() if name.endswith(".num_batches_tracked")}
 

@@ -13,14 +13,14 @@ from torch import nn
 from torch.optim import SGD
 
 from data_handlers.images import IMAGENET_INPUT, PROCST_INPUT
-from models.deeplab import DeepLab, DilatedSumHead, FiveBranchHead
+from models.deeplab import AdapterHead, DeepLab, DeepLabDDB, DilatedSumHead, FiveBranchHead
 from models.deeplab_multi import CAFFE_INPUT, DeepLabMulti
 from models.deeplab_multi_files import load_two_headed_backbone
 from models.fcn8s import FCN8s
-from models.resnet import ResNet
+from models.resnet import DEEP_STEM, DDBResNet, ResNet
 from models.resnet38 import ResNet38
 from models.resnet38_files import load_resnet38_backbone
-from models.shapes import RESTITUTED, SMP_MODELS, TWO_HEADED_DEEPLAB, TWO_HEADED_UNET, SegmentationShape
+from models.shapes import DDB_MODEL, RESTITUTED, SMP_MODELS, TWO_HEADED_DEEPLAB, TWO_HEADED_UNET, SegmentationShape
 from models.smp import SmpNet
 from models.unet import UNet, UNetMulti
 from models.vgg import starting_weights
@@ -45,6 +45,9 @@ def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
         net = ResNet38(shape.num_classes)
     elif shape.model in SMP_MODELS:
         net = SmpNet(shape)
+    elif shape.model == DDB_MODEL:
+        backbone = DDBResNet(shape.backbone)
+        net = DeepLabDDB(backbone, AdapterHead(backbone.out_channels, shape.num_classes))
     elif shape.model in TWO_HEADED_UNET:
         net = UNetMulti(shape.num_classes, restitutes=shape.model in RESTITUTED)
     elif shape.model in TWO_HEADED_DEEPLAB:
@@ -58,7 +61,8 @@ def build_segmentation_net(shape: SegmentationShape) -> nn.Module:
         net = DeepLab(backbone, head(backbone.out_channels, shape.num_classes))
     net.start = ""
     if shape.model not in SMP_MODELS:
-        inputs = {"ResNet38": IMAGENET_INPUT, **dict.fromkeys(TWO_HEADED_DEEPLAB, CAFFE_INPUT)}
+        inputs = dict.fromkeys(("ResNet38", DDB_MODEL), IMAGENET_INPUT)
+        inputs |= dict.fromkeys(TWO_HEADED_DEEPLAB, CAFFE_INPUT)
         net.network_input = inputs.get(shape.model, PROCST_INPUT)
     return net
 
@@ -95,6 +99,11 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> str:
                 "classifier (--backbone_weights FILE.params), or --no_pretrained_backbone"
             )
         return load_resnet38_backbone(net, Path(weights), "--backbone_weights")
+    if backbone.endswith(DEEP_STEM) and weights == "imagenet":
+        raise UserError(
+            f"--backbone_weights imagenet: torchvision has no weights of {backbone}; give mmsegmentation's file of it "
+            f"(--backbone_weights FILE), --backbone {backbone.removesuffix(DEEP_STEM)}, or --no_pretrained_backbone"
+        )
     if isinstance(net, SmpNet) and weights == "imagenet":
         return net.load_imagenet()
     if is_mxnet_file(Path(weights)):
@@ -114,6 +123,15 @@ def load_backbone(net: nn.Module, backbone: str, weights: str) -> str:
     counters = {name: value for name, value in own.items() if name.endswith(".num_batches_tracked")}
     load_network(net.backbone, counters | state, origin)
     return ""
+
+
+def require_features(net: nn.Module, origin: str) -> None:
+    """Raise `UserError`, which begins with `origin`, unless the net has features for prototypes.
+
+    Such a net has a method `features_and_logits`: images (B,3,h,w) to features (B,D,h',w') and logits (B,C,h,w).
+    """
+    if not hasattr(net, "features_and_logits"):
+        raise UserError(f"{origin}: a net without features for prototypes; {DDB_MODEL} and UNet have them")
 
 
 def require_classes(num_classes: int, data_set: str, id_map: Mapping[int, int], origin: str = "") -> None:

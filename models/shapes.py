@@ -10,10 +10,12 @@ from utils.errors import UserError
 SMALLEST_CROP = 16  # pixels; below this nothing is left to train on at output stride 8
 
 _RESNETS = ("resnet101", "resnet50", "resnet34", "resnet18")
+DDB_MODEL = "DeepLabV2DDB"
 # Backbones of each model, the published one first.
 MODEL_BACKBONES = {
     "DeepLabV2": _RESNETS, "DeepLab": _RESNETS, "VGG": ("vgg16",), "UNet": ("none",), "ResNet38": ("resnet38",),
     "DeepLabV2Multi": _RESNETS, "DeepLabV2MultiSNR": _RESNETS, "UNetMulti": ("none",), "UNetMultiSNR": ("none",),
+    DDB_MODEL: (*(f"{name}_v1c" for name in _RESNETS), *_RESNETS),
 }  # fmt: skip
 TWO_HEADED_DEEPLAB, TWO_HEADED_UNET = ("DeepLabV2Multi", "DeepLabV2MultiSNR"), ("UNetMulti", "UNetMultiSNR")
 TWO_HEADED = (*TWO_HEADED_DEEPLAB, *TWO_HEADED_UNET)

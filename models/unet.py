@@ -65,11 +65,15 @@ class UNetDecoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Features of `UNetEncoder` -> logits (B,num_classes,h,w)."""
+        return self.classify(self.hidden(features))
+
+    def hidden(self, features: list[Tensor]) -> Tensor:
+        """Features of `UNetEncoder` -> those of the last hidden layer (B,16,h,w)."""
         *skips, x = features
         for stage, skip in zip(self.stages, reversed(skips), strict=True):
             x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
             x = stage(torch.cat([skip, x], dim=1))
-        return self.classify(x)
+        return x
 
 
 class UNet(nn.Module):
@@ -87,6 +91,11 @@ class UNet(nn.Module):
         """(B,3,h,w) in [-1,1] -> logits (B,num_classes,h,w)."""
         # Its group norms of few channels are slow on images laid out channels last.
         return self.head(self.backbone(image.contiguous()))
+
+    def features_and_logits(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,3,h,w) -> features (B,16,h,w) and logits (B,num_classes,h,w)."""
+        features = self.head.hidden(self.backbone(image.contiguous()))
+        return features, self.head.classify(features)
 
 
 class UNetMulti(nn.Module):

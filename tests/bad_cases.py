@@ -77,6 +77,10 @@ def pseudo_labels(**changes):
     return command({"gpus": "cpu", "weights": "net.pth", "trg_data_dir": "cityscapes", "output": "labels"}, changes)
 
 
+def prototypes(**changes):
+    return command({"gpus": "cpu", "weights": "net.pth", "trg_data_dir": "cityscapes", "output": "p.pth"}, changes)
+
+
 def prior(**changes):
     return command({"src_data_dir": "gta", "prior_size": (32, 16), "output": "prior.mat"}, changes)
 
@@ -405,6 +409,15 @@ FOLDERS = [
          foreign("labels")),
     Case("generate_pseudo_labels", "prior", pseudo_labels(spatial_prior="net.pth"), ("net.pth", "no MATLAB file")),
     Case("generate_pseudo_labels", "portion", pseudo_labels(portion=2), ("--portion is 2",)),
+    Case("calculate_prototypes", "net", prototypes(weights="missing.pth"), ("--weights", "missing.pth"),
+         own_process=True),
+    Case("calculate_prototypes", "target", prototypes(trg_data_dir="nowhere"), ("--trg_data_dir", "nowhere")),
+    Case("calculate_prototypes", "features", prototypes(weights="other.pth"), ("other.pth", "without features"),
+         net(model="DeepLab", backbone="resnet18")),
+    Case("calculate_prototypes", "foreign", prototypes(output="net.pth"), ("--output", "net.pth", "no file of"), None),
+    Case("calculate_prototypes", "output", prototypes(output="gta"), ("--output", "gta", "folder")),
+    Case("calculate_prototypes", "several", prototypes(gpus=("cpu", "cpu")), ("--gpus", "one device")),
+    Case("calculate_prototypes", "size", prototypes(trg_resize=(0, 2)), ("--trg_resize is 0 2",)),
     Case("make_spatial_prior", "source", prior(src_data_dir="nowhere"), ("--src_data_dir", "nowhere"),
          own_process=True),
     Case("make_spatial_prior", "palette", prior(), (LABEL, "id 200"), spoiling(LABEL, hostile.unknown_id)),

@@ -22,7 +22,7 @@ from models.deeplab_multi import PartialSumHead
 from models.restitution import Restitution
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
-from nets import checkpoint_of
+from nets import checkpoint_of, save_net, save_prototypes
 from training.checkpoint import LATEST
 from training.distributed import Rank
 from training.loop import Loop
@@ -31,6 +31,8 @@ from uda.cbst import prepare_self_training
 from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
 from uda.ddb import prepare_ddb
+from uda.ddb_ckd import prepare_distillation
+from uda.ddb_ckd_config import DistillationTrainingConfig
 from uda.ddb_config import DDBConfig
 from uda.maxsquare import prepare_maxsquare
 from uda.maxsquare_config import MaxSquareConfig
@@ -51,6 +53,8 @@ def write_world(root: Path) -> Path:
         shape = SegmentationShape(*shape)
         torch.manual_seed(5)
         checkpoint_of(shape, build_segmentation_net(shape).state_dict()).save(root / name)
+    for name, weights in (("cut", {}), ("class", {"head.classify.bias": torch.linspace(-1, 1, 19)})):
+        save_prototypes(root / f"{name}_prototypes.pth", save_net(root / f"{name}.pth", **weights), seed=len(name))
     write_spatial_prior(root / "prior.mat", np.random.default_rng(3).random((19, 16, 20)))
     return root
 
@@ -256,6 +260,22 @@ def ddb(method: str, flags: Mapping[str, Any] | None = None, **more: Any) -> Cas
     )  # fmt: skip
 
 
+DISTILLATION = {
+    "method": "ddb-ckd", "model": "UNet", "trg_data_dir": "{world}/cityscapes", "trg_resize": (40, 32), "num_steps": 6,
+    "batch_size": 3, "lr_semseg": 1e-3, "validation_rate": 2, "cut_teacher": "{world}/cut.pth",
+    "class_teacher": "{world}/class.pth", "cut_prototypes": "{world}/cut_prototypes.pth",
+    "class_prototypes": "{world}/class_prototypes.pth",
+}  # fmt: skip
+
+
+def distillation(flags: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    """Distillation of two teachers, of six steps."""
+    return Case(
+        config=DistillationTrainingConfig, prepare=prepare_distillation, flags={**DISTILLATION, **(flags or {})},
+        stops=((0, 1), (0, 4)), **more,
+    )  # fmt: skip
+
+
 SHORT = {"batch_size": 4, "val_count": 4, "validation_rate": 15, "lr_semseg": 2e-2}
 LEARNABLE = {"src_resize": (48, 32), "crop_size": (48, 32)}
 ADAPTABLE = {
@@ -298,6 +318,12 @@ CASES = {
     "ddb-cut-batchnorm": ddb("ddb-cut", {"photometric_distortion": True}, change=_with_batch_norm),
     "ddb-class-reference": ddb("ddb-class", {"mode": "reference", "ignore_top": 3}, change=_with_batch_norm),
     "ddb-dropout": ddb("ddb-cut", change=_with_dropout, has_dropout=True),
+    "ddb-ckd": distillation({"use_pl_weight": True, "pseudo_threshold": 0.1, "select_by": "miou"}),
+    "ddb-ckd-soft-reference": distillation({"soft_distill": True, "mode": "reference"}, change=_with_batch_norm),
+    "ddb-ckd-unrectified": distillation({"rectify": "none", "cut_prototypes": "", "class_prototypes": ""}, learning={
+        **BRIDGED, "lr_semseg": 3e-3,
+        **dict.fromkeys(("cut_teacher", "class_teacher"), f"{{world}}/{SOURCE_NET}"),
+    }, adapts=True),
     "cbst-sp-reference": self_training(
         "cbst-sp", {"spatial_prior": "{world}/prior.mat", "mode": "reference"}, change=_with_batch_norm
     ),

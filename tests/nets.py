@@ -7,6 +7,9 @@ import torch
 from models.segmentation import build_segmentation_net
 from models.shapes import SegmentationShape
 from training.checkpoint import Checkpoint
+from training.segmentation_files import load_segmentation_net
+from uda.prototypes import Prototypes
+from utils.tensor_files import weights_fingerprint
 
 
 def save_net(path, model="UNet", backbone="none", num_classes=19, **weights):
@@ -25,6 +28,18 @@ def checkpoint_of(shape, state, **changes):
         "segmentation": {"module": "net", "shape": vars(shape)},
     }  # fmt: skip
     return Checkpoint(**{**fields, **changes})
+
+
+def save_prototypes(path, net_path, seed=0, **changes):
+    """Write random prototypes of the net in a file, none of class 2, as calculate_prototypes.py would; its path."""
+    shape, net = load_segmentation_net(net_path, "it")
+    channels = net.head.classify.in_channels
+    generator = torch.Generator().manual_seed(seed)
+    vectors, counts = torch.rand(shape.num_classes, channels, generator=generator), torch.ones(shape.num_classes)
+    vectors[2], counts[2] = 0, 0
+    made_from = {"weights": weights_fingerprint(net), "number_of_images": 1}
+    Prototypes(vectors=vectors, counts=counts.long(), images=1, made_from={**made_from, **changes}).save(path)
+    return path
 
 
 def randomise(net, seed=0):

@@ -154,7 +154,7 @@ LOGGED = {
 }  # fmt: skip
 
 
-@over("ddb_step")
+@over("ddb_step", but="ddb_step_ckd")
 def test_steps(path, monkeypatch):
     data, meta = load(path)
     method = golden_method(data, meta)

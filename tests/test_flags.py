@@ -21,6 +21,7 @@ from training.config import StartFlags
 from training.flags import build_parser, flag_of, options_of, parse
 from uda.cbst_config import SelfTrainingConfig
 from uda.config import SourceTrainingConfig
+from uda.ddb_ckd_config import DistillationTrainingConfig
 from uda.ddb_config import DDBConfig
 from uda.maxsquare_config import MaxSquareConfig
 from uda.presets import PresetFlags
@@ -28,13 +29,17 @@ from utils.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 STARTING = (StartFlags, PresetFlags)  # no part of a configuration
-CONFIGS = (ProCSTConfig, SourceTrainingConfig, SelfTrainingConfig, MaxSquareConfig, DDBConfig)
+CONFIGS = (
+    ProCSTConfig, SourceTrainingConfig, SelfTrainingConfig, MaxSquareConfig, DDBConfig, DistillationTrainingConfig,
+)  # fmt: skip
 SCRIPTS = (train_procst, train_semseg_on_source, train_uda)
-REFUSED = {SelfTrainingConfig: ("cache_dir", "resample")}  # flags of all trainings that cannot act in one
+# Flags of all trainings that cannot act, or have one value, in one.
+REFUSED = {SelfTrainingConfig: ("cache_dir", "resample"), DistillationTrainingConfig: ("method",)}
 
 
 ALWAYS = {  # of their command lines
     MaxSquareConfig: ("--method", "iw_entropy", "--lambda_restitution", "0.3"), DDBConfig: ("--method", "ddb-cut"),
+    DistillationTrainingConfig: ("--method", "ddb-ckd"),
 }  # fmt: skip
 
 
@@ -142,6 +147,7 @@ OTHER_VALUES = {
     "mode": "reference",
     "teacher_alpha": "0.5", "pseudo_threshold": "0.5", "cat_max_ratio": "0.5", "jitter_p": "0.5",
     "feature_classes": "1 2 --lambda_features 0.1", "feature_min_ratio": "0.5 --lambda_features 0.1",
+    "rectify": "logits", "soft_distill_w": "0.5 --soft_distill", "temp": "2 --soft_distill",
 }  # fmt: skip
 
 
@@ -152,6 +158,7 @@ OTHER_VALUES_IN = {
         "micro_batch": "2 --lambda_restitution 0", "lambda_restitution": "0.5", "IW_ratio": "0.5",
     },
     DDBConfig: {"method": "ddb-class"},
+    DistillationTrainingConfig: {"pseudo_threshold": "0.5 --use_pl_weight"},
 }  # fmt: skip
 
 
@@ -176,15 +183,16 @@ def flags_of(config):
 
 @pytest.mark.parametrize(("config", "name"), [flag for config in CONFIGS for flag in flags_of(config)])
 def test_every_flag_is_stored_and_kept_by_a_continued_run_unless_it_may_change(config, name):
-    words = other_value(options_of(*sections(config))[name], config)
-    started, changed = config_of(config), config_of(config, flag_of(name), *words)
+    field = options_of(*sections(config))[name]
+    words, flag = other_value(field, config), f"--no-{name}" if field.default is True else flag_of(name)
+    started, changed = config_of(config), config_of(config, flag, *words)
     # Two flags stand for another one, and leave no value of their own.
     stored = {"no_pretrained_backbone": "backbone_weights"}.get(name, name)
     if config is ProCSTConfig and name == "batch_size":
         stored = "batch_size_list"
     assert changed.flags()[stored] != started.flags()[stored]
     assert config.from_json(json.loads(json.dumps(changed.to_json())), "latest.pth") == changed
-    given = parse(build_parser("", config.groups), [*ALWAYS.get(config, ()), flag_of(name), *words])
+    given = parse(build_parser("", config.groups), [*ALWAYS.get(config, ()), flag, *words])
     if started.may_change(stored):
         assert started.continued({name: given[name]}).flags()[stored] == changed.flags()[stored]
     else:
@@ -208,6 +216,10 @@ def test_what_may_change(config):
         SelfTrainingConfig: {"trg_data_dir", "src_label_dir", "source_images"},
         MaxSquareConfig: {"trg_data_dir", "src_label_dir", "source_images"},
         DDBConfig: {"trg_data_dir", "src_label_dir", "source_images"},
+        DistillationTrainingConfig: {
+            "trg_data_dir", "src_label_dir", "source_images", "cut_teacher", "class_teacher", "cut_prototypes",
+            "class_prototypes",
+        },
     }
     expected = (shared | own[config]) & options.keys()
     assert {name for name, field in options.items() if field.metadata["may_change"]} == expected

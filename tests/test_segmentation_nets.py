@@ -13,7 +13,7 @@ from torch import nn
 
 from models.resnet import ResNet
 from models.segmentation import build_segmentation_net, load_backbone, parameter_groups
-from models.shapes import MODEL_BACKBONES, TWO_HEADED_DEEPLAB, TWO_HEADED_UNET, SegmentationShape
+from models.shapes import DDB_MODEL, MODEL_BACKBONES, TWO_HEADED_DEEPLAB, TWO_HEADED_UNET, SegmentationShape
 from nets import randomise
 from refusals import check_refused
 
@@ -28,6 +28,7 @@ NETS = [(model, backbone) for model in ("DeepLabV2", "DeepLab") for backbone in 
 NETS += [("VGG", "vgg16"), ("UNet", "none"), ("ResNet38", "resnet38")]
 NETS += [(model, "none") for model in TWO_HEADED_UNET]
 NETS += [(model, backbone) for model in TWO_HEADED_DEEPLAB for backbone in RESNET_COUNTS]
+NETS += [(DDB_MODEL, name) for backbone in RESNET_COUNTS for name in (backbone, f"{backbone}_v1c")]
 
 
 def meta_net(model, backbone, num_classes=19):
@@ -52,7 +53,12 @@ def expected_count(model, backbone, classes):
         return expected_count("UNet", backbone, classes) + aux + (gates if model == TWO_HEADED_UNET[1] else 0)
     if model == "ResNet38":
         return 105_070_912 + conv(4096, 512, 3) + conv(512, classes, 3)
-    features = 2048 if backbone in ("resnet50", "resnet101") else 512
+    features = 2048 if backbone.startswith(("resnet50", "resnet101")) else 512
+    if model == DDB_MODEL:
+        resnet, _, deep = backbone.partition("_")
+        stem = conv(3, 32, 3, False) + conv(32, 32, 3, False) + conv(32, 64, 3, False) + 2 * (32 + 32 + 64)
+        head = 2 * conv(features, 128, 3, False) + conv(256, 256, 3, False) + 4 * 256 + conv(256, classes, 1)
+        return RESNET_COUNTS[resnet] + head + (stem - conv(3, 64, 7, False) - 2 * 64 if deep else 0)
     if model in TWO_HEADED_DEEPLAB:
         heads = 4 * (conv(features, classes, 3) + conv(features // 2, classes, 3))
         gates = sum(2 * c + conv(c, c // 16, 1) + conv(c // 16, c, 1) for c in (features // 2**k for k in (3, 2, 1)))

@@ -13,7 +13,7 @@ from torch import nn
 
 from data_handlers.classes import IGNORE
 from models.deeplab_multi import PartialSumHead
-from models.deeplab_multi_files import our_name, read_two_headed, traits_of
+from models.deeplab_multi_files import our_name, read_published, traits_of, two_headed
 from models.losses import cross_entropy
 from models.resnet import RESNETS, Bottleneck
 from models.restitution import Restitution
@@ -391,7 +391,7 @@ def test_weights_of_torchvision_see_levels_that_are_not_divided(tmp_path):
 def test_files_that_are_nearly_one(tmp_path):
     path, state = tmp_path / "net.pth", theirs_of(a_net(PLAIN))
     torch.save({n: v for n, v in state.items() if "layer6" not in n}, path)
-    assert read_two_headed(path) is None
+    assert two_headed(read_published(path)) is None
     check_refused(lambda: load_segmentation_net(path, "--weights"), "AdaptSegNet")
     torch.save({n: v for n, v in state.items() if "layer3.1" not in n}, path)
     check_refused(lambda: load_segmentation_net(path, "--weights"), "its backbone of (2, 2, 1, 2) blocks")

@@ -22,9 +22,10 @@ def load(path):
     return data, json.loads(str(data.pop("meta")))
 
 
-def files_of(kind):
-    """The files of a kind, such as `cbst_step`: `cbst_step.npz` and every `cbst_step_*.npz`."""
-    return sorted([*UDA_DIR.glob(f"{kind}.npz"), *UDA_DIR.glob(f"{kind}_*.npz")])
+def files_of(kind, but=None):
+    """The files of a kind, such as `cbst_step`: `cbst_step.npz` and every `cbst_step_*.npz`; without those of `but`."""
+    found = {*UDA_DIR.glob(f"{kind}.npz"), *UDA_DIR.glob(f"{kind}_*.npz")}
+    return sorted(found.difference(files_of(but) if but else ()))
 
 
 def indices(name):
@@ -32,17 +33,17 @@ def indices(name):
     return lambda data, meta: list(range(len(meta[name])))
 
 
-def over(kind, items=None):
+def over(kind, items=None, but=None):
     """Parametrise a test by (path, item) for each file of a kind.
 
     Args:
+        but: see `files_of`.
         items: arrays and meta of a file -> items to be tested; None tests the file as one, with `path` alone.
     """
+    files = files_of(kind, but)
     if items is None:
-        return pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in files_of(kind)])
-    cases = [
-        pytest.param(path, item, id=f"{path.stem}-{item}") for path in files_of(kind) for item in items(*load(path))
-    ]
+        return pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in files])
+    cases = [pytest.param(path, item, id=f"{path.stem}-{item}") for path in files for item in items(*load(path))]
     return pytest.mark.parametrize(("path", "item"), cases)
 
 

@@ -155,8 +155,9 @@ class NetConfig:
         f"{', '.join(SMP_MODELS)}", type=model_called,
     )  # fmt: skip
     backbone: str = option(
-        "", "its backbone: of the DeepLab nets resnet101, resnet50, resnet34 or resnet18; of smp: nets an encoder "
-        "of the package, such as mit_b2 (default: the published one; of smp: nets the package's, of Segformer mit_b2)",
+        "", "its backbone: of the DeepLab nets resnet101, resnet50, resnet34 or resnet18, of DeepLabV2DDB also "
+        "these with _v1c, a stem of 3x3 convolutions; of smp: nets an encoder of the package, such as mit_b2 "
+        "(default: the published one; of smp: nets the package's, of Segformer mit_b2)",
     )  # fmt: skip
     aspp_branches: int = option(
         2, "of the two-headed nets, branches of the heads that are computed, of which the published nets have 2",
@@ -165,7 +166,8 @@ class NetConfig:
     num_classes: int | None = option(None, "its classes (default: those of the source, 19 of the known sets)", type=int)
     backbone_weights: str = path_option(
         "imagenet", "what the backbone starts from: torchvision's ImageNet weights (of smp: nets the package's "
-        "own), or a state dict with its names; of ResNet38 the authors' ImageNet classifier (.params of MXNet)",
+        "own), or a state dict with its names; of _v1c backbones mmsegmentation's file; of ResNet38 the authors' "
+        "ImageNet classifier (.params of MXNet)",
         keywords=("imagenet", "random"), metavar="imagenet|PATH", may_change=True,
     )  # fmt: skip
     no_pretrained_backbone: bool = option(False, "the backbone starts from random weights; nothing is downloaded")
@@ -184,8 +186,9 @@ class InitConfig:
     """The net that a training starts from."""
 
     init: str = path_option(
-        "", "the net to start from: a run folder, a checkpoint, or a file of the ProCST or CBST authors; a training on "
-        "source gets its --model, --backbone and --num_classes (default: its --backbone_weights)", metavar="FILE",
+        "", "the net to start from: a run folder, a checkpoint, or a file of the ProCST, CBST or DDB authors; a "
+        "training on source gets its --model, --backbone and --num_classes (default: its --backbone_weights)",
+        metavar="FILE",
     )  # fmt: skip
 
 

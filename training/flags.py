@@ -136,9 +136,9 @@ def _add(add_argument: Callable[..., Any], field: dataclasses.Field) -> argparse
     option = field.metadata
     names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])  # both spellings where they differ
     default = shown_default(field)
-    text = argparse.SUPPRESS if option["hidden"] else option["help"] + (f" (default: {default})" if default else "")
+    text = argparse.SUPPRESS if option["hidden"] else option["help"].replace("%", "%%") + (f" (default: {default})" if default else "")
     if option["type"] is bool:
-        action = argparse.BooleanOptionalAction if option["may_change"] else "store_true"
+        action = argparse.BooleanOptionalAction if option["may_change"] or field.default else "store_true"
         return add_argument(*names, dest=field.name, action=action, help=text)
     metavar = option["metavar"] or (None if option["choices"] else {int: "N", float: "X"}.get(option["type"], "NAME"))
     return add_argument(

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.deeplab_multi_files import fill, new_tensors, read_two_headed, traits_of
+from models.deeplab_multi_files import counters, fill, new_tensors, read_published, traits_of, two_headed
 from models.legacy import load_legacy_segmentation
+from models.mmseg_files import mmseg_net
 from models.resnet38_files import classes_in_file, load_resnet38
 from models.segmentation import build_segmentation_net, load_backbone
 from models.shapes import TWO_HEADED_DEEPLAB, SegmentationShape
@@ -86,18 +87,24 @@ def _net_in(path: Path, origin: str) -> tuple[SegmentationShape, nn.Module]:
     content = read_tensor_file(path)
     if is_checkpoint(content):
         return _net_of(checkpoint_from(content, path), origin)
-    if (state := read_two_headed(path)) is not None:
+    published = read_published(path)
+    if (state := two_headed(published)) is not None:
         backbone, classes, restitutes = traits_of(state, origin)
         shape = _shape(origin, model=TWO_HEADED_DEEPLAB[restitutes], backbone=backbone, num_classes=classes)
         net = build_segmentation_net(shape)
         fill(net, state, origin)
         return shape, net
+    if (found := mmseg_net(published, origin)) is not None:
+        shape, state = found
+        net = build_segmentation_net(shape)
+        load_network(net, counters(net) | state, origin)
+        return shape, net
     if content is None:
         return load_legacy_segmentation(path)
     raise UserError(
         f"{origin}: holds no segmentation net this program knows (a checkpoint of its own, the ProCST authors' "
-        "pretrained_semseg_on_*.pth, the CBST authors' .params, or a two-headed net of the MaxSquare, SNR or "
-        "AdaptSegNet authors)"
+        "pretrained_semseg_on_*.pth, the CBST authors' .params, a two-headed net of the MaxSquare, SNR or "
+        "AdaptSegNet authors, or mmsegmentation's net of the DDB authors)"
     )
 
 

@@ -34,7 +34,7 @@ from uda.presets import PresetFlags
 METHODS = ("st", "cbst", "cbst-sp")
 IMAGE_WISE = ("iw_maxsquare", "iw_entropy")
 MAXSQUARE_METHODS = ("maxsquare", "entropy", *IMAGE_WISE, "hard")
-DDB_METHODS = ("ddb-cut", "ddb-class")
+DDB_METHODS, DDB_CKD = ("ddb-cut", "ddb-class"), "ddb-ckd"
 TRAIN_FIRST = "train one first with train_semseg_on_source.py"
 
 
@@ -46,8 +46,9 @@ class MethodConfig:
         "cbst", "source: on labelled source images alone, with the flags of train_semseg_on_source.py; st: "
         "self-training with one threshold for all classes; cbst: with one for each class; cbst-sp: and a spatial "
         "prior; maxsquare, entropy, iw_maxsquare, iw_entropy, hard: a loss on the predictions; ddb-cut, ddb-class: a "
-        "teacher labels target images, which are mixed with source images by rectangles or by classes",
-        choices=("source", *METHODS, *MAXSQUARE_METHODS, *DDB_METHODS),
+        "teacher labels target images, which are mixed with source images by rectangles or by classes; ddb-ckd: "
+        "these two label them for another net",
+        choices=("source", *METHODS, *MAXSQUARE_METHODS, *DDB_METHODS, DDB_CKD),
     )  # fmt: skip
 
 
@@ -153,13 +154,33 @@ class CropsConfig:
 
 
 @dataclass(frozen=True)
-class LabellingFlags(LabellingConfig, TargetImages):
-    """What generate_pseudo_labels.py reads and writes."""
+class AppliedNetFlags(TargetImages):
+    """A net, the images that it sees, and how they are read."""
 
     weights: str = path_option(
-        "", "the net that labels: a run folder, a checkpoint, or a file of the ProCST or CBST authors (required)",
+        "", "the net: a run folder, a checkpoint, or a file of the ProCST, CBST or DDB authors (required)",
         metavar="FILE", required=True,
     )  # fmt: skip
+    gpus: tuple[str, ...] = option(
+        (), "indices of CUDA devices, or cpu; several share the images, one process each, of "
+        "generate_pseudo_labels.py alone (default: the first GPU, or the CPU where there is none)", type=str, nargs="+",
+        metavar="GPU",
+    )  # fmt: skip
+    num_workers: int | None = option(
+        None, "loader processes (default: 6, or as many as CPUs; half of them on a CPU)", type=int
+    )
+    on_bad_image: str = option(
+        "stop", "an image that cannot be used ends the program, or is left out", choices=ON_BAD_IMAGE
+    )
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "num_workers")
+
+
+@dataclass(frozen=True)
+class LabellingFlags(LabellingConfig, AppliedNetFlags):
+    """What generate_pseudo_labels.py reads and writes."""
+
     output: str = path_option(
         "", "folder of the labels, PNGs of trainIds with 255 = no label, and of manifest.json; the same command "
         "continues what was interrupted (required)", metavar="DIR", required=True,
@@ -169,23 +190,13 @@ class LabellingFlags(LabellingConfig, TargetImages):
         "cb", "cb: a threshold for each class; global: one for all classes", choices=("cb", "global")
     )
     colours: bool = option(False, "write the labels in colours into OUTPUT_colours, too")
-    gpus: tuple[str, ...] = option(
-        (), "indices of CUDA devices, or cpu; several share the images, one process each (default: the first GPU, or "
-        "the CPU where there is none)", type=str, nargs="+", metavar="GPU",
-    )  # fmt: skip
-    num_workers: int | None = option(
-        None, "loader processes (default: 6, or as many as CPUs; half of them on a CPU)", type=int
-    )
-    on_bad_image: str = option(
-        "stop", "an image that cannot be used ends the program, or gets no label", choices=ON_BAD_IMAGE
-    )
 
     first: ClassVar[Sequence[str]] = ("weights", "target", "trg_data_dir", "output", "portion", "kc_policy", "gpus")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        AppliedNetFlags.__post_init__(self)
         check_shares(self, "portion")
-        check_not_negative(self, "num_workers")
 
 
 @dataclass(frozen=True)

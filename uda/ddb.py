@@ -4,7 +4,7 @@ A teacher, the moving average of the net, labels target images. Parts of source 
 (`ddb-cut`) or classes (`ddb-class`), and the net learns the labels of both.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -134,29 +134,50 @@ class DDBTraining(Method):
 
     def step(self, batch: PairBatch, stage: int, step: int) -> Mapping[str, Tensor]:
         """The teacher follows; the gradients of source and mixed images add up, each with its own batch statistics."""
-        schedule, given, optimizer = self.config.schedule, self.config.samples, self.optimizers[NET]
+        schedule, optimizer = self.config.schedule, self.optimizers[NET]
         for group, multiple in zip(optimizer.param_groups, (1.0, HEAD_RATE), strict=True):
             group["lr"] = warmed_up_rate(schedule, step) * multiple
         source, target = (to_device(part.levels[0], self.device) for part in (batch.source, batch.target))
         label = to_device(batch.source.label, self.device).long()
-        self.teacher.follow(self.net, ramped(self.teacher.updates, self.config.teacher.teacher_alpha))
+        self.follow()
         zero_gradients(optimizer)
         losses = self._learn("Source", source, label)
-        pseudo, weight, share = self._labelled(target)
         part = self.rank.part(schedule.batch_size)
         seeds = ([self.config.run.manual_seed, MIXING, stage, step * schedule.batch_size + place] for place in part)
-        draws = [np.random.default_rng(seed) for seed in seeds]
+        losses |= self.learn_target(source, label, target, [np.random.default_rng(seed) for seed in seeds])
+        all_reduce_and_step(self.rank, optimizer)
+        return losses
+
+    def follow(self) -> None:
+        """Let the teacher follow the net."""
+        self.teacher.follow(self.net, ramped(self.teacher.updates, self.config.teacher.teacher_alpha))
+
+    def learn_target(
+        self, source: Tensor, label: Tensor, target: Tensor, draws: Sequence[np.random.Generator]
+    ) -> dict[str, Tensor]:
+        """Add the gradients of mixed images.
+
+        Args:
+            source, target: pixels uint8 (B,h,w,3); `label`, trainIds (B,h,w), is source's.
+            draws: random numbers of each sample.
+        """
+        pseudo, weight, share = self._labelled(target)
         mask = self._mask(label, draws)
         mixed, mixed_label = torch.where(mask[..., None], source, target), torch.where(mask, label, pseudo)
-        strong = [draw_strong(rng, given.jitter_p, given.blur_p) for rng in draws]
-        if any(one.order or one.sigma for one in strong):
-            image = mixed.movedim(-1, 1).to(self.dtype) / 255.0
-            mixed = 255.0 * strongly_augmented(image, strong, self.reference).movedim(1, -1)
-        losses |= self._learn("Mixed", mixed, mixed_label, torch.where(mask, 1.0, weight))
-        all_reduce_and_step(self.rank, optimizer)
+        mixed = self.augmented(mixed, draws)
+        losses = self._learn("Mixed", mixed, mixed_label, torch.where(mask, 1.0, weight))
         self.shown = {"source": source, "target": target, "pseudo_labels": pseudo, "mixed": mixed,
                       "mixed_labels": mixed_label}  # fmt: skip
-        return {**losses, "Target/Confident": self.rank.fraction(schedule.batch_size) * share}
+        return {**losses, "Target/Confident": self.rank.fraction(self.config.schedule.batch_size) * share}
+
+    def augmented(self, pixels: Tensor, draws: Sequence[np.random.Generator]) -> Tensor:
+        """Images (B,h,w,3) in levels of 0..255, strongly augmented."""
+        given = self.config.samples
+        strong = [draw_strong(rng, given.jitter_p, given.blur_p) for rng in draws]
+        if not any(one.order or one.sigma for one in strong):
+            return pixels
+        image = pixels.movedim(-1, 1).to(self.dtype) / 255.0
+        return 255.0 * strongly_augmented(image, strong, self.reference).movedim(1, -1)
 
     def _learn(self, name: str, pixels: Tensor, label: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         """Add the gradients of a loss on images (B,h,w,3) in levels of 0..255 with labels (B,h,w)."""
@@ -192,10 +213,15 @@ class DDBTraining(Method):
         """Pseudo-labels and weights (B,h,w) of target images, and the share of confident pixels in the global batch."""
         given = self.config.teacher
         label, confidence = pseudo_labels(self.run(self.teacher.net, self.net.network_input(target, self.dtype)))
-        share = (confidence >= given.pseudo_threshold).double().mean()
+        share = self.confident(confidence)
+        return label, weight_map(share, confidence, given.ignore_top, given.ignore_bottom), share
+
+    def confident(self, confidence: Tensor) -> Tensor:
+        """Share of the pixels (B,h,w) of the global batch that pass the threshold."""
+        share = (confidence >= self.config.teacher.pseudo_threshold).double().mean()
         share = share * self.rank.fraction(self.config.schedule.batch_size)
         self.rank.all_reduce([share])
-        return label, weight_map(share, confidence, given.ignore_top, given.ignore_bottom), share
+        return share
 
     def _mask(self, label: Tensor, draws: Sequence[np.random.Generator]) -> Tensor:
         """Which pixels (B,h,w) of the mixed images are source's."""
@@ -236,6 +262,21 @@ class DDBTraining(Method):
 
 def prepare_ddb(config: DDBConfig, rank: Rank, continued: Continued | None) -> DDBTraining:
     """Check the input of a training and make its net. Raises `UserError`, which names file or flag."""
+    given, make = config.teacher, partial(net_to_train, config.net, config.run.manual_seed, fresh=continued is None)
+
+    def method(**domains: Domain) -> DDBTraining:
+        net, imagenet = make(init=given.init), None
+        if given.lambda_features:
+            if not hasattr(net, "with_features") or config.net.backbone_weights == "random":
+                raise UserError("--lambda_features needs --model DeepLabV2 or DeepLab with --backbone_weights")
+            imagenet = (deepcopy(net) if not given.init else make()).backbone.requires_grad_(False).eval()
+        return DDBTraining(config=config, rank=rank, net=net, imagenet=imagenet, **domains)
+
+    return prepare_pair(config, rank, method)
+
+
+def prepare_pair(config: DDBConfig, rank: Rank, make: Callable[..., DDBTraining]) -> DDBTraining:
+    """Check source and target images, and give the method that `make` makes of their domains its validator."""
     classes, given, images = config.net.num_classes, config.teacher, config.images
     origin = f"--init {given.init}" if given.init else ""
     files = source_files(config.source, classes, images.src_label_dir, origin=origin)
@@ -244,13 +285,7 @@ def prepare_ddb(config: DDBConfig, rank: Rank, continued: Continued | None) -> D
         config, rank, source=files, target=target, sizes=config.samples, batch=config.schedule.batch_size,
         image_roots=images.source_images,
     )  # fmt: skip
-    make = partial(net_to_train, config.net, config.run.manual_seed, fresh=continued is None)
-    net, imagenet = make(init=given.init), None
-    if given.lambda_features:
-        if not hasattr(net, "with_features") or config.net.backbone_weights == "random":
-            raise UserError("--lambda_features needs --model DeepLabV2 or DeepLab with --backbone_weights")
-        imagenet = (deepcopy(net) if not given.init else make()).backbone.requires_grad_(False).eval()
-    method = DDBTraining(config=config, rank=rank, net=net, imagenet=imagenet, **domains)
+    method = make(**domains)
     method.validator, method.validation_line = target_validator(
         config, rank, files.data_set, target, classes, given.select_by, always=True
     )

@@ -22,6 +22,7 @@ from training.config import (
 from training.flags import Config, Size, check, check_not_negative, check_positive, option, size_option
 from uda.cbst_config import DDB_METHODS, MethodConfig, ModeConfig, SelectionConfig, check_shares
 from uda.config import SourceImages
+from uda.presets import PresetFlags
 
 PUBLISHED_SIZES = {"gta5": (1280, 704), "cityscapes": (1024, 512)}
 PUBLISHED_CROP = 512
@@ -121,7 +122,7 @@ class DDBConfig(Config):
     schedule: ScheduleConfig
 
     groups: ClassVar[Mapping[str, Sequence[type]]] = {
-        "run": (StartFlags, RunConfig),
+        "run": (PresetFlags, StartFlags, RunConfig),
         "data": (SourceFiles, SourceImages, SamplesConfig, LoaderConfig),
         "method": (MethodConfig, NetConfig, TeacherConfig, ScheduleConfig),
     }

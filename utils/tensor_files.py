@@ -77,7 +77,7 @@ def read_tensor_file(path: Path) -> Any:
 
 
 def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, Any]:
-    """Read the state dict that `flag` names. Raises `UserError`: missing, damaged, or no state dict.
+    """The state dict that `flag` names, bare or under `state_dict`. Raises `UserError`: missing, damaged, or none.
 
     Args:
         alternatives: what else the flag accepts, for the message.
@@ -86,6 +86,7 @@ def read_state_dict(path: Path, flag: str, alternatives: str) -> Mapping[str, An
         state = read_tensor_file(path)
     except UserError as error:
         raise UserError(f"{flag} {error} (or give {alternatives})") from None
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not _is_state_dict(state):
         raise UserError(f"{flag} {path}: no state dict, it must hold names and tensors alone; nothing else is loaded")
     return state
