@@ -136,7 +136,8 @@ def _add(add_argument: Callable[..., Any], field: dataclasses.Field) -> argparse
     option = field.metadata
     names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])  # both spellings where they differ
     default = shown_default(field)
-    text = argparse.SUPPRESS if option["hidden"] else option["help"].replace("%", "%%") + (f" (default: {default})" if default else "")
+    text = (option["help"] + (f" (default: {default})" if default else "")).replace("%", "%%")  # argparse formats it
+    text = argparse.SUPPRESS if option["hidden"] else text
     if option["type"] is bool:
         action = argparse.BooleanOptionalAction if option["may_change"] or field.default else "store_true"
         return add_argument(*names, dest=field.name, action=action, help=text)
