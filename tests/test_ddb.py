@@ -22,6 +22,7 @@ from uda.mixing import AREA, cut_box
 from uda.strong_augmentation import SIGMAS, STRENGTH, TAPS, blurred, draw_strong, strongly_augmented
 from uda.teacher import Teacher
 from utils.errors import UserError
+from worlds import write_own_description
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,15 @@ def test_a_run(small_world, tmp_path, run_script):
     assert "it starts from" in result.out
     assert run_script(train_uda, *words).code == 0  # it is finished
     check_refusal(run_script(train_uda, *words, "--teacher_alpha", 0.9), "--teacher_alpha", "was started with 0.99")
+
+
+def test_labels_of_other_classes_than_the_sources_score_nothing(small_world, tmp_path):
+    own, net = write_own_description(tmp_path / "own.toml"), save_net(tmp_path / "net.pth", num_classes=4)
+    changes = {"source": str(own), "init": str(net), "num_classes": 4}
+    method = CASES["ddb-cut"].prepared(small_world, **{**changes, "select_by": "none"})
+    assert method.validator is not None
+    assert not method.validator.with_labels
+    check_refused(lambda: CASES["ddb-cut"].prepared(small_world, **changes), "--select_by miou needs a labelled val")
 
 
 def test_what_follows_from_the_data_sets_and_the_number_of_steps():

@@ -6,6 +6,7 @@ A teacher, the moving average of the net, labels target images. Parts of source 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from training.preparation import make_pair, source_files, target_files, target_v
 from training.run_folder import Continued
 from training.segmentation_files import net_to_train
 from training.synchronised_norm import synchronise_batch_norms
+from uda.cbst import of_source
 from uda.ddb_config import DDBConfig, ScheduleConfig
 from uda.ddb_losses import correct, feature_distance, pseudo_labels, weight_map, weighted_cross_entropy
 from uda.ddb_samples import DDBSamples
@@ -281,12 +283,14 @@ def prepare_pair(config: DDBConfig, rank: Rank, make: Callable[..., DDBTraining]
     origin = f"--init {given.init}" if given.init else ""
     files = source_files(config.source, classes, images.src_label_dir, origin=origin)
     target = target_files(config.samples, classes, labels=config.samples.trg_labels)
+    target = replace(target, data_set=of_source(target.data_set, files.data_set, classes))
     domains = make_pair(
         config, rank, source=files, target=target, sizes=config.samples, batch=config.schedule.batch_size,
         image_roots=images.source_images,
     )  # fmt: skip
     method = make(**domains)
+    known = replace(files.data_set, class_names=target.data_set.class_names)
     method.validator, method.validation_line = target_validator(
-        config, rank, files.data_set, target, classes, given.select_by, always=True
+        config, rank, known, target, classes, given.select_by, always=True
     )
     return method
