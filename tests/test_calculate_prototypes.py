@@ -108,7 +108,7 @@ def test_files_of_something_else_are_not_replaced(world, net, whole, tmp_path, r
 
 
 def test_a_net_without_features_is_refused(world, tmp_path, run_script):
-    other = save_net(tmp_path / "net.pth", "DeepLab", "resnet18", 5)
+    other = save_net(tmp_path / "net.pth", "UNetMulti", num_classes=5)
     flags = flags_for(world, other, tmp_path / "out.pth")
     check_refusal(run_script(calculate_prototypes, *flags), "--weights", "a net without features for prototypes")
     assert not (tmp_path / "out.pth").exists()

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import resnet
 
 import train_uda
 from data_handlers.classes import IGNORE
 from methods import CASES, DDB, SOURCE_NET, steps_of, write_world
+from models.resnet import RESNETS, BasicBlock
 from nets import save_net
 from refusals import check_refusal, check_refused, tree
 from training.distributed import Rank
@@ -268,13 +269,15 @@ def test_the_distance_of_features_is_learned(small_world, tmp_path, classes):
     assert 0.0 < found[10.0] < 0.5 * found[1e-9]
 
 
-def test_a_deeplab_keeps_near_its_imagenet_features(small_world, tmp_path):
+def test_a_deeplab_keeps_near_its_imagenet_features(small_world, tmp_path, monkeypatch):
     """The frozen backbone has the weights of the file, also where the net starts from another one."""
+    monkeypatch.setitem(RESNETS, "resnet18", (BasicBlock, (1, 1, 1, 1)))  # half of its weights
     weights = tmp_path / "resnet18.pth"
     torch.manual_seed(1)
-    state = resnet18().state_dict()
+    state = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1]).state_dict()
     torch.save(state, weights)
-    flags = {"model": "DeepLabV2", "backbone": "resnet18", "backbone_weights": str(weights), "lambda_features": 0.1}
+    flags = {"model": "DeepLabV2", "backbone": "resnet18", "backbone_weights": str(weights), "lambda_features": 0.1,
+             "batch_size": 1, "crop_size": (16, 16)}  # fmt: skip
     for init in ("", str(save_net(tmp_path / "net.pth", "DeepLabV2", "resnet18"))):
         method = CASES["ddb-class"].prepared(small_world, init=init, **flags)
         (step, batch), *_ = steps_of(method, 0, 1, tmp_path)

@@ -204,14 +204,14 @@ def test_teachers_and_prototypes_that_do_not_fit(tmp_path):
     assert teacher.inputs.keys() == {"cut teacher", "cut prototypes"}
     of_other = save_prototypes(tmp_path / "of_other.pth", other)
     unfinished = save_prototypes(tmp_path / "unfinished.pth", net, number_of_images=2)
-    deeplab = save_net(tmp_path / "deeplab.pth", "DeepLab", "resnet18")
+    two_headed = save_net(tmp_path / "two_headed.pth", "UNetMulti")
     for file, prototypes, *parts in (
         (other, fitting, "--cut_teacher", "UNet with 5 classes", "has 19"),
         (net, of_other, "--cut_prototypes", "another net than --cut_teacher"),
         (net, unfinished, "--cut_prototypes", "is not finished"),
         (net, net, "--cut_prototypes", "no file of calculate_prototypes.py"),
         (net, tmp_path / "missing.pth", "--cut_prototypes", "missing.pth: no such file"),
-        (deeplab, fitting, "--cut_teacher", "a net without features for prototypes"),
+        (two_headed, fitting, "--cut_teacher", "a net without features for prototypes"),
     ):
         check_refused(lambda f=file, p=prototypes: FrozenTeacher("cut", str(f), str(p), 19), *parts)
 
