@@ -284,7 +284,7 @@ ADAPTABLE = {
     "mine_port": 0.5, "select_by": "none",
 }  # fmt: skip
 BRIDGED = {
-    **LEARNABLE, "trg_data_dir": "{world}/evening", "trg_resize": (48, 32), "num_steps": 30, "batch_size": 4,
+    **LEARNABLE, "trg_data_dir": "{world}/evening", "trg_resize": (48, 32), "num_steps": 30, "batch_size": 2,
     "lr_semseg": 3e-3, "warmup_steps": 0, "validation_rate": 30, "pseudo_threshold": 0.8,
 }  # fmt: skip
 CASES = {
