@@ -40,7 +40,7 @@ def test_a_run(small_world, tmp_path, run_script):
     assert run_script(train_uda, *words).code == 0  # it is finished
     check_refusal(run_script(train_uda, *words, "--threshold", 0.6), "--threshold", "was started with 0.5")
     run = ("--continue_train_from_path", tmp_path / "run")
-    check_refusal(run_script(train_uda, *run), "another training (maxsquare); continue it with its script or --method")
+    check_refusal(run_script(train_uda, *run), "another training (maxsquare)", "its script or --method hard")
     assert run_script(train_uda, *run, "--method", "hard").code == 0
 
 
