@@ -37,6 +37,7 @@ def test_a_run(small_world, tmp_path, run_script):
     result = run_script(train_uda, *words)
     assert result.code == 0, result.err
     assert "adapted by hard with both heads" in result.out
+    assert result.out.rstrip().endswith(f"evaluate.py --weights {tmp_path / 'run'}")  # its best state, if it has one
     assert run_script(train_uda, *words).code == 0  # it is finished
     check_refusal(run_script(train_uda, *words, "--threshold", 0.6), "--threshold", "was started with 0.5")
     run = ("--continue_train_from_path", tmp_path / "run")
