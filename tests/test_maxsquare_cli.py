@@ -37,10 +37,11 @@ def test_a_run(small_world, tmp_path, run_script):
     result = run_script(train_uda, *words)
     assert result.code == 0, result.err
     assert "adapted by hard with both heads" in result.out
+    assert result.out.rstrip().endswith(f"evaluate.py --weights {tmp_path / 'run'}")  # its best state, if it has one
     assert run_script(train_uda, *words).code == 0  # it is finished
     check_refusal(run_script(train_uda, *words, "--threshold", 0.6), "--threshold", "was started with 0.5")
     run = ("--continue_train_from_path", tmp_path / "run")
-    check_refusal(run_script(train_uda, *run), "another training (maxsquare); continue it with its script or --method")
+    check_refusal(run_script(train_uda, *run), "another training (maxsquare)", "its script or --method hard")
     assert run_script(train_uda, *run, "--method", "hard").code == 0
 
 
