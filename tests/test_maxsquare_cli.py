@@ -1,5 +1,7 @@
 """The flags of the methods that learn from predictions: what contradicts, what is refused, what follows."""
 
+import shutil
+
 import pytest
 
 import train_uda
@@ -25,6 +27,15 @@ def words_of(world, out, **changes):
             yield f"--{name}"
         elif value is not None:
             yield from (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))
+
+
+def test_a_missing_label_is_told(small_world, tmp_path, run_script):
+    city = shutil.copytree(small_world / "cityscapes", tmp_path / "city")
+    next(city.rglob("val/*/*_gtFine_labelIds.png")).unlink()
+    words = words_of(small_world, tmp_path, trg_data_dir=city, init=save_net(tmp_path / "net.pth"))
+    result = run_script(train_uda, *words, "--dry_run")
+    assert result.code == 0, result.err
+    assert "which chooses nothing, without mIoU: 1 of them have no label" in result.out
 
 
 def test_a_run(small_world, tmp_path, run_script):
