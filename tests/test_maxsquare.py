@@ -151,6 +151,12 @@ def test_the_share_of_the_restitution_loss(per_pixel):
     assert entropies(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5)
 
 
+def test_the_bar_tells_the_losses_of_both_domains_apart(world):
+    method = CASES["maxsquare"].prepared(world)
+    assert method.summary({"Source/Main": 2.0, "Target/Main": 1.0}) == "Source/Main 2.0000 Target/Main 1.0000"
+    assert method.summary({"Source/Main": 2.0, "Source/Auxiliary": 1.0}) == "Main 2.0000 Auxiliary 1.0000"
+
+
 # --- learning --------------------------------------------------------------------------------------------------------
 
 SHORTLY = {

@@ -1,5 +1,7 @@
 """The flags of the methods that learn from predictions: what contradicts, what is refused, what follows."""
 
+import shutil
+
 import pytest
 
 import train_uda
@@ -27,6 +29,15 @@ def words_of(world, out, **changes):
             yield from (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))
 
 
+def test_a_missing_label_is_told(small_world, tmp_path, run_script):
+    city = shutil.copytree(small_world / "cityscapes", tmp_path / "city")
+    next(city.rglob("val/*/*_gtFine_labelIds.png")).unlink()
+    words = words_of(small_world, tmp_path, trg_data_dir=city, init=save_net(tmp_path / "net.pth"))
+    result = run_script(train_uda, *words, "--dry_run")
+    assert result.code == 0, result.err
+    assert "which chooses nothing, without mIoU: 1 of them have no label" in result.out
+
+
 def test_a_run(small_world, tmp_path, run_script):
     flags = {
         "init": save_net(tmp_path / "net.pth", "UNetMulti"), "trg_data_dir": small_world / "cityscapes",
@@ -37,10 +48,11 @@ def test_a_run(small_world, tmp_path, run_script):
     result = run_script(train_uda, *words)
     assert result.code == 0, result.err
     assert "adapted by hard with both heads" in result.out
+    assert result.out.rstrip().endswith(f"evaluate.py --weights {tmp_path / 'run'}")  # its best state, if it has one
     assert run_script(train_uda, *words).code == 0  # it is finished
     check_refusal(run_script(train_uda, *words, "--threshold", 0.6), "--threshold", "was started with 0.5")
     run = ("--continue_train_from_path", tmp_path / "run")
-    check_refusal(run_script(train_uda, *run), "another training (maxsquare); continue it with its script or --method")
+    check_refusal(run_script(train_uda, *run), "another training (maxsquare)", "its script or --method hard")
     assert run_script(train_uda, *run, "--method", "hard").code == 0
 
 

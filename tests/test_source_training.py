@@ -137,6 +137,7 @@ def test_a_net_is_scored_on_a_target_that_it_does_not_see(world, tmp_path, run_s
         ({"lambda_seg": 0.2}, ("--lambda_seg", "--multi")),
         ({"trg_data_dir": "{world}/cityscapes"}, ("--trg_data_dir", "--target")),
         ({"target": "{world}/pictures"}, ("--target", "no labels")),
+        ({"val_list": "two.txt", "val_count": 1}, ("--val_list and --val_count contradict",)),
     ],
 )
 def test_what_cannot_act_is_refused(world, tmp_path, run_script, flags, words):

@@ -67,7 +67,6 @@ def test_a_set_with_a_val_split(world):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"val_list": "two", "val_count": 1}, "contradict"),
         ({"val_count": 7}, r"--val_count 7: there are 6 images"),
         ({"val_count": 6}, r"--val_count 6: of 6 images .* 1 to 5 can be kept"),
         ({"val_list": "all"}, "all names every image .* none is left to train on"),

@@ -43,8 +43,8 @@ def evaluate(flags: EvaluationFlags) -> None:
     device = resolve_device(flags.gpus)
     data_set = with_labels(find_data_set(flags.data_set, "--data_set"), flags.labels, "--labels")
     shape, net = load_segmentation_net(Path(flags.weights), "--weights")
-    data_set = for_net_of(data_set, shape.num_classes)
-    encode = _encoder(flags.prediction_format, data_set, shape.num_classes)
+    described, data_set = data_set, for_net_of(data_set, shape.num_classes)
+    encode = _encoder(flags.prediction_format, data_set, shape.num_classes, described)
     labelled = data_set.has_labels
     root = flags.data_dir or data_set.default_root
     files = _images(data_set, root, flags)
@@ -184,14 +184,24 @@ def _subset(wanted: str, names: Sequence[str]) -> tuple[int, ...]:
     return tuple(map(names.index, kept)) if set(kept) <= set(names) else ()
 
 
-def _encoder(wanted: str, data_set: DataSet, num_classes: int) -> Callable[[np.ndarray], np.ndarray]:
-    """What makes the pixels of a file from predicted trainIds, from `--prediction_format`."""
+def _encoder(
+    wanted: str, data_set: DataSet, num_classes: int, described: DataSet
+) -> Callable[[np.ndarray], np.ndarray]:  # fmt: skip
+    """What makes the pixels of a file from predicted trainIds, from `--prediction_format`.
+
+    Args:
+        described: the data set before `for_net_of`; written trainIds are its own, as its label files are read.
+    """
     ids = LABEL_IDS.get(data_set.class_names) if num_classes == len(data_set.class_names) else None
     if wanted == "labelids" and not ids:
         raise UserError(f"--prediction_format labelids: {data_set.name} has other classes; use trainids or colour")
     if wanted == "colour":
         return partial(colourise, colours=data_set.colours)
-    return partial(to_data_set_ids, id_map=ids) if ids and wanted != "trainids" else np.asarray
+    if wanted == "trainids" and described != data_set:
+        ids = {described.class_names.index(name): k for k, name in enumerate(data_set.class_names)}
+    elif wanted == "trainids":
+        return np.asarray
+    return partial(to_data_set_ids, id_map=ids) if ids else np.asarray
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:

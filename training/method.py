@@ -175,7 +175,10 @@ class Method:
 
     def summary(self, losses: Mapping[str, float]) -> str:
         """Part of the progress bar's text, from the mean losses since the last log entry."""
-        return " ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in list(losses.items())[:3])
+        names = list(losses)[:3]
+        ends = [name.rpartition("/")[2] for name in names]
+        shown = ends if len(set(ends)) == len(ends) else names
+        return " ".join(f"{name} {losses[of]:.4f}" for name, of in zip(shown, names, strict=True))
 
     def describe(self) -> list[str]:
         """Lines about the data, the networks and the precision."""

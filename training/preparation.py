@@ -180,6 +180,7 @@ def target_validator(
         kinds = {name: getattr(source, name) for name in ("class_names", "colours", "classes")}
         files = replace(files, data_set=replace(files.data_set, id_map={}, **kinds))
     classes = scored_classes(num_classes, files.data_set, source)
-    return make_validator(
+    validator, line = make_validator(
         config, rank, files, with_labels=labelled, select_by=select_by, classes=classes, num_classes=num_classes
     )
+    return validator, f"{line}, without mIoU: {missing} of them have no label" if has_labels and missing else line

@@ -39,9 +39,10 @@ def run_to_continue(path: str, run_dir: str, method: str) -> Continued | None:
         return None
     checkpoint, origin = read_newest(folder)
     if checkpoint.method != method:
+        named = checkpoint.config.get("method", {}).get("method", "")
         raise UserError(
             f"{origin} is a checkpoint of another training ({checkpoint.method}); continue it with its script "
-            "or --method"
+            f"or --method {named}".rstrip()
         )
     if not checkpoint.optimizers:
         raise UserError(f"{origin} holds a finished net and no training state")

@@ -245,8 +245,8 @@ class MaxSquareTraining(Method):
         return [*filter(None, lines), f"precision {config.run.precision}"]
 
     def conclusion(self, folder: Path) -> str:
-        """The command that scores the net."""
-        return f"score the net with: python evaluate.py --weights {folder / 'latest.pth'}"
+        """The command that scores the net: the best state where one was chosen, else the last."""
+        return f"score the net with: python evaluate.py --weights {folder}"
 
 
 def _summed(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
