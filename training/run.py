@@ -160,4 +160,5 @@ def _print_description(method: Method) -> None:
 
 def _less_memory(loop: Loop) -> str:
     stage = loop.stages[loop.stage]
-    return f" for batch {stage.batch_size} of {stage.name}; lower {loop.method.batch_flag} or --crop_size"
+    passes = "--micro_batch, " if "micro_batch" in loop.method.config.flags() else ""
+    return f" for batch {stage.batch_size} of {stage.name}; lower {passes}{loop.method.batch_flag} or --crop_size"
