@@ -326,7 +326,8 @@ def test_running_out_of_memory_names_the_batch(world, tmp_path, run_script, monk
     monkeypatch.setattr(SourceTraining, "step", fail)
     result = run_script(train_semseg_on_source, *source_flags(world, tmp_path))
     assert result.code == 2
-    assert "memory does not suffice for batch 2 of training; lower --micro_batch, --batch_size or --crop_size" in result.err
+    wanted = "lower --micro_batch, --batch_size or --crop_size"
+    assert f"memory does not suffice for batch 2 of training; {wanted}" in result.err
 
 
 @pytest.mark.parametrize("name", ["latest.pth", "previous.pth", "best.pth"])
