@@ -22,7 +22,7 @@ from refusals import check_refusal, check_refused
 from steps import RandomStep
 from training.segmentation_files import load_segmentation_net
 
-WIDTH = 2
+WIDTH = 8  # with fewer channels, oneDNN corrupts memory in the backward of strided 1x1 convolutions on some CPUs
 # Blocks: stride, and of each unit its channels as multiples of the width, its kernel and its dilation.
 TABLE = {
     "2a": (2, ((2, 3, 1), (2, 3, 1))), "2b1": (1, ((2, 3, 1), (2, 3, 1))), "2b2": (1, ((2, 3, 1), (2, 3, 1))),
@@ -257,7 +257,7 @@ def test_files_of_other_nets(tmp_path, narrow):
     one = np.ones(1, np.float32)
     check({"arg:extra": one}, "arg:extra is unknown here", "1 differences")
     check({"arg:bn7_gamma": None}, "backbone.bn7.weight is missing there")
-    check({"arg:bn7_gamma": one}, "backbone.bn7.weight is (1,) there and (128,) here")
+    check({"arg:bn7_gamma": one}, "backbone.bn7.weight is (1,) there and (512,) here")
     check({"arg:linear19_weight": None}, "holds no ResNet-38")
     check({"arg:linear16_weight": arrays["arg:linear19_weight"]}, "holds no ResNet-38")
     check({"arg:conv6a_weight": None}, "holds a classifier", "--backbone_weights")
